@@ -1,0 +1,40 @@
+# Everything runs inside its own virtual environment, made on first use.
+# PYTHON=... picks the interpreter; without it the newest of 3.13 to 3.11 that runs here is taken
+# (newer JAX is much faster on CPU), pyenv's own included.
+PYTHON ?= $(shell ./tools/newest_python.sh)
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA_DIR ?= $(HOME)/tensorflow_datasets
+RUNS ?= runs
+
+.PHONY: demo test lint format study clean
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or run: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python >= 3.11 is needed; {sys.executable} is {v}")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m msvit_jax.demo --workdir=$(RUNS)/demo --data_dir=$(DATA_DIR)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+study: $(VENV)/.ready
+	$(BIN)/python -m msvit_jax.study --workdir=$(RUNS)/study --data_dir=$(DATA_DIR)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
