@@ -1,0 +1,157 @@
+"""Pictures of what a model did with one image: per-region numbers drawn on its pixels.
+
+A further kind of picture is one more function here and one more `Column` of its sheet.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from msvit_jax.visualize.sheet import HEAT_OPACITY, Column, Picture, Strip, heat
+
+MIN_SIDE = 256  # small sources are enlarged to this, or cells and captions cannot be read
+GATE_COLUMNS = (
+    Column("image"),
+    Column("tokens: yellow fine, dim coarse"),
+    Column("gate", heat=("P(fine)  0", "1")),
+)
+
+_FINE_LINE = (255, 221, 51)
+_COARSE_LINE = (112, 112, 112)
+
+
+def enlarge(image: Picture, scale: int | None = None) -> Picture:
+    """Repeats every pixel `scale` times in both directions; None: until the short side is 256."""
+    _check_image(image)
+    factor = scale or math.ceil(MIN_SIDE / min(image.shape[:2]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def token_map(
+    image: Picture,
+    coarse: np.ndarray,
+    grid: tuple[int, int],
+    *,
+    scale: int | None = None,
+    brightness: float = 0.6,
+) -> Picture:
+    """Draws the mixed-scale grid: one cell per token, bright where the tokens are fine.
+
+    A coarse region is shown as the model sees it, pooled 2x2, and dimmed.
+
+    Args:
+      image: uint8 [H, W, 3]; H and W are multiples of twice the grid.
+      coarse: [R] of 0 and 1, regions in row-major order, 1 for a coarse region.
+      grid: (rows, columns) of regions; R = rows * columns.
+      scale: enlargement in whole pixels; None makes the short side at least 256.
+      brightness: what coarse regions are multiplied with.
+
+    Returns:
+      uint8 [H * scale, W * scale, 3].
+
+    Raises:
+      ValueError: the image or `coarse` does not fit the grid.
+    """
+    height, width = _region_size(image, grid)
+    decisions = _per_region(coarse, grid, "coarse")
+    if not np.isin(decisions, (0, 1)).all():
+        raise ValueError("`coarse` must hold 0 and 1 only; threshold the probabilities first.")
+    is_coarse = decisions == 1
+    pooled = np.asarray(Image.fromarray(image).reduce(2)).repeat(2, axis=0).repeat(2, axis=1)
+    dimmed = np.rint(pooled * brightness).astype(np.uint8)
+    mixed = np.where(_spread(is_coarse, height, width)[..., None], dimmed, image)
+    return _outline_tokens(enlarge(mixed, scale), is_coarse)
+
+
+def gate_heat_map(
+    image: Picture,
+    p_coarse: np.ndarray,
+    grid: tuple[int, int],
+    *,
+    scale: int | None = None,
+    opacity: float = HEAT_OPACITY,
+) -> Picture:
+    """Lays each region's probability of being fine, dark 0 to yellow 1, over the grey image.
+
+    Args:
+      image: uint8 [H, W, 3].
+      p_coarse: [R], the gate's probability of coarse, regions in row-major order.
+      grid: (rows, columns) of regions.
+      scale: enlargement in whole pixels; None makes the short side at least 256.
+      opacity: share of the heat in the blend.
+
+    Returns:
+      uint8 [H * scale, W * scale, 3].
+
+    Raises:
+      ValueError: the image or `p_coarse` does not fit the grid.
+    """
+    height, width = _region_size(image, grid)
+    p_fine = 1 - _per_region(p_coarse, grid, "p_coarse").astype(np.float64)
+    if not ((p_fine >= 0) & (p_fine <= 1)).all():
+        raise ValueError("`p_coarse` must hold probabilities from 0 to 1; apply the sigmoid first.")
+    grey = np.asarray(Image.fromarray(image).convert("L"))
+    return enlarge(heat(_spread(p_fine, height, width), grey, opacity), scale)
+
+
+def gate_strip(
+    image: Picture,
+    coarse: np.ndarray,
+    p_coarse: np.ndarray,
+    grid: tuple[int, int],
+    *,
+    caption: str = "",
+    wrong: bool = False,
+) -> Strip:
+    """Puts an image beside its mixed-scale grid and its gate heat map (GATE_COLUMNS)."""
+    pictures = enlarge(image), token_map(image, coarse, grid), gate_heat_map(image, p_coarse, grid)
+    return Strip(pictures, caption, wrong)
+
+
+def _check_image(image: Picture) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"Expected a uint8 image [H, W, 3], got {image.dtype} {image.shape}.")
+
+
+def _region_size(image: Picture, grid: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of a region; even, because a region holds two fine cells each way."""
+    _check_image(image)
+    rows, columns = grid
+    if image.shape[0] % (2 * rows) or image.shape[1] % (2 * columns):
+        raise ValueError(
+            f"An image of {image.shape[0]} x {image.shape[1]} pixels cannot be cut into"
+            f" {rows} x {columns} regions of 2 x 2 cells each."
+        )
+    return image.shape[0] // rows, image.shape[1] // columns
+
+
+def _per_region(values: np.ndarray, grid: tuple[int, int], name: str) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != (math.prod(grid),):
+        raise ValueError(
+            f"`{name}` has shape {values.shape}, but a grid of {grid[0]} x {grid[1]} regions"
+            f" needs ({math.prod(grid)},): one number per region, in row-major order."
+        )
+    return values.reshape(grid)
+
+
+def _spread(per_region: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[rows, columns] -> [H, W]: every region's value on all of its pixels."""
+    return per_region.repeat(height, axis=0).repeat(width, axis=1)
+
+
+def _outline_tokens(picture: Picture, is_coarse: np.ndarray) -> Picture:
+    """Outlines every token just inside its own cell."""
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    rows, columns = is_coarse.shape
+    height, width = picture.shape[0] // rows, picture.shape[1] // columns
+    for row, column in np.ndindex(rows, columns):
+        parts = 1 if is_coarse[row, column] else 2
+        colour = _COARSE_LINE if is_coarse[row, column] else _FINE_LINE
+        for y, x in np.ndindex(parts, parts):
+            top, left = row * height + y * (height // parts), column * width + x * (width // parts)
+            corner = (left + width // parts - 1, top + height // parts - 1)
+            draw.rectangle(((left, top), corner), outline=colour)
+    return np.asarray(canvas)

@@ -1,0 +1,128 @@
+"""Setting pictures of examples on one sheet: strips with captions under common headings."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = np.ndarray  # uint8 [h, w, 3]
+
+HEAT_OPACITY = 0.6  # share of the heat colours over the image
+_HEAT = matplotlib.colormaps["inferno"]
+_INK = (24, 24, 24)
+_WRONG_INK = (190, 20, 20)
+_MARGIN = 8
+_LINE = 32  # height of a line of text
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """The heading of one picture of every strip, with the ends of its colour bar if it has one."""
+
+    title: str
+    heat: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """One example: pictures of equal height side by side and the line written under them."""
+
+    pictures: Sequence[Picture]
+    caption: str
+    wrong: bool = False  # the caption is red when the prediction is known to be wrong
+
+
+def panel(strips: Sequence[Strip], headings: Sequence[Column] = (), *, columns: int = 1) -> Picture:
+    """Sets strips of one size below each other, in one or several columns, on white paper.
+
+    Args:
+      strips: the examples; all with pictures of the same number and sizes.
+      headings: one for each picture of a strip, written once at the top; none for no top line.
+      columns: strips beside each other.
+
+    Raises:
+      ValueError: no strips, or strips that differ in their pictures' sizes.
+    """
+    sizes = {tuple(picture.shape for picture in strip.pictures) for strip in strips}
+    if len(sizes) != 1:
+        raise ValueError(f"A panel needs strips of one size, got these sizes: {sorted(sizes)}.")
+    drawn = [_draw_strip(strip) for strip in strips]
+    columns = min(columns, len(drawn))
+    drawn += [np.full_like(drawn[0], 255)] * (-len(drawn) % columns)
+    rows = [np.hstack(drawn[i : i + columns]) for i in range(0, len(drawn), columns)]
+    if headings:
+        widths = [picture.shape[1] for picture in strips[0].pictures]
+        rows.insert(0, np.hstack([_draw_headings(headings, widths)] * columns))
+    return np.vstack(rows)
+
+
+def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
+    """Writes a PNG, making the folders above it, and returns its path."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, format="PNG")
+    return path
+
+
+def heat(share: np.ndarray, grey: np.ndarray, opacity: float = HEAT_OPACITY) -> Picture:
+    """Blends shares [h, w], dark for 0 to yellow for 1, with grey values [h, w] of 0 to 255."""
+    colours = 255 * _HEAT(share)[..., :3]
+    return np.rint(opacity * colours + (1 - opacity) * grey[..., None]).astype(np.uint8)
+
+
+def _draw_strip(strip: Strip) -> Picture:
+    """The pictures with margins around them and the caption below."""
+    gap = _white(strip.pictures[0].shape[0], _MARGIN)
+    parts = [part for picture in strip.pictures for part in (gap, picture)]
+    row = np.hstack([*parts, gap])
+    colour = _WRONG_INK if strip.wrong else _INK
+    caption = _draw_text(strip.caption, row.shape[1], colour)
+    return np.vstack([row, caption])
+
+
+def _draw_headings(headings: Sequence[Column], widths: Sequence[int]) -> Picture:
+    """The line above the pictures; a strip is one margin wider than its columns."""
+    cells = []
+    for heading, width in zip(headings, widths, strict=True):
+        bar = _colour_bar(heading.heat, width // 3) if heading.heat else _white(_LINE, 0)
+        title = _draw_text(heading.title, _MARGIN + width - bar.shape[1])
+        cells.append(np.hstack([title, bar]))
+    return np.hstack([*cells, _white(_LINE, _MARGIN)])
+
+
+def _colour_bar(ends: tuple[str, str], width: int) -> Picture:
+    """The heat map's colours over mid grey between the names of their ends."""
+    grey = np.full((_LINE, width), 128)
+    bar = heat(np.tile(np.linspace(0, 1, width), (_LINE, 1)), grey)
+    bar[: _LINE // 3] = bar[-(_LINE // 3) :] = 255
+    low, high = (_draw_text(end, math.ceil(_font().getlength(end)) + 2 * _MARGIN) for end in ends)
+    return np.hstack([low, bar, high])
+
+
+def _white(height: int, width: int) -> Picture:
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Picture:
+    """One line of text on white, cut with an ellipsis where it would not fit."""
+    font = _font()
+    room = width - 2 * _MARGIN
+    if font.getlength(text) > room:
+        while text and font.getlength(text + "…") > room:
+            text = text[:-1]
+        text += "…"
+    canvas = Image.new("RGB", (width, _LINE), "white")
+    ImageDraw.Draw(canvas).text((_MARGIN, _LINE // 2), text, fill=colour, font=font, anchor="lm")
+    return np.asarray(canvas)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib: the same on every machine, and wider than Latin-1."""
+    path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), 14)

@@ -1,0 +1,120 @@
+"""Pictures of one image: what is drawn where, checked pixel by pixel."""
+
+import hypothesis
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from msvit_jax import visualize
+
+
+def _image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _tokens_of(picture, grid, row, column, parts):
+    """The interiors (border taken off) of a region's parts x parts cells."""
+    height, width = picture.shape[0] // grid[0], picture.shape[1] // grid[1]
+    region = picture[row * height : (row + 1) * height, column * width : (column + 1) * width]
+    h, w = height // parts, width // parts
+    return [
+        (slice(y * h + 1, (y + 1) * h - 1), slice(x * w + 1, (x + 1) * w - 1), region)
+        for y in range(parts)
+        for x in range(parts)
+    ]
+
+
+@hypothesis.given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    patch=st.sampled_from([2, 3, 4]),
+    scale=st.integers(3, 5),
+    seed=st.integers(0, 99),
+)
+def test_fine_interiors_are_the_image_and_coarse_ones_its_pooling(
+    rows, columns, patch, scale, seed
+):
+    grid, size = (rows, columns), 2 * patch
+    image = _image(rows * size, columns * size, seed)
+    coarse = np.random.default_rng(seed).integers(0, 2, rows * columns)
+    picture = visualize.token_map(image, coarse, grid, scale=scale, brightness=1.0)
+    assert picture.shape == (image.shape[0] * scale, image.shape[1] * scale, 3)
+    assert picture.dtype == np.uint8
+
+    pooled = image.reshape(rows * patch, 2, columns * patch, 2, 3).astype(np.float64).mean((1, 3))
+    sources = (
+        np.kron(image, np.ones((scale, scale, 1))),
+        np.kron(pooled, np.ones((2 * scale, 2 * scale, 1))),
+    )
+    for region, is_coarse in enumerate(coarse):
+        row, column = divmod(region, columns)
+        expected = sources[is_coarse]
+        parts = 1 if is_coarse else 2
+        drawn = _tokens_of(picture, grid, row, column, parts)
+        wanted = _tokens_of(expected, grid, row, column, parts)
+        for (y, x, got), (_, _, want) in zip(drawn, wanted, strict=True):
+            np.testing.assert_allclose(got[y, x], want[y, x], atol=0.5)  # the mean is rounded
+
+
+def test_only_coarse_regions_are_dimmed():
+    image = np.full((16, 16, 3), 200, np.uint8)
+    picture = visualize.token_map(image, [1, 0, 0, 0], (2, 2), scale=8, brightness=0.5)
+    assert (picture[1:63, 1:63] == 100).all()
+    assert (picture[1:31, 65:95] == 200).all()
+
+
+def test_a_fine_region_shows_four_outlines_and_a_coarse_region_one():
+    image = np.zeros((32, 32, 3), np.uint8)
+    picture = visualize.token_map(image, [1, 0, 0, 0], (2, 2), scale=4)
+    lines = (picture > 0).any(axis=-1)
+    # Along a horizontal cut through a cell: both borders of each cell, and nothing between them.
+    assert np.flatnonzero(lines[10, :64]).tolist() == [0, 63]
+    assert np.flatnonzero(lines[10, 64:]).tolist() == [0, 31, 32, 63]
+    assert (picture[0, 0] != picture[0, 64]).any()
+
+
+def test_small_images_are_enlarged_until_they_can_be_read():
+    assert visualize.enlarge(_image(64, 64)).shape == (256, 256, 3)
+    assert visualize.enlarge(_image(224, 224)).shape == (448, 448, 3)
+    assert visualize.enlarge(_image(300, 512)).shape == (300, 512, 3)
+
+
+def test_the_heat_is_the_colour_of_the_probability_of_fine():
+    image = np.full((8, 16, 3), 50, np.uint8)
+    picture = visualize.gate_heat_map(image, [0.25, 1.0], (1, 2), scale=1, opacity=0.8)
+    for region, p_fine in enumerate([0.75, 0.0]):
+        colour = 255 * np.array(matplotlib.colormaps["inferno"](p_fine)[:3])
+        half = picture[:, 8 * region : 8 * region + 8].reshape(-1, 3)
+        np.testing.assert_allclose(half, np.tile(0.8 * colour + 0.2 * 50, (64, 1)), atol=0.5)
+
+
+def test_the_image_shows_through_the_heat():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[2, 2] = 255
+    picture = visualize.gate_heat_map(image, [0.5], (1, 1), scale=1, opacity=0.6)
+    brighter = (picture.astype(int) - picture[0, 0].astype(int)).sum(axis=-1)
+    assert np.argwhere(brighter).tolist() == [[2, 2]]
+
+
+def test_a_strip_holds_the_three_pictures_of_the_gates_columns():
+    strip = visualize.gate_strip(_image(64, 64), np.ones(16), np.ones(16), (4, 4), caption="x")
+    assert [picture.shape for picture in strip.pictures] == [(256, 256, 3)] * 3
+    assert len(visualize.GATE_COLUMNS) == 3
+
+
+@pytest.mark.parametrize("draw", [visualize.token_map, visualize.gate_heat_map])
+def test_inputs_that_do_not_fit_are_named(draw):
+    with pytest.raises(ValueError, match=r"shape \(15,\), but a grid of 4 x 4 regions needs \(16,"):
+        draw(_image(64, 64), np.zeros(15), (4, 4))
+    with pytest.raises(ValueError, match="60 x 64 pixels cannot be cut into 4 x 4 regions"):
+        draw(_image(60, 64), np.zeros(16), (4, 4))
+    with pytest.raises(ValueError, match=r"uint8 image \[H, W, 3\], got float64"):
+        draw(_image(64, 64) / 255, np.zeros(16), (4, 4))
+
+
+def test_probabilities_are_no_decisions_and_logits_no_probabilities():
+    with pytest.raises(ValueError, match="0 and 1 only"):
+        visualize.token_map(_image(8, 8), [0.3], (1, 1))
+    with pytest.raises(ValueError, match="apply the sigmoid"):
+        visualize.gate_heat_map(_image(8, 8), [-2.0], (1, 1))
