@@ -93,9 +93,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             "validation": self._generate_examples("validation", config.validation_examples),
         }
 
-    def _generate_examples(
-        self, split: str, count: int
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
         digits = sklearn_datasets.load_digits()
         sources = digit_indices(split)
         for index in range(count):

@@ -1,0 +1,319 @@
+"""The input pipeline: Grain over TFDS data sets, the same batches on any number of processes.
+
+The global batch of a step is a function of (seed, step) alone. A process reads and decodes only its
+own rows of it, and resuming needs nothing but the step number.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from msvit_jax.data import augment, decode, sources
+from msvit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def default_config() -> ConfigDict:
+    """Returns the `data` section of a configuration with its defaults."""
+    return ConfigDict(
+        {
+            "name": "scattered_digits",  # TFDS name[/config][:version]
+            "data_dir": "",  # empty: TFDS_DATA_DIR, or ~/tensorflow_datasets
+            "train_split": "train",
+            "eval_split": "validation",
+            "image_size": 64,
+            "crop_scale": None,  # (least, greatest) share of the area; None: centre crop
+            "crop_ratio": (3 / 4, 4 / 3),
+            "flip": False,
+            "pad_shift": 0,  # pixels
+            "randaugment": {"num_ops": 0, "magnitude": 9.0, "std": 0.5},
+            "color_jitter": 0.0,
+            "erasing": 0.0,  # probability
+            "eval_crop": 1.0,  # share of the short side
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "mix_prob": 1.0,
+            "mix_switch_prob": 0.5,
+            "workers": 0,  # processes that decode; 0: threads of this one
+            "prefetch": 4,  # batches made ahead
+            "cache": False,  # keep decoded images in memory
+        }
+    )
+
+
+def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
+    """Returns what `config.data` names, opening (and for scattered_digits preparing) it."""
+    builder = sources.open_dataset(config.name, config.data_dir)
+    label = builder.info.features["label"]
+    return sources.DatasetInfo(
+        name=config.name,
+        num_classes=label.num_classes,
+        class_names=tuple(label.names),
+        train_examples=sources.num_examples(builder, config.train_split),
+        eval_examples=sources.num_examples(builder, config.eval_split),
+        has_segmentation=sources.MASK in builder.info.features,
+    )
+
+
+def train_iterator(
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Iterator[Batch]:
+    """Yields this process' rows of the global batches of steps `start_step`, `start_step` + 1, ...
+
+    Rows are contiguous: process p of n holds rows p * B / n to (p + 1) * B / n. Every epoch is
+    shuffled anew; a batch may span two epochs, so that no example is left out.
+
+    Args:
+        config: the `data` section.
+        batch_size: global batch size B.
+        seed: with the step, decides which examples come and how they are augmented.
+        start_step: first step to yield.
+        process_index: this process, JAX's own by default.
+        process_count: number of processes, JAX's own by default.
+
+    Yields:
+        {'image': uint8 [B/n, S, S, 3], 'label': int32 [B/n]}.
+
+    Raises:
+        UserError: see `sources.open_dataset`; or an image cannot be read.
+    """
+    rows = _Rows.of(batch_size, process_index, process_count)
+    examples = _train_examples(config)
+    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(TrainTransform.of(config)).batch(rows.local)
+    dataset = dataset[start_step * rows.count + rows.index :: rows.count]
+    return iter(_ahead(dataset, config))
+
+
+def eval_batches(
+    config: ConfigDict,
+    *,
+    batch_size: int,
+    split: str | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> "EvalBatches":
+    """Returns batches that hold every example of a split exactly once, in order.
+
+    Args:
+        config: the `data` section.
+        batch_size: global batch size B.
+        split: `config.eval_split` by default.
+        process_index: this process, JAX's own by default.
+        process_count: number of processes, JAX's own by default.
+    """
+    builder = sources.open_dataset(config.name, config.data_dir)
+    examples = sources.open_split(builder, split or config.eval_split)
+    rows = _Rows.of(batch_size, process_index, process_count)
+    return EvalBatches(config, examples, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Which rows of the global batch are this process' own."""
+
+    local: int
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, batch_size: int, index: int | None, count: int | None) -> "_Rows":
+        index = jax.process_index() if index is None else index
+        count = jax.process_count() if count is None else count
+        if batch_size < 1 or batch_size % count:
+            raise UserError(
+                f"batch_size {batch_size} cannot be divided among {count} processes; choose a "
+                f"multiple of {count}."
+            )
+        return cls(batch_size // count, index, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform(grain.transforms.RandomMap):
+    """One training example: encoded or cached image in, augmented uint8 [S, S, 3] out."""
+
+    size: int
+    crop_scale: tuple[float, float] | None
+    crop_ratio: tuple[float, float]
+    flip: bool
+    pad_shift: int
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "TrainTransform":
+        """Takes its fields from the `data` section."""
+        return cls(
+            size=config.image_size,
+            crop_scale=config.crop_scale,
+            crop_ratio=config.crop_ratio,
+            flip=config.flip,
+            pad_shift=config.pad_shift,
+        )
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> Batch:
+        """Applies geometry, then what changes colours, in the order of timm's pipeline."""
+        pixels = self._crop(element, rng)
+        if self.flip:
+            pixels = augment.flip(pixels, rng)
+        if self.pad_shift:
+            pixels = augment.shift(pixels, self.pad_shift, rng)
+        return {"image": pixels, "label": np.int32(element["label"])}
+
+    def _crop(self, element: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
+        if self.crop_scale is None:
+            return centre_crop(element, self.size, 1.0)
+        try:
+            image = decode.open_image(element["image"])
+            box = decode.random_box(*image.size, self.crop_scale, self.crop_ratio, rng)
+            return decode.resized_crop(image, box, self.size)
+        except decode.DECODE_ERRORS as error:
+            raise decode.unreadable(element, error) from error
+
+
+def centre_crop(element: dict[str, Any], size: int, fraction: float) -> np.ndarray:
+    """Cuts the central square of an example's image and resizes it to uint8 [S, S, 3]."""
+    pixels = element["image"]
+    if isinstance(pixels, np.ndarray) and pixels.shape == (size, size, 3) and fraction == 1.0:
+        return pixels
+    try:
+        image = decode.open_image(pixels)
+        return decode.resized_crop(image, decode.centre_box(*image.size, fraction), size)
+    except decode.DECODE_ERRORS as error:
+        raise decode.unreadable(element, error) from error
+
+
+class EvalBatches(Iterable[Batch]):
+    """Re-iterable exact evaluation set; every process sees the same number of batches.
+
+    Yields {'image': uint8 [b, S, S, 3], 'label': int32 [b], 'valid': bool [b]} and
+    'segmentation_mask': uint8 [b, S, S] where the data set has one. Rows that only fill the last
+    batch are zero, with `valid` false.
+    """
+
+    def __init__(self, config: ConfigDict, examples: sources.Examples, rows: _Rows) -> None:
+        self._config = config
+        self._examples = examples
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return -(-len(self._examples) // (self._rows.local * self._rows.count))
+
+    def __iter__(self) -> Iterator[Batch]:
+        config, rows = self._config, self._rows
+        padded = len(self) * rows.local * rows.count
+        transform = functools.partial(
+            _eval_example, examples=self._examples, size=config.image_size, crop=config.eval_crop
+        )
+        dataset = grain.MapDataset.range(padded).map(transform).batch(rows.local)
+        return iter(_ahead(dataset[rows.index :: rows.count], config))
+
+
+def _eval_example(index: int, examples: sources.Examples, size: int, crop: float) -> Batch:
+    """Returns example `index`, or a zero row beyond the last one."""
+    valid = index < len(examples)
+    example = examples[index if valid else 0]
+    made = {
+        "image": centre_crop(example, size, crop),
+        "label": np.int32(example["label"]),
+        "valid": np.bool_(valid),
+    }
+    if sources.MASK in example:
+        made[sources.MASK] = _mask(example, size, crop)
+    return made if valid else {key: np.zeros_like(value) for key, value in made.items()}
+
+
+def _mask(example: dict[str, Any], size: int, crop: float) -> np.ndarray:
+    try:
+        return decode.decode_mask(example[sources.MASK], size, crop)
+    except decode.DECODE_ERRORS as error:
+        raise decode.unreadable(example, error) from error
+
+
+def _train_examples(config: ConfigDict) -> Any:
+    builder = sources.open_dataset(config.name, config.data_dir)
+    examples = sources.open_split(builder, config.train_split)
+    if not config.cache:
+        return examples
+    if config.workers:
+        raise UserError("data.cache keeps images in this process; set data.workers to 0 with it.")
+    size = config.image_size if config.crop_scale is None else None
+    return _decoded(str(builder.data_dir), config.train_split, size, examples)
+
+
+class _CachedExamples(collections.UserList[dict[str, Any]]):
+    """Decoded examples, with the representation that Grain prints kept short."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} decoded examples>"
+
+
+_CACHE: dict[tuple[str, str, int | None], _CachedExamples] = {}
+
+
+def _decoded(
+    folder: str, split: str, size: int | None, examples: sources.Examples
+) -> _CachedExamples:
+    """Decodes a split once and keeps it, resized to `size` where every epoch needs just that."""
+    key = (folder, split, size)
+    if key not in _CACHE:
+        _CACHE.clear()  # one split at a time: this can be most of the memory in use
+        _CACHE[key] = _CachedExamples(
+            _decode_example(examples[index], size) for index in range(len(examples))
+        )
+    return _CACHE[key]
+
+
+def _decode_example(example: dict[str, Any], size: int | None) -> dict[str, Any]:
+    if size is not None:
+        return example | {"image": centre_crop(example, size, 1.0)}
+    try:
+        return example | {"image": np.asarray(decode.to_rgb(decode.open_image(example["image"])))}
+    except decode.DECODE_ERRORS as error:
+        raise decode.unreadable(example, error) from error
+
+
+def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
+    """Reads batches ahead of their use, in threads or in worker processes."""
+    threads = 1 if config.cache or config.workers else min(4, config.prefetch)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
+    batches = dataset.to_iter_dataset(options)
+    if not config.workers:
+        return batches
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads a flag, also where there is no absl main
+    per_worker = -(-config.prefetch // config.workers)
+    return batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)
+    )
+
+
+def device_batches(
+    batches: Iterable[Batch], put: Callable[[Batch], Any], depth: int = 2
+) -> Iterator[Any]:
+    """Yields `put(batch)`, started `depth` batches early so that transfers overlap with compute.
+
+    Args:
+        batches: host batches; made ahead in the background by `train_iterator`.
+        put: moves a batch to the devices without waiting, for instance `jax.device_put`.
+        depth: batches on their way at a time.
+    """
+    waiting: collections.deque[Any] = collections.deque()
+    for batch in batches:
+        waiting.append(put(batch))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,234 @@
+"""Opens data sets by name: TFDS folders in array_record, read without TensorFlow.
+
+`scattered_digits` is prepared on first use; every other data set has to be there, and what is
+missing is said together with the command that makes it.
+"""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+
+from msvit_jax.data import scattered_digits
+from msvit_jax.errors import UserError, nearest
+
+EMBEDDED = scattered_digits.ScatteredDigits.name
+MASK = "segmentation_mask"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a model and an evaluation need to know of a data set.
+
+    Attributes:
+        name: the data set's name.
+        num_classes: number of labels.
+        class_names: their names, in the order of the labels.
+        train_examples: size of the training split.
+        eval_examples: size of the evaluation split.
+        has_segmentation: whether examples carry a `segmentation_mask`.
+    """
+
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    train_examples: int
+    eval_examples: int
+    has_segmentation: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A split as a sequence of {'image': encoded bytes, 'label', 'index'[, 'segmentation_mask']}.
+
+    Attributes:
+        name: data set and split, for messages.
+        source: the TFDS data source.
+    """
+
+    name: str
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        record = self.source[int(index)]
+        kept = {key: record[key] for key in ("image", "label", MASK) if key in record}
+        return kept | {"index": int(index), "name": _example_name(self.name, index, record)}
+
+
+def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
+    """Names an example in messages: by its own id or file name where the data set has one."""
+    for key in ("id", "file_name", "image/filename"):
+        if isinstance(record.get(key), bytes):
+            return f"{split}, example {index} ({key} {record[key].decode(errors='replace')!r})"
+    return f"{split}, example {index}"
+
+
+def data_root(data_dir: str) -> Path:
+    """Returns the folder of data sets: `data_dir`, or TFDS's default where that is empty."""
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(data_dir or default).expanduser()
+
+
+def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
+    """Opens a prepared data set.
+
+    Args:
+        name: `name`, `name/config`, `name:version` or `name/config:version`.
+        data_dir: folder that holds it; empty for TFDS's default (`TFDS_DATA_DIR`).
+
+    Raises:
+        UserError: it is unknown, missing, or not in array_record; with the command that makes it.
+    """
+    root = data_root(data_dir)
+    if name.partition(":")[0].partition("/")[0] == EMBEDDED:
+        folder = _prepare_embedded(name, root)
+    else:
+        folder = _find(name, root)
+    builder = tfds.builder_from_directory(folder)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"Data set {name!r} in {folder} is stored as {builder.info.file_format.value}; it is "
+            f"read from array_record only. Convert it: {_convert_command(folder)}"
+        )
+    _check_features(name, builder)
+    return builder
+
+
+def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
+    """Opens a split, for instance 'train' or 'train[:90%]'; images stay encoded."""
+    num_examples(builder, split)
+    encoded = {key: tfds.decode.SkipDecoding() for key in _image_keys(builder)}
+    source = builder.as_data_source(split=split, decoders=encoded)
+    return Examples(f"data set {builder.info.full_name!r}, split {split!r}", source)
+
+
+def num_examples(builder: tfds.core.DatasetBuilder, split: str) -> int:
+    """Returns the size of a split; a `UserError` names the splits there are."""
+    try:
+        return int(builder.info.splits[split].num_examples)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"Data set {builder.info.name!r} has no split {split!r}; it has "
+            f"{', '.join(sorted(builder.info.splits))}. Set data.train_split and data.eval_split."
+        ) from error
+
+
+def _image_keys(builder: tfds.core.DatasetBuilder) -> list[str]:
+    return [key for key in ("image", MASK) if key in builder.info.features]
+
+
+def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
+    features = builder.info.features
+    has = ", ".join(features)
+    for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+        if key not in features or not isinstance(features[key], kind):
+            raise UserError(
+                f"Data set {name!r} cannot be used for classification: it needs an {key!r} "
+                f"feature of kind {kind.__name__}, and it has {has}."
+            )
+    channels = features["image"].shape[-1]
+    if channels not in (None, 1, 3, 4):
+        raise UserError(
+            f"Images of data set {name!r} have {channels} channels; grey, RGB and RGBA images "
+            "can be read (1, 3 or 4 channels). Store it with three channels."
+        )
+
+
+def _convert_command(folder: Path) -> str:
+    return (
+        "tfds convert_format --out_file_format=array_record "
+        f"--dataset_dir={folder} --out_path={folder}"
+    )
+
+
+def _find(name: str, root: Path) -> Path:
+    """Returns the folder of the newest matching version of a prepared data set."""
+    path, _, version = name.partition(":")
+    if not root.is_dir():
+        raise UserError(f"data_dir {root} does not exist. {_how_to_make(path, root)}")
+    base = root / path
+    prepared = [info.parent for info in base.glob("*/dataset_info.json")]
+    configs = sorted({info.parent.parent for info in base.glob("*/*/dataset_info.json")})
+    if not prepared and len(configs) > 1:
+        choices = ", ".join(f"{path}/{config.name}" for config in configs)
+        raise UserError(f"Data set {path!r} has several configs; name one of {choices}.")
+    if not prepared and configs:
+        prepared = [info.parent for info in configs[0].glob("*/dataset_info.json")]
+    matching = [folder for folder in prepared if version in ("", folder.name)]
+    if prepared and not matching:
+        versions = ", ".join(sorted(folder.name for folder in prepared))
+        raise UserError(f"Data set {path!r} has no version {version}; there is {versions}.")
+    if not matching:
+        raise UserError(f"No data set {path!r} in {root}. {_how_to_make(path, root)}")
+    return max(matching, key=lambda folder: tfds.core.Version(folder.name))
+
+
+def _how_to_make(path: str, root: Path) -> str:
+    """Says how a data set that is not there comes to be."""
+    name = path.partition("/")[0]
+    known = set(tfds.list_builders(with_community_datasets=False)) | {EMBEDDED}
+    if name in known:
+        command = f"tfds build {path} --file_format=array_record --data_dir={root}"
+        return f"Make it (this one step needs `pip install tensorflow`): {command}"
+    prepared = {info.relative_to(root).parts[0] for info in root.glob("*/**/dataset_info.json")}
+    command = (
+        "python -m msvit_jax.data.prepare --source=<folder or zip of split/class/file> "
+        f"--name={name} --data_dir={root}"
+    )
+    return f"It is no TFDS data set either.{nearest(name, known | prepared)} Your images: {command}"
+
+
+def _prepare_embedded(name: str, root: Path) -> Path:
+    """Returns the folder of `scattered_digits`, preparing it where it is missing."""
+    path, _, version = name.partition(":")
+    configs = {config.name for config in scattered_digits.ScatteredDigits.BUILDER_CONFIGS}
+    config = path.partition("/")[2] or "default"
+    if config not in configs:
+        raise UserError(
+            f"{EMBEDDED} has no config {config!r}.{nearest(config, configs)} "
+            f"There is {', '.join(sorted(configs))}."
+        )
+    offered = str(scattered_digits.ScatteredDigits.VERSION)
+    if version not in ("", offered):
+        raise UserError(f"{EMBEDDED} has no version {version}; there is {offered}.")
+    folder = root / EMBEDDED / config / offered
+    if not (folder / "dataset_info.json").exists():
+        _prepare_aside(config, root, folder)
+    return folder
+
+
+def _prepare_aside(config: str, root: Path, folder: Path) -> None:
+    """Prepares in a folder of its own and renames it, so that processes cannot meet half-way."""
+    logging.info("Preparing %s/%s in %s (about half a minute, once).", EMBEDDED, config, root)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = tempfile.mkdtemp(prefix=f".{EMBEDDED}.", dir=root)
+    try:
+        builder = scattered_digits.ScatteredDigits(
+            data_dir=aside, config=config, file_format=tfds.core.FileFormat.ARRAY_RECORD
+        )
+        prepare_quietly(builder)
+        try:
+            os.rename(builder.data_dir, folder)
+        except OSError:
+            # Another process was faster. Its data are the same, byte for byte.
+            if not (folder / "dataset_info.json").exists():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+    """Runs a builder without the dozen progress bars that TFDS draws."""
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    finally:
+        tfds.enable_progress_bar()
