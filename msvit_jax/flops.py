@@ -1,0 +1,48 @@
+"""Analytic multiply-accumulates (MACs), and XLA's own count to check them against.
+
+What papers of this field call "FLOPs" are multiply-accumulates; so are these. Matrix products are
+counted, element-wise work (softmax, norms, GELU) is not.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class HasMacs(Protocol):
+    """A model that knows its own cost."""
+
+    def macs(self, tokens: ArrayLike) -> np.ndarray:
+        """Multiply-accumulates for images with that many active patch tokens."""
+        ...
+
+
+def dense(rows: ArrayLike, inputs: int, outputs: int) -> Any:
+    """MACs of a linear layer over `rows` tokens."""
+    return np.asarray(rows, np.float64) * inputs * outputs
+
+
+def block(length: ArrayLike, width: int, hidden: int) -> Any:
+    """MACs of one transformer block over a sequence of `length` tokens, prefix included."""
+    length = np.asarray(length, np.float64)
+    projections = length * (4 * width * width + 2 * width * hidden)
+    return projections + 2 * length * length * width
+
+
+def macs_per_image(model: HasMacs, tokens: ArrayLike) -> np.ndarray:
+    """MACs of each image, given its number of active patch tokens: [B] -> [B] float64."""
+    return np.asarray(model.macs(tokens), np.float64)
+
+
+def xla_macs(function: Callable[..., Any], *arguments: Any) -> float:
+    """Half of the floating-point operations XLA counts in the compiled function.
+
+    Args:
+      function: a function that `jax.jit` takes.
+      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return float(analysis["flops"]) / 2

@@ -1,0 +1,191 @@
+"""Losses: the task's, the gate's and distillation's.
+
+The gate's losses speak of the share of *fine* regions: x = 1 - P(coarse), the noise-free
+probability that a region gets fine tokens. Formulas from MSViT (Havtorn et al. 2023) and Batch
+Shaping (Ehteshami Bejnordi et al. 2020); where the papers are silent the choice is ours and said.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array, lax
+from jax.scipy.special import betainc, logit
+from jax.scipy.stats import norm
+
+from msvit_jax.models.gate import centre_distance
+from msvit_jax.models.output import GateOutput
+
+_EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before any CDF
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Cross-entropy against soft targets, in float32: [B, C], [B, C] -> [B]."""
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets.astype(jnp.float32))
+
+
+def distillation(
+    student: Array, teacher: Array, *, temperature: float = 1.0, kind: str = "soft"
+) -> Array:
+    """Distance from a teacher's predictions: [B, C], [B, C] -> [B].
+
+    "soft": temperature**2 * KL(teacher || student) at that temperature (Hinton et al. 2015);
+    "hard": cross-entropy with the teacher's label (DeiT, section 4). No gradient to the teacher.
+    """
+    teacher = lax.stop_gradient(teacher.astype(jnp.float32))
+    student = student.astype(jnp.float32)
+    if kind == "hard":
+        return optax.softmax_cross_entropy_with_integer_labels(student, teacher.argmax(axis=-1))
+    if kind != "soft":
+        raise ValueError(f"distillation kind {kind!r} is neither 'soft' nor 'hard'.")
+    log_student = jax.nn.log_softmax(student / temperature)
+    log_teacher = jax.nn.log_softmax(teacher / temperature)
+    divergence = optax.kl_divergence_with_log_targets(log_student, log_teacher)
+    return temperature**2 * divergence
+
+
+def relaxed_bernoulli_cdf(x: Array, probability: Array, temperature: Array) -> Array:
+    """CDF of the relaxed Bernoulli (binary concrete) distribution; P(x > 1/2) = probability.
+
+    All arguments broadcast (equal ranks); `x` is clipped to [1e-3, 1 - 1e-3].
+    """
+    x = jnp.clip(x, _EDGE, 1 - _EDGE)
+    return jax.nn.sigmoid(temperature * logit(x) - logit(probability))
+
+
+def beta_cdf(x: Array, a: float, b: float) -> Array:
+    """CDF of the Beta distribution; `x` is clipped to [1e-3, 1 - 1e-3]."""
+    x = jnp.clip(x, _EDGE, 1 - _EDGE)
+    return betainc(jnp.full_like(x, a), jnp.full_like(x, b), x)
+
+
+def normal_cdf(x: Array, mean: float, std: float) -> Array:
+    """CDF of the normal distribution."""
+    return norm.cdf(x, jnp.asarray(mean, x.dtype), jnp.asarray(std, x.dtype))
+
+
+def empirical_cdf_distance(cdf_of_sorted: Array) -> Array:
+    """mean_k (k / (N + 1) - F(x_(k)))^2 along axis 0: batch shaping's loss.
+
+    Args:
+      cdf_of_sorted: [N, ...] the prior's CDF at the samples in ascending order.
+
+    Returns:
+      [...]. At a perfect fit about 1 / (6 N) remains.
+    """
+    count = cdf_of_sorted.shape[0]
+    rank = jnp.arange(1, count + 1, dtype=cdf_of_sorted.dtype) / (count + 1)
+    rank = rank.reshape((count,) + (1,) * (cdf_of_sorted.ndim - 1))
+    return ((rank - cdf_of_sorted) ** 2).mean(axis=0)
+
+
+def global_batch(x: Array, axis_name: str | None) -> Array:
+    """The rows of all devices, [B, ...], inside pmap or shard_map; under jit `x` has them already.
+
+    Gradients agree with those of the whole batch after the customary mean over devices.
+    """
+    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+
+@struct.dataclass
+class GateLossOutput:
+    """The gate's loss and what it is made of.
+
+    Attributes:
+      loss: scalar to be weighted and added to the task's.
+      terms: scalars for the log.
+    """
+
+    loss: Array
+    terms: dict[str, Array]
+
+
+class GateLoss(nn.Module):
+    """Pulls a gate towards a share of fine regions.
+
+    * "none": nothing.
+    * "rate": (mean probability of fine - target)^2 over the whole batch.
+    * "l0": the mean probability of fine where it exceeds the target, else 0 (a one-sided rate).
+    * "bas": batch shaping of every position towards one fixed prior.
+    * "gbas": generalized batch shaping: every position has its own learned relaxed-Bernoulli
+      prior, whose means are themselves shaped towards Normal(target, sigma).
+
+    Batch shaping sees the whole batch's order statistics: under jit whatever the sharding, under
+    pmap or shard_map with `axis_name`.
+
+    Attributes:
+      kind: see above.
+      target: share of fine regions aimed at (g* of the hyperprior).
+      sigma: how much positions may differ from one another ("gbas").
+      prior: "relaxed_bernoulli" or "beta" ("bas").
+      temperature: of the relaxed Bernoulli prior; where it starts, for "gbas" (value: unverified
+        recollection).
+      beta: parameters of the Beta prior ("bas"); their mean replaces `target`.
+      start: where the means start ("gbas"): "centre", falling with the distance from the image's
+        centre around `target`, or "uniform" at `target`.
+      grid_size: (rows, columns) of regions, for "gbas".
+    """
+
+    kind: str = "gbas"
+    target: float = 0.25
+    sigma: float = 0.1
+    prior: str = "relaxed_bernoulli"
+    temperature: float = 0.3
+    beta: tuple[float, float] = (0.6, 0.4)
+    start: str = "centre"
+    grid_size: tuple[int, int] = (7, 7)
+
+    @nn.compact
+    def __call__(self, gate: GateOutput, *, axis_name: str | None = None) -> GateLossOutput:
+        """Loss of the decisions on one batch; gate.logits is [B, R]."""
+        if not 0 < self.target < 1:
+            raise ValueError(f"The gate's target share is {self.target}; it lies between 0 and 1.")
+        fine = global_batch(jax.nn.sigmoid(-gate.logits.astype(jnp.float32)), axis_name)
+        terms = {"fine_probability": fine.mean()}
+        if self.kind == "none":
+            return GateLossOutput(jnp.zeros(()), terms)
+        if self.kind == "rate":
+            return GateLossOutput((fine.mean() - self.target) ** 2, terms)
+        if self.kind == "l0":
+            return GateLossOutput(jax.nn.relu(fine.mean() - self.target), terms)
+        if self.kind == "bas":
+            return GateLossOutput(self._batch_shaping(fine), terms)
+        if self.kind == "gbas":
+            return self._generalized(fine, terms)
+        raise ValueError(f"gate loss {self.kind!r} is none of none, rate, l0, bas, gbas.")
+
+    def _batch_shaping(self, fine: Array) -> Array:
+        x = jnp.sort(fine, axis=0)
+        if self.prior == "beta":
+            return empirical_cdf_distance(beta_cdf(x, *self.beta)).mean()
+        if self.prior != "relaxed_bernoulli":
+            raise ValueError(f"prior {self.prior!r} is neither 'relaxed_bernoulli' nor 'beta'.")
+        mean = jnp.full_like(x, self.target)
+        cdf = relaxed_bernoulli_cdf(x, mean, jnp.full_like(x, self.temperature))
+        return empirical_cdf_distance(cdf).mean()
+
+    def _generalized(self, fine: Array, terms: dict[str, Array]) -> GateLossOutput:
+        if fine.shape[1] != self.grid_size[0] * self.grid_size[1]:
+            raise ValueError(f"{fine.shape[1]} regions do not fit the priors' {self.grid_size}.")
+        logit_mean = self.param("logit_mean", lambda _: logit(jnp.asarray(self._first_means())))
+        log_temperature = self.param(
+            "log_temperature", nn.initializers.constant(np.log(self.temperature)), fine.shape[1:]
+        )
+        mean = jax.nn.sigmoid(logit_mean)
+        temperature = jnp.exp(log_temperature)
+        cdf = relaxed_bernoulli_cdf(jnp.sort(fine, axis=0), mean[None], temperature[None])
+        shaping = empirical_cdf_distance(cdf).mean()
+        hyper = empirical_cdf_distance(normal_cdf(jnp.sort(mean), self.target, self.sigma))
+        terms = terms | {"shaping": shaping, "hyperprior": hyper, "prior_mean": mean.mean()}
+        return GateLossOutput(shaping + hyper, terms)
+
+    def _first_means(self) -> np.ndarray:
+        if self.start == "uniform":
+            return np.full(self.grid_size[0] * self.grid_size[1], self.target, np.float32)
+        if self.start != "centre":
+            raise ValueError(f"start={self.start!r} is neither 'centre' nor 'uniform'.")
+        nearness = 1 - centre_distance(self.grid_size)
+        means = self.target * nearness / nearness.mean()
+        return np.clip(means, 0.02, 0.98).astype(np.float32)

@@ -1,0 +1,157 @@
+"""The gate of MSViT: for every coarse region, one coarse token or four fine ones.
+
+Source: MSViT (Havtorn et al. 2023), section 3, and facts derived from its published costs: a
+four-layer MLP on the raw pixels of the region, as wide as the backbone. Every gate here gives
+*logits* whose sigmoid is the probability of staying coarse; `decide` turns them into decisions.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array, lax
+
+from msvit_jax import flops
+from msvit_jax.models.vit import gelu, init_weights
+from msvit_jax.tokens import grid
+
+GATES = ("mlp", "random", "centre", "entropy", "fine", "coarse")
+_CERTAIN = 20.0  # a logit that float32 rounds to probability 1 or 0 for every purpose here
+_ENTROPY_BINS = 32
+
+
+class GateMLP(nn.Module):
+    """Four linear layers on a region's pixels, with a position embedding after the first.
+
+    Attributes:
+      hidden: width of the three hidden layers.
+      grid_size: (rows, columns) of regions in a training image.
+      bias: starting value of the last bias: above 0, the gate starts out coarse. Batch shaping
+        gives no gradient beyond 6.9, so stay well below.
+      dtype: compute dtype of the hidden layers.
+    """
+
+    hidden: int
+    grid_size: tuple[int, int]
+    bias: float = 2.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, regions: Array) -> Array:
+        """Pixels of the regions [B, h, w, S, S, 3] -> logits [B, h * w] float32."""
+        dense = {"dtype": self.dtype}
+        x = nn.DenseGeneral(self.hidden, axis=(-3, -2, -1), name="fc1", **dense)(
+            regions.astype(self.dtype)
+        )
+        positions = self.param("pos_embed", init_weights, (*self.grid_size, self.hidden))
+        positions = grid.resize_positions(positions, (x.shape[1], x.shape[2]))
+        x = gelu(x + positions.astype(x.dtype)[None])
+        x = gelu(nn.Dense(self.hidden, name="fc2", **dense)(x))
+        x = gelu(nn.Dense(self.hidden, name="fc3", **dense)(x))
+        start = nn.initializers.constant(self.bias)
+        x = nn.Dense(1, bias_init=start, name="fc4")(x.astype(jnp.float32))
+        return x.reshape(x.shape[0], -1)
+
+
+def mlp_macs(regions: int, region_size: int, hidden: int) -> float:
+    """Multiply-accumulates of `GateMLP` on one image."""
+    layers = ((3 * region_size**2, hidden), (hidden, hidden), (hidden, hidden), (hidden, 1))
+    return sum(float(flops.dense(regions, *layer)) for layer in layers)
+
+
+def untrained_logits(kind: str, pixels: Array) -> Array:
+    """Logits of the gates that learn nothing, to compare a learned one with.
+
+    * "random": a uniform probability per region, a function of the image's content alone.
+    * "centre": the region's distance from the image's centre, 0 there and 1 in the corners.
+    * "entropy": 1 - H / log2(32), H the entropy of the region's grey levels in 32 bins
+      (APT's criterion, on 32 instead of 512 bins).
+    * "fine", "coarse": every region.
+
+    Args:
+      kind: one of the above.
+      pixels: [B, h, w, S, S, 3] pixels of the regions on the scale of 0 to 1.
+
+    Returns:
+      [B, h * w] float32.
+    """
+    batch, rows, columns = pixels.shape[:3]
+    if kind in ("fine", "coarse"):
+        sign = 1.0 if kind == "coarse" else -1.0
+        return jnp.full((batch, rows * columns), sign * _CERTAIN, jnp.float32)
+    if kind == "centre":
+        probability = jnp.asarray(centre_distance((rows, columns)), jnp.float32)
+        probability = jnp.broadcast_to(probability[None], (batch, rows * columns))
+    elif kind == "random":
+        probability = _random_probability(pixels)
+    elif kind == "entropy":
+        probability = 1 - _entropy(pixels) / np.float32(np.log2(_ENTROPY_BINS))
+    else:
+        raise ValueError(f"gate={kind!r} is none of {', '.join(GATES)}.")
+    edge = 1e-6
+    return jax.scipy.special.logit(jnp.clip(probability, edge, 1 - edge))
+
+
+def centre_distance(size: tuple[int, int]) -> np.ndarray:
+    """Distance of each region from the image's centre, 1 in the corners: [rows * columns]."""
+    rows, columns = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in size)
+    distance = np.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2).reshape(-1)
+    return distance / max(distance.max(), 1e-9)
+
+
+def _random_probability(pixels: Array) -> Array:
+    """Uniform numbers from a key that an image's own bits give: the batch around it is no matter."""
+    bits = lax.bitcast_convert_type(pixels.astype(jnp.float32), jnp.uint32)
+    seeds = bits.sum(axis=tuple(range(1, pixels.ndim)), dtype=jnp.uint32)
+    count = pixels.shape[1] * pixels.shape[2]
+    draw = lambda seed: jax.random.uniform(jax.random.key(seed), (count,), jnp.float32)  # noqa: E731
+    return jax.vmap(draw)(seeds)
+
+
+def _entropy(pixels: Array) -> Array:
+    """Entropy in bits of the grey levels of each region: [B, h, w, S, S, 3] -> [B, h * w]."""
+    luminance = jnp.asarray([0.299, 0.587, 0.114], jnp.float32)
+    grey = jnp.einsum("...c,c->...", pixels.astype(jnp.float32), luminance)
+    grey = grey.reshape(*grey.shape[:3], -1)
+    level = jnp.clip(jnp.floor(grey * _ENTROPY_BINS), 0, _ENTROPY_BINS - 1).astype(jnp.int32)
+    share = jnp.stack([(level == k).mean(axis=-1) for k in range(_ENTROPY_BINS)], axis=-1)
+    entropy = -(share * jnp.log2(jnp.maximum(share, 1e-12))).sum(axis=-1)
+    return entropy.reshape(entropy.shape[0], -1)
+
+
+def straight_through(hard: Array, soft: Array) -> Array:
+    """The value of `hard` with the gradient of `soft`."""
+    return lax.stop_gradient(hard - soft) + soft
+
+
+def decide(logits: Array, *, threshold: float | Array) -> Array:
+    """Decisions without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
+    return (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
+
+
+def sample(logits: Array, key: Array, temperature: float) -> Array:
+    """Gumbel-sigmoid decisions with straight-through gradient (MSViT, section 3).
+
+    A region is coarse with probability sigmoid(logit); gradient flows as through the relaxed
+    decision sigmoid((logit + logistic noise) / temperature).
+    """
+    noise = jax.random.logistic(key, logits.shape, logits.dtype)
+    soft = jax.nn.sigmoid((logits + noise) / temperature)
+    return straight_through((soft > 0.5).astype(soft.dtype), soft)
+
+
+def finest(logits: Array, share: float) -> Array:
+    """The same share of every image fine: the regions least inclined to be coarse.
+
+    Straight-through to the probabilities, so that a gate can be trained under a fixed budget too.
+
+    Args:
+      logits: [B, R].
+      share: of the regions that get fine tokens, rounded to whole regions.
+    """
+    count = round(share * logits.shape[1])
+    rank = jnp.argsort(jnp.argsort(logits, axis=1), axis=1)
+    hard = (rank >= count).astype(jnp.float32)
+    return straight_through(hard, jax.nn.sigmoid(logits))

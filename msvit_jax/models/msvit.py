@@ -1,0 +1,221 @@
+"""MSViT: a vision transformer on mixed-scale tokens (Havtorn et al. 2023, arXiv 2307.02321).
+
+The paper masks a sequence of all coarse and all fine tokens (49 + 196 at 224 px). Here tokens live
+in slots (see `tokens.grid`), as many as the fine grid has cells, with the same output: our
+reconstruction. Where the paper leaves a choice open the attribute's docstring says so.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from numpy.typing import ArrayLike
+
+from msvit_jax import flops
+from msvit_jax.models import gate as gates
+from msvit_jax.models.output import GateOutput, Output
+from msvit_jax.models.vit import PatchEmbed, ViT, check_images
+from msvit_jax.tokens import grid
+
+
+class CoarseResidual(nn.Module):
+    """APT's residual: a zero-initialised projection of a 2x2 convolution of the fine tokens."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, fine: Array) -> Array:
+        """Fine tokens region by region [B, R, 4, D] -> what to add to the coarse ones [B, R, D]."""
+        mixed = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, name="conv")(fine)
+        zeros = nn.initializers.zeros
+        return nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(mixed)
+
+
+class MSViT(nn.Module):
+    """A mixed-scale vision transformer over any `ViT`.
+
+    Attributes:
+      backbone: the transformer; its patch size is the fine scale, twice that the coarse one.
+      gate: "mlp" (learned), or one that needs no training: see `gate.untrained_logits`.
+      gate_hidden: hidden width of the learned gate; None: the backbone's (fits the published MACs).
+      gate_bias: starting bias of the learned gate, towards coarse (value: ours).
+      temperature: of the Gumbel-sigmoid in training (not published; 2/3 is batch shaping's custom).
+      threshold: in evaluation a region is coarse where its probability exceeds this.
+      fine_share: if given, this share of each image's regions is fine, in training and evaluation.
+      coarse_embedding: "shared" (the patch embedding of the 2x-pooled image, as in the paper) or
+        "separate" (an embedding of its own for the full-resolution coarse patch).
+      scale_embedding: add a learned embedding of the scale, starting at zero.
+      coarse_residual: add APT's zero-initialised residual of the region's fine tokens.
+    """
+
+    backbone: ViT
+    gate: str = "mlp"
+    gate_hidden: int | None = None
+    gate_bias: float = 2.0
+    temperature: float = 2 / 3
+    threshold: float = 0.5
+    fine_share: float | None = None
+    coarse_embedding: str = "shared"
+    scale_embedding: bool = False
+    coarse_residual: bool = False
+
+    def setup(self) -> None:
+        self._check()
+        vit = self.backbone
+        if self.gate == "mlp":
+            self.gate_mlp = gates.GateMLP(
+                self._gate_hidden, self.gate_grid, self.gate_bias, vit.dtype
+            )
+        if self.coarse_embedding == "separate":
+            self.coarse_embed = PatchEmbed(vit.width, self.coarse_size, vit.dtype)
+        if self.scale_embedding:
+            self.scale_embed = self.param("scale_embed", nn.initializers.zeros, (2, vit.width))
+        if self.coarse_residual:
+            self.residual = CoarseResidual(vit.width, vit.dtype)
+
+    def _check(self) -> None:
+        if self.gate not in gates.GATES:
+            raise ValueError(f"gate={self.gate!r} is none of {', '.join(gates.GATES)}.")
+        if self.coarse_embedding not in ("shared", "separate"):
+            raise ValueError(
+                f"coarse_embedding={self.coarse_embedding!r} is neither 'shared' nor 'separate'."
+            )
+        if self.fine_share is not None and not 0 <= self.fine_share <= 1:
+            raise ValueError(f"fine_share={self.fine_share} is not between 0 and 1.")
+        if self.image_size % self.coarse_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by the coarse patch of "
+                f"{self.coarse_size} px (twice patch_size={self.patch_size})."
+            )
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training images in px."""
+        return self.backbone.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a fine patch in px."""
+        return self.backbone.patch_size
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head."""
+        return self.backbone.num_classes
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean that images are normalised with."""
+        return self.backbone.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation that images are normalised with."""
+        return self.backbone.std
+
+    @property
+    def coarse_size(self) -> int:
+        """Side of a coarse patch in px."""
+        return grid.REGION * self.backbone.patch_size
+
+    @property
+    def gate_grid(self) -> tuple[int, int]:
+        """(rows, columns) of regions in a training image."""
+        side = self.image_size // self.coarse_size
+        return side, side
+
+    @property
+    def _gate_hidden(self) -> int:
+        return self.gate_hidden or self.backbone.width
+
+    def macs(self, tokens: ArrayLike) -> np.ndarray:
+        """Multiply-accumulates for images with the given numbers of active patch tokens.
+
+        Counts the gate, both patch embeddings over the whole image, and the blocks over active
+        tokens: what the budget and row layouts compute, apart from padding.
+        """
+        vit = self.backbone
+        regions = self.gate_grid[0] * self.gate_grid[1]
+        pixels = 3 * self.patch_size**2
+        if self.coarse_embedding == "separate":
+            pixels = 3 * self.coarse_size**2
+        extra = float(flops.dense(regions, pixels, vit.width))
+        if self.gate == "mlp":
+            extra += gates.mlp_macs(regions, self.coarse_size, self._gate_hidden)
+        if self.coarse_residual:
+            extra += float(flops.dense(regions, grid.REGION**2 * vit.width, vit.width))
+            extra += float(flops.dense(regions, vit.width, vit.width))
+        return vit.macs(tokens) + extra
+
+    def gate_logits(self, images: Array) -> Array:
+        """Noise-free logits of staying coarse: [B, H, W, 3] normalised images -> [B, R]."""
+        regions = grid.patches(images, self.coarse_size)
+        if self.gate == "mlp":
+            return self.gate_mlp(regions)
+        shape = (1,) * (regions.ndim - 1) + (3,)
+        mean, std = (jnp.asarray(x, regions.dtype).reshape(shape) for x in (self.mean, self.std))
+        return gates.untrained_logits(self.gate, regions * std + mean)
+
+    def _decide(self, logits: Array, train: bool, threshold: float | Array | None) -> Array:
+        if self.fine_share is not None:
+            return gates.finest(logits, self.fine_share)
+        if train and self.gate == "mlp":
+            return gates.sample(logits, self.make_rng("gate"), self.temperature)
+        return gates.decide(logits, threshold=self.threshold if threshold is None else threshold)
+
+    def embed_scales(self, images: Array) -> tuple[Array, Array]:
+        """Tokens of both scales with positions: fine [B, R, 4, D] and coarse [B, R, D]."""
+        vit = self.backbone
+        fine = vit.patch_embed(images)
+        positions = vit.positions((fine.shape[1], fine.shape[2])).astype(fine.dtype)
+        if self.coarse_embedding == "shared":
+            coarse = vit.patch_embed(grid.pool(images))
+        else:
+            coarse = self.coarse_embed(images)
+        fine = grid.to_regions(fine + positions[None])
+        coarse = grid.to_regions(coarse + grid.pool(positions)[None], 1)[:, :, 0]
+        if self.coarse_residual:
+            coarse = coarse + self.residual(fine)
+        if self.scale_embedding:
+            scale = self.scale_embed.astype(fine.dtype)
+            fine, coarse = fine + scale[None, None, :1], coarse + scale[None, 1:]
+        return fine, coarse
+
+    def __call__(
+        self,
+        images: Array,
+        *,
+        train: bool = False,
+        threshold: float | Array | None = None,
+        coarse: Array | None = None,
+    ) -> Output:
+        """Classifies images.
+
+        Args:
+          images: [B, H, W, 3] float32, normalised; H and W divisible by the coarse patch.
+          train: samples decisions (rng stream "gate"); turns stochastic depth on ("dropout").
+          threshold: instead of the module's own, in evaluation; may be traced.
+          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse.
+        """
+        check_images(images, self.coarse_size)
+        logits = self.gate_logits(images)
+        if coarse is None:
+            coarse = self._decide(logits, train, threshold)
+        elif coarse.shape != logits.shape:
+            raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
+        slots = grid.mix_slots(*self.embed_scales(images), coarse)
+        x = slots.reshape(slots.shape[0], -1, slots.shape[-1])
+        flat = (slots.shape[0], x.shape[1])
+        weights = grid.slot_weights(coarse).reshape(flat)
+        areas = grid.slot_areas(coarse).reshape(flat)
+        x = self.backbone.encode(x, train=train, weights=weights)
+        class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
+        return Output(
+            logits=class_logits,
+            tokens=jnp.round(weights.sum(axis=1)).astype(jnp.int32),
+            gate=GateOutput(logits=logits, coarse=coarse),
+            distilled_logits=distilled,
+        )

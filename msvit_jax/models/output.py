@@ -1,0 +1,35 @@
+"""What a model returns."""
+
+from flax import struct
+from jax import Array
+
+
+@struct.dataclass
+class GateOutput:
+    """What a gate said of each region; regions are row-major.
+
+    Attributes:
+      logits: [B, R] float32, noise-free; the sigmoid is the probability of staying coarse.
+      coarse: [B, R] float32 decisions, 1 = one coarse token, 0 = four fine ones; in training
+        straight-through, so that gradient reaches the logits.
+    """
+
+    logits: Array
+    coarse: Array
+
+
+@struct.dataclass
+class Output:
+    """What every model of the library returns.
+
+    Attributes:
+      logits: [B, classes] float32.
+      tokens: [B] int32, active patch tokens of each image (class and register tokens not counted).
+      gate: decisions of a mixed-scale model.
+      distilled_logits: [B, classes] float32 of the distillation head, in training only.
+    """
+
+    logits: Array
+    tokens: Array
+    gate: GateOutput | None = None
+    distilled_logits: Array | None = None

@@ -1,0 +1,92 @@
+"""Every model of the library by its name, timm's where timm has one."""
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+
+from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.msvit import MSViT
+from msvit_jax.models.vit import ViT
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "heads": 3},
+    "small": {"width": 384, "heads": 6},
+    "base": {"width": 768, "heads": 12},
+}
+# AugReg's ViTs (timm's vit_*_patch16) were trained on pixels scaled to -1..1.
+_AUGREG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_DINOV2 = {"patch_size": 14, "image_size": 518, "layer_scale": 1e-5}
+_DINOV2_REGISTERS = {**_DINOV2, "register_tokens": 4, "prefix_positions": False}
+
+
+def _backbones() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for size, shape in _SIZES.items():
+        table[f"deit_{size}_patch16_224"] = shape
+        table[f"deit_{size}_distilled_patch16_224"] = {**shape, "distilled": True}
+        table[f"vit_{size}_patch16_224"] = {**shape, **_AUGREG}
+        table[f"vit_{size}_patch16_384"] = {**shape, **_AUGREG, "image_size": 384}
+        if size != "tiny":
+            table[f"vit_{size}_patch14_dinov2"] = {**shape, **_DINOV2}
+            table[f"vit_{size}_patch14_reg4_dinov2"] = {**shape, **_DINOV2_REGISTERS}
+    return table
+
+
+BACKBONES = _backbones()
+# Our names: the mixed-scale model over the AugReg backbone, and over DeiT's.
+MIXED_SCALE = {
+    name: backbone
+    for size in _SIZES
+    for name, backbone in (
+        (f"msvit_{size}_patch16_224", f"vit_{size}_patch16_224"),
+        (f"msvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"),
+    )
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` takes, sorted."""
+    return sorted([*BACKBONES, *MIXED_SCALE])
+
+
+def _attributes(module: type[nn.Module]) -> set[str]:
+    own = {field.name for field in dataclasses.fields(module)}
+    return own - {"parent", "name", "backbone"}
+
+
+def model_options(name: str) -> set[str]:
+    """Names of the overrides that `create_model(name, ...)` takes.
+
+    Raises:
+      UserError: for an unknown model.
+    """
+    if name in BACKBONES:
+        return _attributes(ViT)
+    if name in MIXED_SCALE:
+        return _attributes(ViT) | _attributes(MSViT)
+    raise UserError(
+        f"There is no model {name!r}.{nearest(name, list_models())} "
+        "msvit_jax.list_models() names them all."
+    )
+
+
+def create_model(name: str, **overrides: Any) -> Any:
+    """Makes a Flax module by name.
+
+    Args:
+      name: see `list_models`.
+      **overrides: attributes of the module, and of its backbone where it has one.
+
+    Raises:
+      UserError: for an unknown model or override, and for values that do not fit together.
+    """
+    options = model_options(name)
+    for key in overrides:
+        if key not in options:
+            raise UserError(f"Model {name!r} has no option {key!r}.{nearest(key, options)}")
+    inner = {key: value for key, value in overrides.items() if key in _attributes(ViT)}
+    outer = {key: value for key, value in overrides.items() if key not in inner}
+    shape = BACKBONES[MIXED_SCALE.get(name, name)]
+    backbone = ViT(**{**shape, **inner}, parent=None)
+    return MSViT(backbone=backbone, **outer) if name in MIXED_SCALE else backbone

@@ -1,0 +1,429 @@
+"""The plain vision transformer: every model of the library is built from these parts.
+
+ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation token, LayerScale
+(Touvron et al. 2021, CaiT) and register tokens (Darcet et al. 2024), as timm's models have them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from numpy.typing import ArrayLike
+
+from msvit_jax import flops
+from msvit_jax.models.attention import attention
+from msvit_jax.models.output import Output
+from msvit_jax.tokens import grid
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+init_weights = nn.initializers.truncated_normal(0.02)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU; timm, DeiT and Hugging Face weights were trained with it."""
+    return nn.gelu(x, approximate=False)
+
+
+def drop_path(x: Array, rate: Array, key: Array) -> Array:
+    """Stochastic depth (Huang et al. 2016): drops a branch of whole examples, rescales the rest.
+
+    Args:
+      x: [B, N, D] output of a branch.
+      rate: scalar probability of dropping; may be traced, as under a scan over layers.
+      key: random key.
+    """
+    keep = 1 - rate
+    kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """flax's layer norm, always computed in float32 and returned in the dtype that came in."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        """[..., D] -> [..., D]."""
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of square patches, a convolution whose stride is its kernel size."""
+
+    width: int
+    patch_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """[B, H, W, 3] -> [B, H/p, W/p, D]; the kernel is [p, p, 3, D]."""
+        squares = grid.patches(images.astype(self.dtype), self.patch_size)
+        return nn.DenseGeneral(
+            self.width,
+            axis=(-3, -2, -1),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.lecun_normal(),
+            name="proj",
+        )(squares)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    heads: int
+    qkv_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, key_weights: Array | None = None) -> Array:
+        """[B, N, D] -> [B, N, D]; `key_weights` [B, N] as in `attention`."""
+        batch, length, width = x.shape
+        dense = {"dtype": self.dtype, "kernel_init": init_weights}
+        qkv = nn.Dense(3 * width, use_bias=self.qkv_bias, name="qkv", **dense)(x)
+        qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)
+        mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], key_weights)
+        return nn.Dense(width, name="proj", **dense)(mixed.reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        dense = {"dtype": self.dtype, "kernel_init": init_weights}
+        hidden = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
+        return nn.Dense(x.shape[-1], name="fc2", **dense)(hidden)
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        gamma = self.param("gamma", nn.initializers.constant(self.start), (x.shape[-1],))
+        return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    The two halves are methods of their own, so that tokens can be reduced between them.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
+        self.attn = Attention(self.heads, self.qkv_bias, self.dtype)
+        self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
+        self.mlp = MLP(self.hidden, self.dtype)
+        if self.layer_scale is not None:
+            self.ls1 = LayerScale(self.layer_scale)
+            self.ls2 = LayerScale(self.layer_scale)
+
+    def mix_tokens(self, x: Array, drop_rate: Array | None, key_weights: Array | None) -> Array:
+        """The attention half: [B, N, D] -> [B, N, D]."""
+        branch = self.attn(self.norm1(x), key_weights)
+        if self.layer_scale is not None:
+            branch = self.ls1(branch)
+        return x + self._maybe_dropped(branch, drop_rate)
+
+    def mix_channels(self, x: Array, drop_rate: Array | None) -> Array:
+        """The MLP half: [B, N, D] -> [B, N, D]."""
+        branch = self.mlp(self.norm2(x))
+        if self.layer_scale is not None:
+            branch = self.ls2(branch)
+        return x + self._maybe_dropped(branch, drop_rate)
+
+    def _maybe_dropped(self, branch: Array, drop_rate: Array | None) -> Array:
+        if drop_rate is None:
+            return branch
+        return drop_path(branch, drop_rate, self.make_rng("dropout"))
+
+    def __call__(
+        self, x: Array, drop_rate: Array | None = None, key_weights: Array | None = None
+    ) -> Array:
+        """Both halves.
+
+        Args:
+          x: [B, N, D].
+          drop_rate: scalar, probability of dropping each branch of an example; None: never.
+          key_weights: [B, N], which tokens are attended to; None: all.
+        """
+        x = self.mix_tokens(x, drop_rate, key_weights)
+        return self.mix_channels(x, drop_rate)
+
+
+class ViT(nn.Module):
+    """A vision transformer for classification.
+
+    Attributes:
+      num_classes: classes of the head.
+      image_size: side of the training images in px; position embeddings are made for it and
+        resized for images of any other size that is a whole number of patches.
+      patch_size: side of a patch in px.
+      width: channels of a token.
+      depth: number of blocks.
+      heads: attention heads.
+      mlp_ratio: hidden width of the MLPs over `width`.
+      qkv_bias: whether queries, keys and values have a bias.
+      class_token: whether there is a class token.
+      distilled: DeiT's second token and head; in evaluation the two heads' logits are averaged.
+      register_tokens: number of extra learned tokens without position.
+      prefix_positions: whether class and distillation token have positions of their own (timm's
+        `no_embed_class` negated).
+      pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
+      layer_scale: LayerScale's starting value; None: no LayerScale.
+      norm_epsilon: epsilon of the layer norms.
+      drop_path: stochastic depth's rate in the last block, rising linearly from 0 in the first.
+      dtype: compute dtype; parameters, softmax and logits stay float32.
+      remat: recompute the blocks' activations in the backward pass instead of keeping them.
+      scan_layers: one compiled block scanned over stacked parameters (`blocks`, layers first):
+        compiles faster.
+      mean: of the pixels, on the scale of 0 to 1, that images are normalised with.
+      std: likewise.
+    """
+
+    num_classes: int = 1000
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    class_token: bool = True
+    distilled: bool = False
+    register_tokens: int = 0
+    prefix_positions: bool = True
+    pool: str = "token"
+    layer_scale: float | None = None
+    norm_epsilon: float = 1e-6
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+    scan_layers: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def setup(self) -> None:
+        self._check()
+        side = self.grid_size
+        count = side * side + self.positioned_prefix
+        self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
+        self.pos_embed = self.param("pos_embed", init_weights, (count, self.width))
+        if self.class_token:
+            self.cls_token = self.param("cls_token", init_weights, (1, self.width))
+        if self.distilled:
+            self.dist_token = self.param("dist_token", init_weights, (1, self.width))
+        if self.register_tokens:
+            shape = (self.register_tokens, self.width)
+            self.reg_tokens = self.param("reg_tokens", init_weights, shape)
+        make_block = nn.remat(Block) if self.remat else Block
+        block = {
+            "width": self.width,
+            "heads": self.heads,
+            "hidden": self.mlp_hidden,
+            "qkv_bias": self.qkv_bias,
+            "layer_scale": self.layer_scale,
+            "norm_epsilon": self.norm_epsilon,
+            "dtype": self.dtype,
+        }
+        if self.scan_layers:
+            self.blocks = make_block(**block)
+        else:
+            self.blocks = [make_block(**block) for _ in range(self.depth)]
+        self.norm = LayerNorm(epsilon=self.norm_epsilon)
+        self.head = nn.Dense(self.num_classes, kernel_init=init_weights)
+        if self.distilled:
+            self.head_dist = nn.Dense(self.num_classes, kernel_init=init_weights)
+
+    def _check(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
+            )
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
+        if self.pool not in ("token", "mean"):
+            raise ValueError(f"pool={self.pool!r} is neither 'token' nor 'mean'.")
+        if self.pool == "token" and not self.class_token:
+            raise ValueError("pool='token' needs class_token=True; use pool='mean' without one.")
+        if self.distilled and self.pool != "token":
+            raise ValueError("distilled=True needs pool='token'.")
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a training image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLPs."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return self.class_token + self.distilled + self.register_tokens
+
+    @property
+    def positioned_prefix(self) -> int:
+        """Tokens before the patches that have a position embedding."""
+        return (self.class_token + self.distilled) if self.prefix_positions else 0
+
+    def macs(self, tokens: ArrayLike) -> np.ndarray:
+        """Multiply-accumulates for images with the given numbers of active patch tokens.
+
+        The patch embedding is counted for the whole grid of a training image.
+        """
+        sequence = np.asarray(tokens, np.float64) + self.prefix_length
+        blocks = self.depth * flops.block(sequence, self.width, self.mlp_hidden)
+        return self.embed_macs + blocks + self.head_macs
+
+    @property
+    def embed_macs(self) -> float:
+        """Multiply-accumulates of the patch embedding."""
+        return flops.dense(self.grid_size**2, 3 * self.patch_size**2, self.width)
+
+    @property
+    def head_macs(self) -> float:
+        """Multiply-accumulates of the classification head or heads."""
+        return (1 + self.distilled) * flops.dense(1, self.width, self.num_classes)
+
+    def positions(self, size: tuple[int, int]) -> Array:
+        """Position embeddings of the patches on a grid of that size: [h, w, D] float32."""
+        side = self.grid_size
+        own = self.pos_embed[self.positioned_prefix :].reshape(side, side, self.width)
+        return grid.resize_positions(own, size)
+
+    def prefix(self, batch: int) -> Array:
+        """Class, distillation and register tokens with their positions: [B, P, D]."""
+        tokens = []
+        if self.class_token:
+            tokens.append(self.cls_token)
+        if self.distilled:
+            tokens.append(self.dist_token)
+        tokens = [jnp.concatenate(tokens)] if tokens else []
+        if tokens and self.prefix_positions:
+            tokens[0] = tokens[0] + self.pos_embed[: self.positioned_prefix]
+        if self.register_tokens:
+            tokens.append(self.reg_tokens)
+        if not tokens:
+            return jnp.zeros((batch, 0, self.width), self.dtype)
+        stacked = jnp.concatenate(tokens).astype(self.dtype)
+        return jnp.broadcast_to(stacked[None], (batch, *stacked.shape))
+
+    def encode(self, x: Array, *, train: bool, weights: Array | None = None) -> Array:
+        """Puts the prefix before patch tokens and runs all blocks and the last norm.
+
+        Args:
+          x: [B, N, D] patch tokens with positions, in any order.
+          train: whether stochastic depth is on.
+          weights: [B, N], 0 where a token is hidden from all others, else 1; None: all count.
+
+        Returns:
+          [B, P + N, D].
+        """
+        x = jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
+        if weights is not None:
+            seen = jnp.ones((x.shape[0], self.prefix_length), weights.dtype)
+            weights = jnp.concatenate([seen, weights], axis=1)
+        return self.norm(self._run_blocks(x, weights, train))
+
+    def _run_blocks(self, x: Array, weights: Array | None, train: bool) -> Array:
+        rates = None
+        if train and self.drop_path:
+            rates = jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
+        if not self.scan_layers:
+            for layer, block in enumerate(self.blocks):
+                x = block(x, None if rates is None else rates[layer], weights)
+            return x
+
+        def step(block: Callable[..., Array], x: Array, rate: Array | None) -> tuple[Array, None]:
+            return block(x, rate, weights), None
+
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=self.depth,
+        )
+        return scan(self.blocks, x, rates)[0]
+
+    def classify(
+        self, x: Array, *, train: bool, areas: Array | None = None
+    ) -> tuple[Array, Array | None]:
+        """Logits from encoded tokens.
+
+        Args:
+          x: [B, P + N, D] encoded tokens.
+          train: a distilled model returns its two heads apart in training, averaged otherwise.
+          areas: [B, N], how many fine cells each patch token stands for; mean pooling weighs by it.
+
+        Returns:
+          Logits [B, classes] float32, and those of the distillation head or None.
+        """
+        if self.pool == "mean":
+            patch_tokens = x[:, self.prefix_length :].astype(jnp.float32)
+            if areas is None:
+                pooled = patch_tokens.mean(axis=1)
+            else:
+                share = areas / areas.sum(axis=1, keepdims=True)
+                pooled = jnp.einsum("bnd,bn->bd", patch_tokens, share)
+            return self.head(pooled), None
+        logits = self.head(x[:, 0].astype(jnp.float32))
+        if not self.distilled:
+            return logits, None
+        distilled = self.head_dist(x[:, 1].astype(jnp.float32))
+        return (logits, distilled) if train else ((logits + distilled) / 2, None)
+
+    def __call__(self, images: Array, *, train: bool = False) -> Output:
+        """Classifies images.
+
+        Args:
+          images: [B, H, W, 3] float32, normalised with `mean` and `std`; H and W whole numbers of
+            patches.
+          train: turns stochastic depth on (rng stream "dropout").
+        """
+        check_images(images, self.patch_size)
+        x = self.patch_embed(images)
+        batch, *size, width = x.shape
+        x = x + self.positions(tuple(size)).astype(x.dtype)[None]
+        x = self.encode(x.reshape(batch, -1, width), train=train)
+        logits, distilled = self.classify(x, train=train)
+        tokens = jnp.full((batch,), size[0] * size[1], jnp.int32)
+        return Output(logits=logits, tokens=tokens, distilled_logits=distilled)
+
+
+def check_images(images: Array, multiple: int) -> None:
+    """Raises ValueError unless images are [B, H, W, 3], H and W divisible by `multiple`."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"Images must be [batch, height, width, 3], got shape {tuple(images.shape)}; "
+            "convert grey or RGBA images to RGB and add a batch axis to a single one."
+        )
+    height, width = images.shape[1:3]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"An image of {height} x {width} px does not divide into patches of {multiple} px; "
+            f"resize it to a multiple of {multiple}."
+        )

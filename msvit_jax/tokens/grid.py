@@ -1,0 +1,107 @@
+"""Grids of patches, regions and slots: static-shape array functions without parameters.
+
+A *region* is a square of 2 x 2 fine cells that one coarse token can stand for. *Slots* hold the
+places of a region's fine cells in region-major order, so an array of slots has the length of the
+fine grid whatever a gate decides: slot 0 of a region carries its coarse token or its first fine
+one, slots 1 to 3 its other fine tokens or nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+REGION = 2  # fine cells along one side of a region
+
+
+def patches(images: Array, size: int) -> Array:
+    """Cuts images into squares: [B, H, W, C] -> [B, H/size, W/size, size, size, C].
+
+    Raises:
+      ValueError: where the image is not a whole number of patches.
+    """
+    batch, height, width, channels = images.shape
+    if height % size or width % size:
+        raise ValueError(
+            f"An image of {height} x {width} px is not a whole number of {size} px patches; "
+            f"use an image size divisible by {size}."
+        )
+    split = images.reshape(batch, height // size, size, width // size, size, channels)
+    return split.transpose(0, 1, 3, 2, 4, 5)
+
+
+def pool(cells: Array, size: int = REGION) -> Array:
+    """Averages squares of cells: [..., H, W, C] -> [..., H/size, W/size, C].
+
+    On an image, bilinear resizing by one half is exactly this mean.
+    """
+    *lead, height, width, channels = cells.shape
+    split = cells.reshape(*lead, height // size, size, width // size, size, channels)
+    return split.mean(axis=(-4, -2))
+
+
+def to_regions(cells: Array, size: int = REGION) -> Array:
+    """Orders a grid region by region: [B, H, W, D] -> [B, R, size**2, D], regions row-major."""
+    split = patches(cells, size)
+    batch, rows, columns, *_, width = split.shape
+    return split.reshape(batch, rows * columns, size * size, width)
+
+
+def from_regions(regions: Array, grid: tuple[int, int], size: int = REGION) -> Array:
+    """Undoes `to_regions`: [B, R, size**2, D] and the grid of regions -> [B, H, W, D]."""
+    batch, _, _, width = regions.shape
+    rows, columns = grid
+    split = regions.reshape(batch, rows, columns, size, size, width).transpose(0, 1, 3, 2, 4, 5)
+    return split.reshape(batch, rows * size, columns * size, width)
+
+
+def mix_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
+    """Fills each region's slots with its coarse token or with its fine ones.
+
+    Linear in `is_coarse`, so a straight-through decision passes gradient to its gate here.
+
+    Args:
+      fine: [B, R, S, D] fine tokens, region by region.
+      coarse: [B, R, D] coarse tokens.
+      is_coarse: [B, R], 1 where the coarse token stands for the region, 0 where the fine ones do.
+
+    Returns:
+      [B, R, S, D]. Slots 1 to S-1 of coarse regions keep their fine token: `slot_weights` hides it.
+    """
+    first = jnp.zeros(fine.shape[2], fine.dtype).at[0].set(1)
+    share = is_coarse.astype(fine.dtype)[:, :, None, None] * first[None, None, :, None]
+    return fine + share * (coarse[:, :, None, :] - fine)
+
+
+def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
+    """Which slots hold a token: [B, R] -> [B, R, slots]; slot 0 always does."""
+    rest = 1 - is_coarse[:, :, None]
+    return jnp.concatenate([jnp.ones_like(rest), jnp.repeat(rest, slots - 1, axis=2)], axis=2)
+
+
+def slot_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
+    """How many fine cells each slot's token stands for: [B, R] -> [B, R, slots]."""
+    weights = slot_weights(is_coarse, slots)
+    return weights.at[:, :, 0].add((slots - 1) * is_coarse)
+
+
+def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array:
+    """A dense map from slots, each coarse token repeated over the cells it stands for.
+
+    Args:
+      slots: [B, R, S, D] tokens.
+      is_coarse: [B, R] decisions, 0 or 1.
+      grid: (rows, columns) of regions.
+
+    Returns:
+      [B, H, W, D] on the fine grid (MSViT, dense prediction).
+    """
+    repeated = jnp.where(is_coarse[:, :, None, None] > 0.5, slots[:, :, :1], slots)
+    return from_regions(repeated, grid)
+
+
+def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
+    """Resizes position embeddings [h, w, D] to another grid, bicubic with antialiasing."""
+    if positions.shape[:2] == tuple(grid):
+        return positions
+    shape = (*grid, positions.shape[-1])
+    return jax.image.resize(positions, shape, method="bicubic", antialias=True)
