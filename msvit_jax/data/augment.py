@@ -1,18 +1,26 @@
-"""Random changes of a training image, each a function of uint8 pixels and a generator.
+"""Random changes of a training image, each a function of uint8 [H, W, 3] pixels and a generator.
 
 Mixup and cutmix need the whole batch; they are in `mix.py` and run on the device.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean: what rotation and shear uncover
+COLOUR_STD = (58.4, 57.1, 57.4)
+MAX_MAGNITUDE = 10.0
 
 
 def flip(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors [H, W, C] left to right, every other time."""
+    """Mirrors left to right, every other time."""
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
 def shift(pixels: np.ndarray, reach: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves [H, W, C] by up to `reach` pixels each way; the border's pixels fill the gap.
+    """Moves by up to `reach` pixels each way; the border's pixels fill the gap.
 
     The same as padding by `reach` with the edge and cropping at random.
     """
@@ -21,3 +29,122 @@ def shift(pixels: np.ndarray, reach: int, rng: np.random.Generator) -> np.ndarra
     rows = np.arange(dy, dy + height).clip(0, height - 1)
     columns = np.arange(dx, dx + width).clip(0, width - 1)
     return pixels.take(rows, axis=0).take(columns, axis=1)
+
+
+def color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Scales brightness, contrast and saturation by up to 1 +- `strength` each, in any order."""
+    image = Image.fromarray(pixels)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for choice in rng.permutation(len(enhancers)):
+        factor = rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)
+        image = enhancers[choice](image).enhance(factor)
+    return np.asarray(image)
+
+
+def random_erasing(
+    pixels: np.ndarray,
+    probability: float,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> np.ndarray:
+    """Fills a random rectangle with noise (Zhong et al. 2017; per-pixel noise as DeiT uses it).
+
+    Args:
+        pixels: uint8 [H, W, 3]; not changed in place.
+        probability: of erasing at all.
+        rng: source of the draws.
+        area: smallest and largest share of the image.
+        ratio: smallest and largest height / width; the logarithm is uniform.
+    """
+    if rng.random() >= probability:
+        return pixels
+    height, width = pixels.shape[:2]
+    for _ in range(10):
+        target = height * width * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < h < height and 0 < w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            noise = rng.normal(MEAN_COLOUR, COLOUR_STD, size=(h, w, 3))
+            erased = pixels.copy()
+            erased[top : top + h, left : left + w] = noise.clip(0, 255)
+            return erased
+    return pixels
+
+
+def rand_augment(
+    pixels: np.ndarray, num_ops: int, magnitude: float, std: float, rng: np.random.Generator
+) -> np.ndarray:
+    """RandAugment (Cubuk et al. 2019) in the increasing form of timm's `rand-mX-mstdY-inc1`.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        num_ops: operations drawn (with replacement); each is applied with probability 1/2.
+        magnitude: mean strength, 0 to 10.
+        std: standard deviation of the strength.
+        rng: source of the draws.
+    """
+    image = Image.fromarray(pixels)
+    names = list(OPERATIONS)
+    for choice in rng.integers(len(names), size=num_ops):
+        strength = float(np.clip(rng.normal(magnitude, std), 0.0, MAX_MAGNITUDE)) / MAX_MAGNITUDE
+        sign = 1 if rng.random() < 0.5 else -1
+        if rng.random() < 0.5:
+            image = OPERATIONS[names[choice]](image, strength, sign)
+    return np.asarray(image)
+
+
+# An operation takes the image, a strength from 0 to 1, and a sign where the change has a direction.
+Operation = Callable[[Image.Image, float, int], Image.Image]
+
+
+def _affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        coefficients,
+        Image.Resampling.BILINEAR,
+        fillcolor=MEAN_COLOUR,
+    )
+
+
+def _rotate(image: Image.Image, strength: float, sign: int) -> Image.Image:
+    angle = 30.0 * strength * sign
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=MEAN_COLOUR)
+
+
+def _solarize_add(image: Image.Image, strength: float, sign: int) -> Image.Image:
+    del sign
+    added = min(128, int(110 * strength))
+    return image.point([min(255, v + added) if v < 128 else v for v in range(256)] * 3)
+
+
+def _enhance(enhancer: type[ImageEnhance._Enhance]) -> Operation:
+    def operation(image: Image.Image, strength: float, sign: int) -> Image.Image:
+        return enhancer(image).enhance(max(0.1, 1.0 + 0.9 * strength * sign))
+
+    return operation
+
+
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": lambda image, strength, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, sign: ImageOps.equalize(image),
+    "invert": lambda image, strength, sign: ImageOps.invert(image),
+    "rotate": _rotate,
+    "posterize": lambda image, strength, sign: ImageOps.posterize(image, 4 - int(4 * strength)),
+    "solarize": lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
+    "solarize_add": _solarize_add,
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": lambda image, strength, sign: _affine(image, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
+    "shear_y": lambda image, strength, sign: _affine(image, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
+    "translate_x": lambda image, strength, sign: _affine(
+        image, (1, 0, 0.45 * strength * sign * image.width, 0, 1, 0)
+    ),
+    "translate_y": lambda image, strength, sign: _affine(
+        image, (1, 0, 0, 0, 1, 0.45 * strength * sign * image.height)
+    ),
+}

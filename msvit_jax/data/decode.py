@@ -26,13 +26,12 @@ def open_image(encoded: bytes | np.ndarray) -> Image.Image:
 
 def resized_crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     """Cuts a box out of an image and resizes it, bicubic and antialiased, to uint8 [S, S, 3]."""
-    width = image.width
+    full = image.size
     _decode_scaled(image, min(box[2] - box[0], box[3] - box[1]), size)
-    if image.width != width:
-        scale = image.width / width
-        box = tuple(edge * scale for edge in box)  # type: ignore[assignment]
     rgb = to_rgb(image)
-    # A scaled size is rounded up, so a box on the border may lie a hair outside.
+    across, down = rgb.width / full[0], rgb.height / full[1]
+    box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    # Rounding must not put an edge a hair outside.
     box = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
     if rgb.size == (size, size) and box == (0, 0, size, size):
         return np.asarray(rgb)
@@ -88,9 +87,13 @@ def random_box(
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            return float(left), float(top), float(left + w), float(top + h)
-    w, h = float(min(width, height * ratio[1])), float(min(height, width / ratio[0]))
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    return _largest_centre_box(width, height, ratio)
+
+
+def _largest_centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+    w, h = min(width, height * ratio[1]), min(height, width / ratio[0])
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
 

@@ -152,16 +152,22 @@ class TrainTransform(grain.transforms.RandomMap):
     crop_ratio: tuple[float, float]
     flip: bool
     pad_shift: int
+    randaugment: dict[str, Any] | None
+    color_jitter: float
+    erasing: float
 
     @classmethod
     def of(cls, config: ConfigDict) -> "TrainTransform":
         """Takes its fields from the `data` section."""
         return cls(
             size=config.image_size,
-            crop_scale=config.crop_scale,
-            crop_ratio=config.crop_ratio,
+            crop_scale=config.crop_scale and tuple(config.crop_scale),
+            crop_ratio=tuple(config.crop_ratio),
             flip=config.flip,
             pad_shift=config.pad_shift,
+            randaugment=config.randaugment.to_dict() if config.randaugment.num_ops else None,
+            color_jitter=config.color_jitter,
+            erasing=config.erasing,
         )
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> Batch:
@@ -171,7 +177,13 @@ class TrainTransform(grain.transforms.RandomMap):
             pixels = augment.flip(pixels, rng)
         if self.pad_shift:
             pixels = augment.shift(pixels, self.pad_shift, rng)
-        return {"image": pixels, "label": np.int32(element["label"])}
+        if self.randaugment:
+            pixels = augment.rand_augment(pixels, rng=rng, **self.randaugment)
+        if self.color_jitter:
+            pixels = augment.color_jitter(pixels, self.color_jitter, rng)
+        if self.erasing:
+            pixels = augment.random_erasing(pixels, self.erasing, rng)
+        return {"image": pixels, "label": np.asarray(element["label"], np.int32)}
 
     def _crop(self, element: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
         if self.crop_scale is None:
@@ -228,8 +240,8 @@ def _eval_example(index: int, examples: sources.Examples, size: int, crop: float
     example = examples[index if valid else 0]
     made = {
         "image": centre_crop(example, size, crop),
-        "label": np.int32(example["label"]),
-        "valid": np.bool_(valid),
+        "label": np.asarray(example["label"], np.int32),
+        "valid": np.asarray(valid),
     }
     if sources.MASK in example:
         made[sources.MASK] = _mask(example, size, crop)
@@ -272,7 +284,7 @@ def _decoded(
     if key not in _CACHE:
         _CACHE.clear()  # one split at a time: this can be most of the memory in use
         _CACHE[key] = _CachedExamples(
-            _decode_example(examples[index], size) for index in range(len(examples))
+            _decode_example(example, size) for example in examples.in_order()
         )
     return _CACHE[key]
 

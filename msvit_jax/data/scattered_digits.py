@@ -114,7 +114,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def digit_indices(split: str) -> np.ndarray:
-    """Returns the indices in `load_digits()` that a split draws from; no digit serves two splits."""
+    """Returns the indices in `load_digits()` that a split draws from; none serves both."""
     target = sklearn_datasets.load_digits().target
     order = np.random.default_rng(0).permutation(len(target))
     chosen = []

@@ -1,0 +1,105 @@
+"""Mixup and cutmix on the device, over the whole global batch, inside the jitted train step.
+
+Written on global arrays: under jit with a sharded batch the result is that of one device.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from msvit_jax.errors import UserError
+
+
+class Mixed(NamedTuple):
+    """A mixed batch: `images` [B, H, W, 3] and `targets` [B, C]."""
+
+    images: jax.Array
+    targets: jax.Array
+
+
+def mix(
+    key: jax.Array,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+) -> Mixed:
+    """Applies mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019) with the reversed batch.
+
+    One draw serves the whole batch, as timm's "batch" mode does: whether to mix at all, which of
+    the two, and the share lam ~ Beta(alpha, alpha) that an image keeps of itself.
+
+    Args:
+        key: PRNG key of the step.
+        images: floating point [B, H, W, 3], B the global batch.
+        targets: [B, C], rows sum to 1.
+        mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
+        cutmix: alpha of cutmix's; 0 turns cutmix off.
+        prob: probability of mixing this batch.
+        switch_prob: probability of cutmix where both are on.
+
+    Raises:
+        UserError: a negative alpha, or a probability outside [0, 1].
+    """
+    if min(mixup, cutmix) < 0 or not (0 <= prob <= 1 and 0 <= switch_prob <= 1):
+        raise UserError(
+            f"data.mixup={mixup} and data.cutmix={cutmix} must not be negative, and "
+            f"data.mix_prob={prob} and data.mix_switch_prob={switch_prob} must be in 0 to 1."
+        )
+    if not mixup and not cutmix:
+        return Mixed(images, targets)
+    draw = _draw(key, mixup, cutmix, prob, switch_prob)
+    kept = jnp.where(draw.use_cutmix, 1.0, draw.lam).astype(images.dtype)
+    blended = kept * images + (1 - kept) * images[::-1]
+    box = _box(draw, images.shape[1], images.shape[2])
+    pasted = jnp.where(box[:, :, None], images[::-1], blended)
+    # The rectangle has whole pixels and stops at the border: lam is what is really kept.
+    lam = jnp.where(draw.use_cutmix, 1.0 - jnp.mean(box, dtype=jnp.float32), draw.lam)
+    lam = lam.astype(targets.dtype)
+    return Mixed(pasted, lam * targets + (1 - lam) * targets[::-1])
+
+
+@flax.struct.dataclass
+class _Draw:
+    lam: jax.Array
+    use_cutmix: jax.Array
+    centre: jax.Array
+
+
+def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob: float) -> _Draw:
+    """Draws what one batch needs; lam = 1 leaves the batch as it is."""
+    on, switch, mixup_key, cutmix_key, place = jax.random.split(key, 5)
+    if mixup and cutmix:
+        use_cutmix = jax.random.bernoulli(switch, switch_prob)
+    else:
+        use_cutmix = jnp.asarray(bool(cutmix))
+    lam = jnp.where(
+        use_cutmix,
+        jax.random.beta(cutmix_key, cutmix or 1.0, cutmix or 1.0, dtype=jnp.float32),
+        jax.random.beta(mixup_key, mixup or 1.0, mixup or 1.0, dtype=jnp.float32),
+    )
+    lam = jnp.where(jax.random.bernoulli(on, prob), lam, 1.0)
+    return _Draw(lam, use_cutmix, jax.random.uniform(place, (2,), dtype=jnp.float32))
+
+
+def _box(draw: _Draw, height: int, width: int) -> jax.Array:
+    """Returns bool [H, W]: cutmix's rectangle of area 1 - lam, cut off at the border."""
+    size = jnp.sqrt(1.0 - draw.lam) * draw.use_cutmix.astype(jnp.float32)
+    rows = _span(draw.centre[0], size, height)
+    columns = _span(draw.centre[1], size, width)
+    return rows[:, None] & columns[None, :]
+
+
+def _span(centre: jax.Array, size: jax.Array, length: int) -> jax.Array:
+    """Returns bool [length]: the pixels of an interval of `size * length` around `centre`."""
+    middle = jnp.floor(centre * length).astype(jnp.int32)
+    cut = jnp.floor(size * length).astype(jnp.int32)
+    position = lax.iota(jnp.int32, length)
+    start = middle - cut // 2
+    return (position >= start) & (position < start + cut)
