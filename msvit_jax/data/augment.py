@@ -120,7 +120,7 @@ def _solarize_add(image: Image.Image, strength: float, sign: int) -> Image.Image
     return image.point([min(255, v + added) if v < 128 else v for v in range(256)] * 3)
 
 
-def _enhance(enhancer: type[ImageEnhance._Enhance]) -> Operation:
+def _enhance(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
     def operation(image: Image.Image, strength: float, sign: int) -> Image.Image:
         return enhancer(image).enhance(max(0.1, 1.0 + 0.9 * strength * sign))
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from msvit_jax.errors import UserError
 
@@ -116,4 +116,4 @@ def unreadable(example: dict[str, Any], error: Exception) -> UserError:
 
 
 # What Pillow raises on truncated, damaged and unknown data.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, UnidentifiedImageError, EOFError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

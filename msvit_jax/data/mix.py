@@ -3,9 +3,9 @@
 Written on global arrays: under jit with a sharded batch the result is that of one device.
 """
 
+import dataclasses
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -65,7 +65,7 @@ def mix(
     return Mixed(pasted, lam * targets + (1 - lam) * targets[::-1])
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Draw:
     lam: jax.Array
     use_cutmix: jax.Array

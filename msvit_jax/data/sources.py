@@ -4,11 +4,12 @@
 missing is said together with the command that makes it.
 """
 
+import contextlib
 import dataclasses
+import io
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,29 +217,50 @@ def _prepare_embedded(name: str, root: Path) -> Path:
 
 
 def _prepare_aside(config: str, root: Path, folder: Path) -> None:
-    """Prepares in a folder of its own and renames it, so that processes cannot meet half-way."""
+    """Prepares `scattered_digits`; of several processes that start at once the fastest wins."""
     logging.info("Preparing %s/%s in %s (about half a minute, once).", EMBEDDED, config, root)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = tempfile.mkdtemp(prefix=f".{EMBEDDED}.", dir=root)
     try:
-        builder = scattered_digits.ScatteredDigits(
-            data_dir=aside, config=config, file_format=tfds.core.FileFormat.ARRAY_RECORD
+        prepare_aside(
+            lambda aside: scattered_digits.ScatteredDigits(
+                data_dir=aside, config=config, file_format=tfds.core.FileFormat.ARRAY_RECORD
+            ),
+            root,
         )
-        prepare_quietly(builder)
+    except FileExistsError:
+        if not (folder / "dataset_info.json").exists():
+            raise
+        # Another process was faster. Its data are the same, byte for byte.
+
+
+def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -> Path:
+    """Runs a builder in a folder of its own and renames the result: all of it, or nothing.
+
+    Args:
+        make: returns the builder for a given data_dir.
+        root: where the data set belongs; made where it is missing.
+
+    Raises:
+        FileExistsError: the data set is there already.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preparing.", dir=root) as aside:
+        builder = make(aside)
+        _prepare_quietly(builder)
+        made = Path(builder.data_dir)
+        folder = root / made.relative_to(aside)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(builder.data_dir, folder)
-        except OSError:
-            # Another process was faster. Its data are the same, byte for byte.
-            if not (folder / "dataset_info.json").exists():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            os.rename(made, folder)
+        except OSError as error:
+            raise FileExistsError(f"{folder} exists already") from error
+    return folder
 
 
-def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
-    """Runs a builder without the dozen progress bars that TFDS draws."""
+def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares without the progress bars and lines that TFDS prints."""
     tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     finally:
         tfds.enable_progress_bar()
