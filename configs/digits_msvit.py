@@ -1,0 +1,37 @@
+"""MSViT on scattered digits, fine-tuned from the dense ViT of digits_vit.py.
+
+    python train.py --config=configs/digits_msvit.py --workdir=runs/digits_msvit \
+        --config.init_from=runs/digits_vit
+
+Fine patches of 8 px, coarse ones of 16 px: 16 regions, 16 to 64 tokens an image.
+Cost: not yet measured.
+Expect: not yet measured.
+"""
+
+from ml_collections import config_dict
+
+from msvit_jax.config import base
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = base()
+    config.model = {
+        "name": "msvit_tiny_patch16_224",
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 96,
+        "depth": 4,
+        "heads": 4,
+    }
+    config.data.name = "scattered_digits"
+    config.data.image_size = 64
+    config.data.pad_shift = 4
+    config.batch_size = 128
+    config.epochs = 6.0
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.gate_learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 0.5
+    config.loss.gate.kind = "gbas"
+    config.loss.gate.weight = 4.0
+    config.loss.gate.target = 0.3
+    return config

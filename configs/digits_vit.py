@@ -1,0 +1,31 @@
+"""Dense ViT on scattered digits: 64 px, patches of 8 px, 64 tokens, 96 wide, 4 layers.
+
+    python train.py --config=configs/digits_vit.py --workdir=runs/digits_vit
+
+Cost: not yet measured.
+Expect: not yet measured.
+"""
+
+from ml_collections import config_dict
+
+from msvit_jax.config import base
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = base()
+    config.model = {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 64,
+        "patch_size": 8,
+        "width": 96,
+        "depth": 4,
+        "heads": 4,
+    }
+    config.data.name = "scattered_digits"
+    config.data.image_size = 64
+    config.data.pad_shift = 4
+    config.batch_size = 128
+    config.epochs = 20.0
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_epochs = 1.0
+    return config

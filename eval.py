@@ -1,0 +1,44 @@
+"""Evaluates a run: python eval.py --workdir=DIR [--sweep].
+
+Prints a table, then one JSON object as the last line. --model.key=value and --data.key=value
+change the model or the data it is evaluated with: --model.gate=random --model.fine_share=0.3.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags
+
+from msvit_jax import config, errors, evaluate, launch
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's workdir.")
+_WHICH = flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
+_SPLIT = flags.DEFINE_string("split", None, "Split to evaluate; the config's eval_split if unset.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Global batch size; the config's if unset.")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Also draw the curve over gate thresholds.")
+_THRESHOLDS = flags.DEFINE_list(
+    "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds of --sweep."
+)
+flags.mark_flags_as_required(["workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates."""
+    launch.start(argv)
+    result = evaluate.evaluate_run(
+        pathlib.Path(_WORKDIR.value),
+        which=_WHICH.value,
+        split=_SPLIT.value,
+        batch_size=_BATCH.value,
+        overrides=overrides,
+        thresholds=[float(t) for t in _THRESHOLDS.value] if _SWEEP.value else (),
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    overrides = config.take_overrides(sys.argv, ("model", "data", "config"))
+    errors.run(main)

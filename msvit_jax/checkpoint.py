@@ -1,0 +1,289 @@
+"""Checkpoints of runs: saved asynchronously, the latest and the best kept, restored exactly.
+
+A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with the items `model`
+(parameters), `ema` (their moving average, where there is one), `trainer` (step, optimiser, priors
+of the gate's loss) and `about` (config, model metadata).
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from ml_collections import config_dict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.train.state import TrainState
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+SET_ASIDE = "damaged_checkpoints"
+BEST_BY = "top1"
+
+
+class Run(NamedTuple):
+    """A trained run: its config, its model, and variables for `model.apply`."""
+
+    config: config_dict.ConfigDict
+    model: nn.Module
+    variables: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(
+        self, workdir: str | pathlib.Path, *, keep_latest: int = 2, about: Any = None
+    ) -> None:
+        """Opens a workdir's checkpoints.
+
+        Args:
+          workdir: made if it does not exist.
+          keep_latest: how many of the newest to keep beside the best.
+          about: saved with each checkpoint as JSON.
+        """
+        self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self._about = about or {}
+        best = _metric
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            # Exactly these options: other spellings lose the newest or the best after a restart.
+            options=ocp.CheckpointManagerOptions(
+                best_fn=best,
+                best_mode="max",
+                preservation_policy=preservation_policy.AnyPreservationPolicy(
+                    [
+                        preservation_policy.LatestN(keep_latest),
+                        preservation_policy.BestN(
+                            get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+            ),
+        )
+
+    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Starts saving in the background; `metrics` decide which checkpoint is best."""
+        if self._manager.latest_step() == step:
+            return
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        items["about"] = ocp.args.JsonSave(self._about)
+        # Only that one figure: Orbax keeps metrics as JSON, and best_fn needs no other.
+        kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState | None, list[str]]:
+        """Restores the newest checkpoint that is whole.
+
+        Damaged newer ones are moved to `damaged_checkpoints/`.
+
+        Args:
+          like: a state of `jax.ShapeDtypeStruct`s with shardings.
+
+        Returns:
+          The state, or None if there is no checkpoint; and a message for each damaged one.
+
+        Raises:
+          UserError: there are checkpoints, and none can be restored.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = self._restore(step, like)
+            except Exception as error:
+                # Orbax and tensorstore raise many types for a truncated file.
+                damaged[step] = f"{type(error).__name__}: {_first_line(error)}"
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return state, [
+                f"checkpoint {bad} is damaged ({why}); moved to {SET_ASIDE}/, using {step}"
+                for bad, why in damaged.items()
+            ]
+        if damaged:
+            reasons = "".join(f"\n  step {step}: {why}" for step, why in damaged.items())
+            raise UserError(
+                f"No checkpoint in {self._directory} can be restored; remove the workdir to start "
+                f"anew.{reasons}"
+            )
+        return None, []
+
+    def _restore(self, step: int, like: TrainState) -> TrainState:
+        args = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        trainer = restored["trainer"]
+        return like.replace(
+            step=trainer["step"],
+            params={"model": restored["model"], "gate_loss": trainer["gate_loss"]},
+            opt_state=trainer["opt_state"],
+            ema=restored["ema"] if like.ema is not None else None,
+        )
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            target = self._directory.parent / SET_ASIDE / str(step)
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(str(self._directory / str(step)), str(target))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes were told to stop; needs `jax.distributed.initialize`."""
+        return self._manager.reached_preemption(step)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Blocks until what was started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the directory."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _metric(metrics: Mapping[str, float]) -> float:
+    return metrics[BEST_BY]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "model": state.params["model"],
+        "trainer": {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "gate_loss": state.params["gate_loss"],
+        },
+    }
+    if state.ema is not None:
+        items["ema"] = state.ema
+    return items
+
+
+def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
+    """Reads the config that a workdir was trained with.
+
+    Raises:
+      UserError: it is not a workdir.
+    """
+    file = pathlib.Path(workdir) / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(
+            f"{str(workdir)!r} is not the workdir of a run: it has no {CONFIG_FILE}. "
+            "Train one with: python train.py --config=... --workdir=..."
+        )
+    return configs.from_json(file.read_text())
+
+
+def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
+    """Returns the step of a workdir's 'best' or 'latest' checkpoint, or checks a number.
+
+    'best' is the newest where no checkpoint was evaluated.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    directory = pathlib.Path(workdir) / CHECKPOINTS
+    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    if not steps:
+        raise UserError(f"No checkpoint in {str(directory)!r}; has the run saved one yet?")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        scores = {s: m for s in steps if (m := _score(directory / str(s))) is not None}
+        return max(scores, key=lambda s: (scores[s], s)) if scores else steps[-1]
+    if str(which).isdigit() and int(which) in steps:
+        return int(which)
+    raise UserError(f"No checkpoint {which!r}; use 'best', 'latest', or a step of {steps}.")
+
+
+def _score(directory: pathlib.Path) -> float | None:
+    file = directory / "metrics" / "metrics"
+    return float(json.loads(file.read_text())[BEST_BY]) if file.is_file() else None
+
+
+def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
+    """Loads a trained run: the moving average of its parameters where it has one.
+
+    Args:
+      workdir: of the run.
+      which: 'best', 'latest', or a step.
+
+    Raises:
+      UserError: not a workdir, no checkpoint, or one that is damaged.
+    """
+    config = read_config(workdir)
+    params = load_params(workdir, which)
+    model = configs.build_model(config)
+    return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)})
+
+
+def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, Any]:
+    """Loads a run's model parameters (their moving average, if any) as NumPy arrays."""
+    step = find_step(workdir, which)
+    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
+    item = directory / ("ema" if (directory / "ema").exists() else "model")
+    try:
+        return _read_tree(item)
+    except Exception as error:
+        raise UserError(
+            f"Checkpoint {step} in {str(workdir)!r} is damaged ({_first_line(error)}); "
+            f"another one can be chosen by its step: {_steps_text(workdir, step)}."
+        ) from error
+
+
+def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
+    directory = pathlib.Path(workdir) / CHECKPOINTS
+    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    return ", ".join(str(s) for s in steps if s != without) or "there is none"
+
+
+def _read_tree(path: pathlib.Path) -> dict[str, Any]:
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return checkpointer.restore(path, restore_args=as_numpy)
+
+
+def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:
+    """Writes the config into a new workdir, or checks that an old one was made with the same.
+
+    Raises:
+      UserError: it belongs to another config; the message lists what differs.
+    """
+    directory = pathlib.Path(workdir)
+    file = directory / CONFIG_FILE
+    if file.is_file():
+        changes = configs.differences(config, read_config(directory))
+        if changes:
+            raise UserError(
+                f"{str(workdir)!r} belongs to another config:\n  "
+                + "\n  ".join(changes)
+                + "\nUse another --workdir, or give these keys the workdir's values to resume it."
+            )
+    elif jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        file.write_text(configs.to_json(config))
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax's and JAX's info lines out of the terminal report."""
+    logging.set_verbosity(logging.WARNING)

@@ -1,0 +1,320 @@
+"""Configs: the defaults that every file in `configs/` builds on, and command-line overrides.
+
+One config file is one result: it defines `get_config()`, which starts from `base()`, changes what
+it needs and says in its docstring how to run it, what that costs and what to expect.
+"""
+
+import ast
+import dataclasses
+import importlib
+import json
+import pathlib
+import runpy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from msvit_jax.errors import UserError, nearest
+
+# What may differ between a run and its resumption: where things lie and how often things are
+# shown, never what is computed.
+FREE_TO_CHANGE = (
+    "steps",
+    "log_every_steps",
+    "log_images",
+    "mesh.data",
+    "mesh.fsdp",
+    "checkpoint.keep_latest",
+    "checkpoint.every_steps",
+    "data.data_dir",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+)
+
+
+def base() -> config_dict.ConfigDict:
+    """Returns every key with its default; the units are in the comments."""
+    data = importlib.import_module("msvit_jax.data")
+    optional = config_dict.placeholder
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    # name: one of msvit_jax.list_models(); every other key overrides an attribute of that model.
+    config.model = {"name": "vit_tiny_patch16_224"}
+    config.dtype = "float32"  # of the computation; parameters are float32 always
+    config.data = data.default_config()
+    config.batch_size = 128  # global, images per optimiser step
+    config.eval_batch_size = optional(int)  # None: batch_size
+    config.epochs = 10.0
+    config.steps = optional(
+        int
+    )  # stops here, part of the way through `epochs`; a later run can go on
+    config.eval_every_epochs = 1.0
+    config.log_every_steps = 50
+    config.log_images = 8  # token maps drawn for TensorBoard at each evaluation
+    config.init_from = ""  # another run's workdir, or a weights file
+    config.ema_decay = 0.0  # 0: no moving average of the parameters
+    config.optimizer = {
+        "learning_rate": 1e-3,
+        "min_learning_rate": 1e-5,
+        "warmup_epochs": 0.0,
+        "weight_decay": 0.05,
+        "b1": 0.9,
+        "b2": 0.999,
+        "layer_decay": 1.0,  # factor per layer counted from the head down
+        "clip_norm": 1.0,  # of the whole gradient; 0: no clipping
+        "accumulation": 1,  # pieces a batch is computed in
+        "gate_learning_rate": optional(float),  # None: learning_rate
+        "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
+    }
+    config.loss = {
+        "label_smoothing": 0.0,
+        "gate": {"weight": 1.0, **_gate_loss_defaults()},
+        "distillation": {
+            "teacher": "",  # a workdir, or a weights file together with `model`
+            "model": "",  # the teacher's registry name, for a weights file
+            "weight": 0.5,
+            "temperature": 1.0,
+            "kind": "soft",
+        },
+    }
+    config.mesh = {"data": -1, "fsdp": 1}  # devices per axis; -1: all that remain
+    config.checkpoint = {"keep_latest": 2, "every_steps": 0}  # 0: after evaluations only
+    return config
+
+
+def _gate_loss_defaults() -> dict[str, Any]:
+    """Attributes of `losses.GateLoss` and their defaults; the loss is off until a config asks."""
+    fields = dataclasses.fields(importlib.import_module("msvit_jax.losses").GateLoss)
+    ours = ("parent", "name", "grid_size")  # the grid is the model's
+    defaults = {f.name: f.default for f in fields if f.name not in ours}
+    return {**defaults, "kind": "none"}
+
+
+def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config_dict.ConfigDict:
+    """Reads a config file and applies overrides.
+
+    Args:
+      path: a Python file that defines `get_config()`.
+      overrides: {'data.mixup': 0.8}, or texts such as 'data.mixup=0.8'.
+
+    Raises:
+      UserError: no such file, a key that does not exist (with the nearest that does), or a value
+        of the wrong type.
+    """
+    config = _read(path)
+    _check_keys(config, base(), path)
+    items = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
+    for key, value in items:
+        set_key(config, key, value)
+    _check_names(config)
+    config.lock()
+    return config
+
+
+def take_overrides(argv: list[str], sections: Iterable[str] = ("config",)) -> list[str]:
+    """Removes `--config.key=value` arguments from argv and returns them as 'key=value'.
+
+    Args:
+      argv: the command line; changed in place.
+      sections: prefixes to take. All but 'config' stay part of the key: '--model.gate=random'
+        becomes 'model.gate=random'.
+    """
+    taken, rest = [], []
+    prefixes = {f"--{s}.": "" if s == "config" else f"{s}." for s in sections}
+    for argument in argv:
+        prefix = next((p for p in prefixes if argument.startswith(p)), None)
+        if prefix is None:
+            rest.append(argument)
+        else:
+            taken.append(prefixes[prefix] + argument.removeprefix(prefix))
+    argv[:] = rest
+    return taken
+
+
+def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
+    """Sets one dotted key; texts are read as Python literals of the type the key has.
+
+    Raises:
+      UserError: the key does not exist, or the value does not fit its type.
+    """
+    *parents, leaf = key.split(".")
+    known = list(flatten(config))
+    section = config
+    for parent in parents:
+        if not isinstance(section.get(parent), config_dict.ConfigDict):
+            raise UserError(f"Unknown config key {key!r}.{nearest(key, known)}")
+        section = section[parent]
+    if isinstance(section.get(leaf), config_dict.ConfigDict):
+        raise UserError(
+            f"{key!r} is a section of the config; set one of its keys, e.g. {key}.<key>."
+        )
+    if leaf in section:
+        section[leaf] = _coerce(key, value, section.get_type(leaf))
+    elif parents == ["model"]:
+        section[leaf] = _literal(value)  # any attribute of the model; build_model knows them
+    else:
+        raise UserError(f"Unknown config key {key!r}.{nearest(key, known)}")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {'optimizer.learning_rate': 1e-3, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | config_dict.ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """Returns the attributes that the config gives its model, without the name."""
+    attributes = {**config.model.to_dict()}
+    attributes.pop("name")
+    attributes.setdefault("dtype", config.dtype)
+    attributes["dtype"] = jnp.dtype(attributes["dtype"])
+    size = attributes.setdefault("image_size", config.data.image_size)
+    if size != config.data.image_size:
+        raise UserError(
+            f"model.image_size is {size} but data.image_size is {config.data.image_size}; "
+            "set both to the same number, or only data.image_size."
+        )
+    return attributes
+
+
+def build_model(config: config_dict.ConfigDict) -> nn.Module:
+    """Builds the config's model at the size of the config's images.
+
+    Raises:
+      UserError: unknown model, an attribute it does not have, or sizes that do not fit.
+    """
+    registry = importlib.import_module("msvit_jax.models.registry")
+    attributes = model_attributes(config)
+    try:
+        return registry.create_model(config.model.name, **attributes)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Model {config.model.name!r} cannot be built: {error}") from error
+
+
+def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Module:
+    """Builds the config's `losses.GateLoss` for the model's regions."""
+    options = {k: v for k, v in config.loss.gate.items() if k != "weight"}
+    losses = importlib.import_module("msvit_jax.losses")
+    return losses.GateLoss(**options, grid_size=getattr(model, "gate_grid", (1, 1)))
+
+
+def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.ConfigDict:
+    """Returns a copy that says what the config left to the data set: class count, image size."""
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        for key, value in (("num_classes", num_classes), ("image_size", config.data.image_size)):
+            if key not in resolved.model:
+                resolved.model[key] = value
+    return resolved
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Lists the keys in which two configs would compute something else, with both values."""
+    left, right = (flatten(json.loads(to_json(c))) for c in (ours, theirs))
+    missing = "(not set)"
+    return [
+        f"{key}: {left.get(key, missing)!r} here, {right.get(key, missing)!r} in the workdir"
+        for key in sorted(left.keys() | right.keys())
+        if key not in FREE_TO_CHANGE and left.get(key, missing) != right.get(key, missing)
+    ]
+
+
+def to_json(config: Mapping[str, Any]) -> str:
+    """Writes a config as JSON that `from_json` reads back."""
+    plain = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    return json.dumps(plain, indent=2)
+
+
+def from_json(text: str) -> config_dict.ConfigDict:
+    """Reads what `to_json` wrote; lists become tuples, as in the config files."""
+    return config_dict.ConfigDict(_tuples(json.loads(text)))
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _read(path: str) -> config_dict.ConfigDict:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        there = [str(p) for p in sorted(file.parent.glob("*.py"))]
+        raise UserError(f"No config file {path!r}.{nearest(path, there)}")
+    try:
+        return runpy.run_path(str(file))["get_config"]()
+    except KeyError as error:
+        raise UserError(f"{path} does not define get_config().") from error
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a valid config: {error}") from error
+
+
+def _check_keys(config: config_dict.ConfigDict, known: config_dict.ConfigDict, path: str) -> None:
+    names = flatten(known)
+    for key in flatten(config):
+        if key not in names and not key.startswith("model."):
+            raise UserError(f"Unknown config key {key!r} in {path}.{nearest(key, names)}")
+
+
+def _check_names(config: config_dict.ConfigDict) -> None:
+    """Checks the model's name and its overrides."""
+    options = importlib.import_module("msvit_jax.models.registry").model_options(config.model.name)
+    for key in config.model:
+        if key != "name" and key not in options:
+            names = [f"model.{option}" for option in sorted(options)]
+            raise UserError(f"Unknown config key 'model.{key}'.{nearest(f'model.{key}', names)}")
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """Splits 'key=value'."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"Override {text!r} has no value; write {key}=<value>.")
+    return key, value
+
+
+def _literal(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _coerce(key: str, value: Any, wanted: type) -> Any:
+    """Reads `value` as the type `wanted`; None is for keys that may be unset, and for tuples."""
+    if wanted is str and isinstance(value, str):
+        return value
+    read = _literal(value)
+    if wanted is type(None) or (read is None and wanted is not bool):
+        return read
+    if wanted is tuple:
+        return _as_tuple(read)
+    if wanted is float and isinstance(read, int | float) and not isinstance(read, bool):
+        return float(read)
+    if wanted is int and isinstance(read, float) and read.is_integer():
+        return int(read)
+    if type(read) is not wanted:
+        raise UserError(f"{key}={value} is not a valid value: {wanted.__name__} expected.")
+    return read
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return tuple(value.split(",")) if isinstance(value, str) else (value,)

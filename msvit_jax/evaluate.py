@@ -1,0 +1,273 @@
+"""The one evaluation: used by the training loop, `eval.py` and the threshold sweep.
+
+Every example counts exactly once, whatever the batch size and the number of processes; figures
+are means over examples.
+"""
+
+import csv
+import dataclasses
+import inspect
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from msvit_jax import checkpoint, data, flops, losses, metrics, sharding
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.train import init_from
+from msvit_jax.train.step import max_tokens, normalise, smooth
+
+COLUMNS = (
+    "model",
+    "examples",
+    "top1",
+    "top5",
+    "loss",
+    "tokens_mean",
+    "tokens_p5",
+    "tokens_p95",
+    "gmacs_mean",
+    "content_fine",
+    "plain_coarse",
+    "fine_per_content",
+    "agreement",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """A few images and what the gate made of them, to draw.
+
+    Attributes:
+      images: [n, H, W, 3] uint8.
+      coarse: [n, R], 1 where a region is coarse.
+      probability: [n, R] of staying coarse.
+    """
+
+    images: np.ndarray
+    coarse: np.ndarray
+    probability: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Figures, and what is too large for a line.
+
+    Attributes:
+      figures: see `metrics.summarise`.
+      coarse_rates: [R], share of images in which each region stayed coarse; None without a gate.
+      samples: the first images; None without a gate.
+    """
+
+    figures: dict[str, Any]
+    coarse_rates: np.ndarray | None = None
+    samples: Samples | None = None
+
+
+class Evaluator:
+    """Evaluates parameters of one model on one split; compiles once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_config: config_dict.ConfigDict,
+        *,
+        batch_size: int,
+        mesh: Mesh,
+        split: str | None = None,
+        samples: int = 0,
+    ) -> None:
+        """Prepares an evaluation.
+
+        Args:
+          model: of the registry.
+          data_config: the config's `data` section.
+          batch_size: global; rounded up to a multiple of the devices.
+          mesh: see `sharding.make_mesh`.
+          split: None: the config's `eval_split`.
+          samples: images to keep for pictures.
+        """
+        self._model, self._mesh, self._samples = model, mesh, samples
+        size = -(-batch_size // mesh.size) * mesh.size
+        self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(
+            data_config, batch_size=size, split=split
+        )
+        self._macs = flops.macs_per_image(model, np.arange(max_tokens(model) + 1))
+        self.takes_threshold = "threshold" in inspect.signature(type(model).__call__).parameters
+        whole = sharding.replicated(mesh)
+        self._step = jax.jit(self._sums, out_shardings=(whole, sharding.batch_sharding(mesh)))
+
+    def _sums(
+        self, params: Any, batch: dict[str, Array], threshold: Array | None
+    ) -> tuple[metrics.Sums, Any]:
+        model = self._model
+        images = normalise(batch["image"], model.mean, model.std)
+        extra = {} if threshold is None else {"threshold": threshold}
+        output = model.apply({"params": params}, images, train=False, **extra)
+        targets = smooth(batch["label"], model.num_classes, 0.0)
+        sums = metrics.batch_sums(
+            output,
+            batch["label"],
+            losses.cross_entropy(output.logits, targets),
+            max_tokens=max_tokens(model),
+            valid=batch["valid"],
+            mask=batch.get("segmentation_mask"),
+        )
+        return sums, output.gate
+
+    def __call__(self, params: Any, threshold: float | None = None) -> Evaluation:
+        """Evaluates.
+
+        Args:
+          params: the model's parameters.
+          threshold: of the gate, instead of the model's own; does not recompile.
+        """
+        if threshold is None and self.takes_threshold:
+            threshold = self._model.threshold
+        traced = jnp.float32(threshold) if self.takes_threshold else None
+        total, samples, last = None, None, None
+        with jax.set_mesh(self._mesh):
+            for host_batch in self._batches:
+                batch = sharding.shard_batch(self._mesh, host_batch)
+                sums, gate = self._step(params, batch, traced)
+                if samples is None and gate is not None and self._samples:
+                    samples = _keep(host_batch, gate, self._samples)
+                # One batch behind, so that the device always has work and memory stays bounded.
+                if last is not None:
+                    total = _plus(total, last)
+                last = sums
+        total = _plus(total, last)
+        figures = metrics.summarise(total, self._macs)
+        return Evaluation(figures, metrics.coarse_rates(total), samples)
+
+
+def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
+    if sums is None:
+        raise ValueError("The evaluation split is empty.")
+    host = metrics.to_host(sums)
+    return host if total is None else total + host
+
+
+def _keep(batch: dict[str, np.ndarray], gate: Any, count: int) -> Samples:
+    """Takes the first images of this process with their decisions."""
+    count = min(count, int(batch["valid"].sum()))
+    return Samples(
+        images=batch["image"][:count],
+        coarse=_local_rows(gate.coarse, count),
+        probability=1 / (1 + np.exp(-_local_rows(gate.logits, count))),
+    )
+
+
+def _local_rows(x: Array, count: int) -> np.ndarray:
+    shards = sorted(x.addressable_shards, key=lambda s: s.index[0].start or 0)
+    return np.concatenate([np.asarray(s.data) for s in shards])[:count]
+
+
+def evaluate_run(
+    workdir: pathlib.Path,
+    *,
+    which: str = "best",
+    split: str | None = None,
+    batch_size: int | None = None,
+    overrides: Sequence[str] = (),
+    thresholds: Sequence[float] = (),
+) -> dict[str, Any]:
+    """Evaluates a trained run and prints a table; what `eval.py` does.
+
+    Args:
+      workdir: of the run.
+      which: 'best', 'latest', or a step.
+      split: None: the config's.
+      batch_size: global; None: the config's.
+      overrides: 'model.gate=random' and the like, for another model around the same parameters.
+      thresholds: of the gate, for the accuracy/compute curve; empty: none.
+
+    Returns:
+      The figures, with `model`, `workdir`, `step` and, if asked for, `sweep`.
+    """
+    checkpoint.quiet_orbax()
+    config = checkpoint.read_config(workdir)
+    for key, value in map(configs.split_override, overrides):
+        configs.set_key(config, key, value)
+    model = configs.build_model(config)
+    step = checkpoint.find_step(workdir, which)
+    mesh = sharding.make_mesh()
+    params = init_from.params_for(model, checkpoint.load_params(workdir, str(step)))
+    params = jax.device_put(params, sharding.replicated(mesh))
+    size = batch_size or config.eval_batch_size or config.batch_size
+    evaluator = Evaluator(model, config.data, batch_size=size, mesh=mesh, split=split)
+    about = {"model": config.model.name, "workdir": str(workdir), "step": step}
+    figures = {**about, **evaluator(params).figures}
+    _print([figures], COLUMNS)
+    if thresholds:
+        figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
+    return figures
+
+
+def _sweep(
+    evaluator: Evaluator,
+    params: Any,
+    thresholds: Sequence[float],
+    workdir: pathlib.Path,
+    title: str,
+) -> list[dict[str, Any]]:
+    """Runs, prints and writes the curve over thresholds."""
+    if not evaluator.takes_threshold:
+        raise UserError(f"{title!r} has no gate, so there is no threshold to sweep.")
+    rows = [{"threshold": float(t), **evaluator(params, t).figures} for t in thresholds]
+    _print(rows, ("threshold", *COLUMNS))
+    if jax.process_index() == 0:
+        write_sweep(rows, workdir, title)
+        print(f"written: {workdir / 'sweep.csv'}, {workdir / 'sweep.png'}")
+    return rows
+
+
+def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    if jax.process_index() == 0:
+        print(table(rows, columns), flush=True)
+
+
+def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str) -> None:
+    """Writes `sweep.csv` and `sweep.png`."""
+    from matplotlib import pyplot  # only a sweep draws
+
+    with (directory / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    macs, top1 = [r["gmacs_mean"] for r in rows], [r["top1"] for r in rows]
+    axes.plot(macs, top1, marker="o")
+    for row in rows:
+        at = (row["gmacs_mean"], row["top1"])
+        axes.annotate(f"{row['threshold']:g}", at, textcoords="offset points", xytext=(4, -10))
+    axes.set(xlabel="GMACs per image (mean)", ylabel="top-1 (%)", title=title)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(directory / "sweep.png", dpi=150)
+    pyplot.close(figure)
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Writes rows as an aligned text table; columns that no row has are left out."""
+    columns = [c for c in columns if any(c in row for row in rows)]
+    cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]
+    lines = [columns, ["-" * w for w in widths], *cells]
+    return "\n".join(
+        "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,166 @@
+"""What a run tells: the terminal, `metrics.jsonl`, TensorBoard. Only process 0 writes.
+
+Nothing here waits for a device, and what takes long (pictures, files) is done by one background
+thread in the order it was asked for.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from msvit_jax.evaluate import Evaluation, Samples
+
+# What a line on the terminal shows, in this order, and how.
+SHOWN = {
+    "total_loss": "loss {:.4f}",
+    "loss": "task {:.4f}",
+    "top1": "top1 {:.2f}%",
+    "top5": "top5 {:.2f}%",
+    "tokens_mean": "tokens {:.1f}",
+    "gmacs_mean": "{:.4g} GMACs",
+    "content_fine": "digits fine {:.0%}",
+    "plain_coarse": "plain coarse {:.0%}",
+    "agreement": "agreement {:.0%}",
+    "gate_loss": "gate {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "images_per_second": "{:.0f} img/s",
+}
+
+
+class Logger:
+    """Writes reports of a run; on other processes than 0 it does nothing."""
+
+    def __init__(self, workdir: pathlib.Path, *, steps: int, start: int, active: bool) -> None:
+        """Opens the logs.
+
+        Args:
+          workdir: of the run.
+          steps: of the whole run, for the progress bar.
+          start: step the run begins at.
+          active: whether this process writes.
+        """
+        self._active = active
+        if not active:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._jsonl = (workdir / "metrics.jsonl").open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="logs")
+        self._jobs: list[Future[None]] = []
+        # To stderr, where it does not mix with lines; silent where nobody watches.
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._active:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves the progress bar."""
+        if self._active:
+            self._bar.update(steps)
+
+    def report(self, kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
+        """Prints and records figures.
+
+        Args:
+          kind: 'train' or 'eval'.
+          step: optimiser step they belong to.
+          epoch: likewise.
+          figures: by name; what is not a number is recorded and not drawn.
+        """
+        if not self._active:
+            return
+        self.say(line(kind, step, epoch, figures))
+        record = {"kind": kind, "step": step, "epoch": round(epoch, 4), "time": time.time()}
+        self._later(self._record, kind, step, {**record, **figures})
+
+    def evaluation(
+        self, step: int, epoch: float, result: Evaluation, grid: tuple[int, int] | None
+    ) -> None:
+        """Reports an evaluation, with gate rates and token maps as pictures.
+
+        Args:
+          step: see `report`.
+          epoch: see `report`.
+          result: of the evaluator.
+          grid: (rows, columns) of the gate's regions, or None.
+        """
+        self.report("eval", step, epoch, result.figures)
+        if not self._active or grid is None:
+            return
+        if result.coarse_rates is not None:
+            self._later(self._rates, step, result.coarse_rates.reshape(grid))
+        if result.samples is not None:
+            self._later(self._maps, step, result.samples, grid)
+
+    def _later(self, job: Callable[..., None], *arguments: Any) -> None:
+        for done in [j for j in self._jobs if j.done()]:
+            done.result()  # raises what went wrong there
+            self._jobs.remove(done)
+        self._jobs.append(self._thread.submit(job, *arguments))
+
+    def _record(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in ("step", "time"):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _rates(self, step: int, rates: np.ndarray) -> None:
+        """One grey square per region, white where it is always fine."""
+        picture = np.kron((1 - rates)[None], np.ones((1, 16, 16)))
+        self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
+
+    def _maps(self, step: int, samples: Samples, grid: tuple[int, int]) -> None:
+        from msvit_jax import visualize  # brings matplotlib, which not every run needs
+
+        for index, image in enumerate(samples.images):
+            picture = visualize.token_map(image, samples.coarse[index], grid)
+            self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Finishes what is under way."""
+        if self._active:
+            self._thread.shutdown(wait=True)
+            self._bar.close()
+            self._board.close()
+            self._jsonl.close()
+            for job in self._jobs:
+                job.result()
+
+
+def line(kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> str:
+    """One report as a line: 'train  step    100  epoch  0.64  loss 1.2345 ...'."""
+    parts = [f"{kind:<5}  step {step:>6}  epoch {epoch:>6.2f}"]
+    parts += [text.format(figures[name]) for name, text in SHOWN.items() if name in figures]
+    if "seconds_left" in figures:
+        parts.append(f"left {duration(figures['seconds_left'])}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """'3m05s', '2h10m', '45s'."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"

@@ -1,0 +1,204 @@
+"""Metrics as sums that add up over batches, devices and processes, and figures made from them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from msvit_jax.models.output import GateOutput, Output
+
+DIGIT_SHARE = 0.05  # of a region's pixels that makes it bear content
+
+
+@struct.dataclass
+class GateSums:
+    """Sums over images of what a gate decided.
+
+    Attributes:
+      coarse: [R], images in which the region stayed coarse.
+      probability: [R], sum of the noise-free probabilities of staying coarse.
+      content: regions of which `DIGIT_SHARE` or more is content, by the segmentation mask.
+      content_fine: those of them that are fine.
+      plain: all other regions.
+      plain_coarse: those of them that are coarse.
+    """
+
+    coarse: Any
+    probability: Any
+    content: Any
+    content_fine: Any
+    plain: Any
+    plain_coarse: Any
+
+
+@struct.dataclass
+class Sums:
+    """Sums over examples.
+
+    Attributes:
+      count: examples.
+      loss: sum of the task losses.
+      top1: examples whose label came first.
+      top5: examples whose label was among the first five.
+      tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
+        percentiles and costs are exact.
+      gate: what the gate decided, of models that have one.
+    """
+
+    count: Any
+    loss: Any
+    top1: Any
+    top5: Any
+    tokens: Any
+    gate: GateSums | None = None
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """Adds two disjoint sets of examples."""
+        return jax.tree.map(lambda a, b: a + b, self, other)
+
+
+def batch_sums(
+    output: Output,
+    labels: Array,
+    loss: Array,
+    *,
+    max_tokens: int,
+    valid: Array | None = None,
+    mask: Array | None = None,
+) -> Sums:
+    """Sums over one batch; runs under jit.
+
+    Args:
+      output: of the model for the batch.
+      labels: [B] int32.
+      loss: [B] float32 task loss.
+      max_tokens: patch tokens of an image on the fine grid.
+      valid: [B] bool, False for padding, which counts nowhere.
+      mask: [B, H, W] segmentation mask, 0 where there is no content.
+    """
+    weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
+    own = jnp.take_along_axis(output.logits, labels[:, None], axis=1)
+    # Ties and NaN count against the model.
+    rank = jnp.sum(~(output.logits < own), axis=1) - 1
+    histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
+    return Sums(
+        count=weight.sum(),
+        loss=jnp.sum(jnp.where(weight > 0, loss, 0.0)),
+        top1=jnp.sum(weight * (rank < 1)),
+        top5=jnp.sum(weight * (rank < 5)),
+        tokens=histogram,
+        gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
+    )
+
+
+def _gate_sums(gate: GateOutput, weight: Array, mask: Array | None) -> GateSums:
+    coarse = (jax.lax.stop_gradient(gate.coarse) > 0.5).astype(jnp.float32)
+    one = weight[:, None]
+    if mask is None:
+        content = plain = jnp.zeros_like(coarse)
+    else:
+        content = (_content_share(mask, coarse.shape[1]) >= DIGIT_SHARE).astype(jnp.float32)
+        plain = 1 - content
+    return GateSums(
+        coarse=jnp.sum(one * coarse, axis=0),
+        probability=jnp.sum(one * jax.nn.sigmoid(gate.logits), axis=0),
+        content=jnp.sum(one * content),
+        content_fine=jnp.sum(one * content * (1 - coarse)),
+        plain=jnp.sum(one * plain),
+        plain_coarse=jnp.sum(one * plain * coarse),
+    )
+
+
+def _content_share(mask: Array, regions: int) -> Array:
+    """[B, H, W] mask -> [B, R], the share of each region's pixels that is content."""
+    batch, height, width = mask.shape
+    size = round((height * width / regions) ** 0.5)
+    squares = (mask > 0).reshape(batch, height // size, size, width // size, size)
+    return squares.mean(axis=(2, 4), dtype=jnp.float32).reshape(batch, regions)
+
+
+def to_host(sums: Sums) -> Sums:
+    """Fetches sums as float64, in which counts of any data set add up exactly."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+
+
+def summarise(sums: Sums, macs: np.ndarray | None = None) -> dict[str, Any]:
+    """Figures for people and logs.
+
+    Args:
+      sums: on the host.
+      macs: [N + 1], multiply-accumulates of an image by its number of active patch tokens.
+
+    Returns:
+      examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; with `macs`
+      gmacs_mean, the mean over images; and the gate's figures (`gate_figures`).
+    """
+    count, images = float(sums.count), np.asarray(sums.tokens)
+    grid = np.arange(len(images))
+    mean = float(images @ grid / count)
+    figures: dict[str, Any] = {
+        "examples": round(count),
+        "top1": 100 * float(sums.top1) / count,
+        "top5": 100 * float(sums.top5) / count,
+        "loss": float(sums.loss) / count,
+        "tokens_mean": mean,
+        "tokens_p5": percentile(images, 5),
+        "tokens_p95": percentile(images, 95),
+        "tokens_variance": float(images @ (grid - mean) ** 2 / count),
+    }
+    if macs is not None:
+        figures["gmacs_mean"] = float(images @ macs / count / 1e9)
+    if sums.gate is not None:
+        figures.update(gate_figures(sums.gate, count))
+    return figures
+
+
+def percentile(histogram: np.ndarray, percent: float) -> float:
+    """The smallest value that at least `percent` of the examples do not exceed.
+
+    Args:
+      histogram: [N + 1], number of examples by value 0..N.
+      percent: 0 to 100.
+    """
+    below = np.cumsum(histogram)
+    return float(np.searchsorted(below, percent / 100 * below[-1]))
+
+
+def gate_figures(gate: GateSums, count: float) -> dict[str, float]:
+    """Says how a gate decides, and whether it looks at the image at all.
+
+    fine_share: share of regions that are fine. decision_variance: variance over images of each
+    position's decision, mean over positions; 0 for a fixed pattern, at most 0.25. agreement:
+    share of positions in which two different images agree, mean over pairs; 1 for a fixed
+    pattern. With a segmentation mask: content_fine, share of the regions with content that is
+    fine; plain_coarse, share of the others that is coarse; fine_per_content, fine regions over
+    regions with content.
+    """
+    rate = gate.coarse / count
+    fine = gate.content_fine + gate.plain - gate.plain_coarse
+    figures = {
+        "fine_share": float(1 - rate.mean()),
+        "decision_variance": float((rate * (1 - rate)).mean()),
+        "agreement": _agreement(gate.coarse, count),
+    }
+    if gate.content > 0:
+        figures["content_fine"] = float(gate.content_fine / gate.content)
+        figures["plain_coarse"] = float(gate.plain_coarse / max(gate.plain, 1))
+        figures["fine_per_content"] = float(fine / gate.content)
+    return figures
+
+
+def _agreement(coarse: np.ndarray, count: float) -> float:
+    if count < 2:
+        return 1.0
+    fine = count - coarse
+    pairs = coarse * (coarse - 1) + fine * (fine - 1)
+    return float(pairs.mean() / (count * (count - 1)))
+
+
+def coarse_rates(sums: Sums) -> np.ndarray | None:
+    """[R], the share of images in which each region stayed coarse; None without a gate."""
+    return None if sums.gate is None else np.asarray(sums.gate.coarse) / float(sums.count)

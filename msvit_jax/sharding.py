@@ -1,0 +1,81 @@
+"""The one place that knows how arrays lie on devices: a mesh with axes `data` and `fsdp`.
+
+The batch is cut over both axes. Parameters and optimiser state are copied along `data` and cut
+along `fsdp`, each at its largest axis that divides evenly.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from msvit_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """Arranges all devices of all processes as data x fsdp; -1 takes what the other leaves.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    count = jax.device_count()
+    if data == -1:
+        data = count // max(fsdp, 1)
+    elif fsdp == -1:
+        fsdp = count // max(data, 1)
+    if data < 1 or fsdp < 1 or data * fsdp != count:
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} does not use the {count} devices there are; "
+            "set one of the two to -1, and the other to a divisor of that number."
+        )
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Cuts the first axis over every device."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Puts the whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def tree_sharding(mesh: Mesh, tree: Any) -> Any:
+    """Returns a sharding per leaf of a tree of arrays or shapes, cut along `fsdp` where possible."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
+
+
+def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or not divisible:
+        return P()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return P(*(None,) * largest, "fsdp")
+
+
+def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: int = 1) -> None:
+    """Checks that a global batch can be cut over the devices.
+
+    Raises:
+      UserError: it cannot; the message names sizes that can.
+    """
+    unit = mesh.size * pieces
+    if batch_size < 1 or batch_size % unit:
+        lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit
+        sizes = f"{lower} or {upper}" if lower else f"{upper}"
+        parts = f"{mesh.size} devices" + (f" x {pieces} accumulation steps" if pieces > 1 else "")
+        raise UserError(f"{name}={batch_size} cannot be cut over {parts}; use {sizes}.")
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes global arrays from this process' rows of a batch; process p's rows are the p-th part."""
+    sharding = batch_sharding(mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()
+    }

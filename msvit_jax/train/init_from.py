@@ -1,0 +1,195 @@
+"""Starting from other parameters: another run's, or a weights file's.
+
+Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`; position
+embeddings are resized to the model's grid; a head for other classes is left at its start.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from msvit_jax import checkpoint
+from msvit_jax.errors import UserError, nearest
+from msvit_jax.tokens import grid
+from msvit_jax.train.optimizer import flat_names, map_names
+
+Flat = dict[str, np.ndarray]
+HEADS = ("head/", "head_dist/")
+# Parts that a source without them need not have: they start fresh.
+OWN_PARTS = ("gate", "coarse_embed", "scale_embed", "residual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of each parameter.
+
+    Attributes:
+      matched: taken over as they are.
+      resized: position embeddings, with old and new shape.
+      fresh: left at their start, with the reason.
+      unused: in the source and not in the model.
+    """
+
+    matched: list[str]
+    resized: list[str]
+    fresh: list[str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        """A line per kind, for people."""
+        lines = [f"{len(self.matched)} parameters matched"]
+        for title in ("resized", "fresh", "unused"):
+            names: list[str] = getattr(self, title)
+            if names:
+                shown = ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")
+                lines.append(f"{title}: {shown}")
+        return "; ".join(lines)
+
+
+def read_weights(source: str | pathlib.Path) -> Flat:
+    """Reads parameters by name, 'blocks_0/attn/qkv/kernel', from a workdir or a weights file.
+
+    Args:
+      source: a workdir (its best checkpoint), or a .safetensors or .npz file whose names are
+        joined by '/' or '.'.
+
+    Raises:
+      UserError: nothing there, or not readable.
+    """
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return flat_names(checkpoint.load_params(path))
+    if not path.is_file():
+        raise UserError(f"init_from: {str(source)!r} is neither a workdir nor a weights file.")
+    try:
+        flat = _read_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{str(source)!r} cannot be read as weights: {error}") from error
+    names = {name.replace(".", "/").removeprefix("params/"): value for name, value in flat.items()}
+    return names
+
+
+def _read_file(path: pathlib.Path) -> Flat:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    raise ValueError(f"{path.suffix or 'no'} suffix; .safetensors and .npz are known.")
+
+
+def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
+    """Fits weights to a model's parameters.
+
+    Args:
+      weights: by name, as from `read_weights`.
+      params: the model's tree, arrays or shapes.
+
+    Returns:
+      Arrays by the model's names, for those that are taken over; and what became of each.
+
+    Raises:
+      UserError: something else than a head has another shape, or is missing; all are listed.
+    """
+    wanted = flat_names(params)
+    weights = _below_backbone(weights, wanted)
+    taken: Flat = {}
+    report = Report([], [], [], [n for n in weights if n not in wanted])
+    misfits: list[str] = []
+    for name, leaf in wanted.items():
+        short = name.removeprefix("backbone/")
+        value = weights.get(name)
+        if value is not None and tuple(value.shape) == tuple(leaf.shape):
+            report.matched.append(name)
+            taken[name] = np.asarray(value, leaf.dtype)
+        elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
+            report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape))
+        elif short.startswith(HEADS) and value is not None:
+            classes = f"{value.shape[-1]} classes in the source, {leaf.shape[-1]} here"
+            report.fresh.append(f"{name} ({classes})")
+        elif value is not None:
+            misfits.append(f"{name}: {tuple(value.shape)} in the source, {tuple(leaf.shape)} here")
+        elif short.startswith((*HEADS, *OWN_PARTS)):
+            report.fresh.append(f"{name} (not in the source)")
+        else:
+            misfits.append(f"{name}: not in the source.{nearest(name, weights)}")
+    if misfits or not taken:
+        raise UserError(
+            "The weights do not fit the model:\n  "
+            + "\n  ".join(misfits)
+            + "\nUnused in the source: "
+            + (", ".join(report.unused[:20]) or "nothing")
+        )
+    return taken, report
+
+
+def model_shapes(model: nn.Module) -> Any:
+    """Shapes of a model's parameters.
+
+    Raises:
+      UserError: the model's sizes do not fit together.
+    """
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    try:
+        return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    except ValueError as error:
+        raise UserError(f"The model cannot be built: {error}") from error
+
+
+def params_for(model: nn.Module, weights: Any) -> Any:
+    """Fits a tree or a flat dict of weights to a model, all of whose parameters it must hold.
+
+    Raises:
+      UserError: some are missing or of another shape.
+    """
+    shapes = model_shapes(model)
+    taken, report = fit(flat_names(weights), shapes)
+    if report.fresh:
+        raise UserError("The weights lack parameters of the model: " + ", ".join(report.fresh))
+    return map_names(lambda name, _: taken[name], shapes)
+
+
+def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Moves a plain model's names below 'backbone/' for a model that has one, or the reverse."""
+    prefix = "backbone/"
+    has, needs = (any(n.startswith(prefix) for n in names) for names in (weights, wanted))
+    if needs and not has:
+        return {prefix + name: value for name, value in weights.items()}
+    if has and not needs:
+        return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return dict(weights)
+
+
+def _prefix_length(count: int) -> int | None:
+    """Tokens before a square grid among `count` positions: 0, 1 or 2, else None."""
+    return next((p for p in range(3) if math.isqrt(count - p) ** 2 == count - p), None)
+
+
+def _resizable(value: Any, leaf: Any) -> bool:
+    if len(value.shape) != len(leaf.shape) or value.shape[-1] != leaf.shape[-1]:
+        return False
+    if len(value.shape) == 3:  # a gate's, [rows, columns, D]
+        return True
+    prefixes = _prefix_length(value.shape[0]), _prefix_length(leaf.shape[0])
+    return len(value.shape) == 2 and prefixes[0] == prefixes[1] and prefixes[0] is not None
+
+
+def _resize(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if value.ndim == 3:
+        return np.asarray(grid.resize_positions(jnp.asarray(value), shape[:2]))
+    count, width = value.shape
+    prefix = _prefix_length(count) or 0
+    old, new = math.isqrt(count - prefix), math.isqrt(shape[0] - prefix)
+    cells = jnp.asarray(value[prefix:].reshape(old, old, width))
+    resized = np.asarray(grid.resize_positions(cells, (new, new))).reshape(new * new, width)
+    return np.concatenate([value[:prefix], resized])

@@ -1,0 +1,395 @@
+"""The training loop: batches in, reports and checkpoints out.
+
+The host runs ahead of the devices by `LAG` steps: figures of a step are read when they have long
+been computed, so that logging never makes a device wait, and a loss that is not finite is still
+known within `LAG` steps. Before a checkpoint is saved every step before it has been checked.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from msvit_jax import checkpoint, data, flops, metrics, sharding
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.evaluate import Evaluator
+from msvit_jax.logging import Logger
+from msvit_jax.train import init_from, optimizer
+from msvit_jax.train.state import TrainState, count_parameters, state_maker
+from msvit_jax.train.step import StepMetrics, Teacher, make_train_step, max_tokens
+
+LAG = 2
+
+
+class NotFiniteError(UserError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is.
+
+    Attributes:
+      steps: after which this run ends.
+      schedule_steps: that the learning-rate schedule spans.
+      steps_per_epoch: a float: a batch may span two epochs.
+      eval_every: steps between evaluations.
+    """
+
+    steps: int
+    schedule_steps: int
+    steps_per_epoch: float
+    eval_every: int
+
+    @classmethod
+    def of(cls, config: config_dict.ConfigDict, train_examples: int) -> "Plan":
+        """Works out steps from the config's epochs."""
+        per_epoch = train_examples / config.batch_size
+        whole = round(config.epochs * per_epoch)
+        steps = whole if config.steps is None else config.steps
+        if not 0 < steps <= whole:
+            raise UserError(
+                f"A run of {steps} steps is not possible: epochs={config.epochs} of "
+                f"{train_examples} examples in batches of {config.batch_size} are {whole} steps."
+            )
+        return cls(steps, whole, per_epoch, max(1, round(config.eval_every_epochs * per_epoch)))
+
+
+def train(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains, or resumes what the workdir holds, to the end of the config's epochs.
+
+    Args:
+      config: see `config.base`.
+      workdir: where checkpoints and logs go; a run of the same config in it is resumed.
+
+    Returns:
+      Figures of the last evaluation (`metrics.summarise`).
+
+    Raises:
+      UserError: the config cannot be run, or the workdir belongs to another.
+      NotFiniteError: the loss was NaN or infinite.
+    """
+    workdir = pathlib.Path(workdir)
+    return _Run(config, workdir).run()
+
+
+class _Run:
+    """One run and its parts; `run` reads from top to bottom."""
+
+    def __init__(self, config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+        checkpoint.quiet_orbax()
+        self.info = data.dataset_info(config.data)
+        config = configs.resolve(config, self.info.num_classes)
+        self.config, self.workdir = config, workdir
+        self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accumulation)
+        self.plan = Plan.of(config, self.info.train_examples)
+        self.model: nn.Module = configs.build_model(config)
+        self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
+        self.gate_loss = configs.build_gate_loss(config, self.model)
+        self.schedule: optax.Schedule = optimizer.schedule(
+            config.optimizer, self.plan.schedule_steps, self.plan.steps_per_epoch
+        )
+        self.messages: list[str] = []
+        self._prepare_state()
+        checkpoint.claim_workdir(workdir, config)
+        self.checkpoints = checkpoint.Checkpoints(
+            workdir,
+            keep_latest=config.checkpoint.keep_latest,
+            about={
+                "config": config.to_dict(),
+                "class_names": list(self.info.class_names),
+                "mean": list(self.model.mean),
+                "std": list(self.model.std),
+            },
+        )
+
+    def _prepare_state(self) -> None:
+        """Finds out the state's shapes and shardings, and how to make it."""
+        config = self.config
+        key = jax.random.key(config.seed)
+        plain = state_maker(self.model, self.gate_loss, optax.identity(), with_ema=False)
+        self.params = jax.eval_shape(plain, key, {}).params
+        self.optimizer = optimizer.make_optimizer(config.optimizer, self.params, self.schedule)
+        self.make_state = state_maker(
+            self.model, self.gate_loss, self.optimizer, with_ema=config.ema_decay > 0
+        )
+        shapes = jax.eval_shape(self.make_state, key, {})
+        self.shardings = sharding.tree_sharding(self.mesh, shapes)
+        self.like: TrainState = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            self.shardings,
+        )
+
+    def start_state(self) -> TrainState:
+        """The newest checkpoint's state, or a fresh one."""
+        state, damaged = self.checkpoints.restore_latest(self.like)
+        self.messages += [f"warning: {message}" for message in damaged]
+        if state is not None:
+            self.messages.append(f"resumed at step {int(state.step)}")
+            return state
+        loaded: dict[str, np.ndarray] = {}
+        if self.config.init_from:
+            weights = init_from.read_weights(self.config.init_from)
+            taken, report = init_from.fit(weights, self.params["model"])
+            loaded = {f"model/{name}": value for name, value in taken.items()}
+            self.messages.append(f"starting from {self.config.init_from}: {report}")
+        make = jax.jit(self.make_state, out_shardings=self.shardings)
+        return make(jax.random.key(self.config.seed), loaded)
+
+    def teacher(self) -> Teacher | None:
+        """The model to distil from, on every device."""
+        options = self.config.loss.distillation
+        if not options.teacher:
+            return None
+        teacher = load_teacher(options.teacher, options.model, self.config)
+        whole = sharding.replicated(self.mesh)
+        return teacher.replace(variables=jax.device_put(teacher.variables, whole))
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end."""
+        with jax.set_mesh(self.mesh), _stop_signals() as stop:
+            state = self.start_state()
+            start = int(state.step)
+            active = jax.process_index() == 0
+            logger = Logger(self.workdir, steps=self.plan.steps, start=start, active=active)
+            try:
+                for message in [*self.describe(), *self.messages]:
+                    logger.say(message)
+                return self._steps(state, start, logger, stop)
+            finally:
+                self.checkpoints.close()
+                logger.close()
+
+    def _steps(
+        self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
+    ) -> dict[str, Any]:
+        config, plan = self.config, self.plan
+        step_function = make_train_step(self.model, self.gate_loss, self.optimizer, config)
+        whole = sharding.replicated(self.mesh)
+        jitted = jax.jit(
+            step_function,
+            donate_argnums=0,
+            out_shardings=(self.shardings, whole),
+        )
+        teacher = self.teacher()
+        evaluate = Evaluator(
+            self.model,
+            config.data,
+            batch_size=config.eval_batch_size or config.batch_size,
+            mesh=self.mesh,
+            samples=config.log_images,
+        )
+        reporter = Reporter(self, logger, start)
+        figures: dict[str, Any] = {}
+        batches = self.batches(start)
+        for step in range(start + 1, plan.steps + 1):
+            state, reported = jitted(state, next(batches), teacher)
+            reporter.add(step, reported)
+            last = step == plan.steps
+            evaluating = last or step % plan.eval_every == 0
+            periodic = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            stopping = self._stopping(step, stop)
+            if evaluating or periodic or stopping:
+                reporter.flush()
+            if evaluating:
+                result = evaluate(_weights(state))
+                figures = result.figures
+                logger.evaluation(step, step / plan.steps_per_epoch, result, self.grid)
+                reporter.restart_clock()
+            if evaluating or periodic or stopping:
+                self.checkpoints.save(state, step, figures if evaluating else None)
+            if stopping and not last:
+                self.checkpoints.wait()
+                logger.say(f"stopped at step {step}; the same command resumes it")
+                return {"step": step, **figures}
+        return figures or evaluate(_weights(state)).figures
+
+    def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Global batches on the devices, a few ahead."""
+        host = data.train_iterator(
+            self.config.data,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start,
+        )
+        return data.device_batches(host, lambda b: sharding.shard_batch(self.mesh, b))
+
+    def _stopping(self, step: int, stop: "StopRequest") -> bool:
+        """Whether to save and leave; the same answer on every process."""
+        if jax.distributed.is_initialized():
+            return self.checkpoints.reached_preemption(step)
+        return stop.asked
+
+    def describe(self) -> list[str]:
+        """Says what is trained, on what."""
+        model, config = self.model, self.config
+        grid = max_tokens(model)
+        count = count_parameters(self.params["model"])
+        frozen = tuple(config.optimizer.freeze)
+        learned = sum(
+            leaf.size
+            for name, leaf in optimizer.flat_names(self.params["model"]).items()
+            if not optimizer.frozen(f"model/{name}", frozen)
+        )
+        most = float(flops.macs_per_image(model, np.asarray([grid]))[0]) / 1e9
+        tokens = f"{grid} tokens"
+        if self.grid is not None:
+            tokens = f"{grid // 4} to {grid} tokens"
+        devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"
+        axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        examples = self.info.train_examples
+        return [
+            f"{config.model.name}: {count:,} parameters"
+            + (f" ({learned:,} trained)" if learned != count else "")
+            + f", {tokens}, up to {most:.4g} GMACs an image of {model.image_size} px",
+            f"{self.info.name}: {examples:,} training and {self.info.eval_examples:,} evaluation "
+            f"images, {self.info.num_classes} classes",
+            f"{devices} ({axes}), {jax.process_count()} process(es), batch {config.batch_size}, "
+            f"{self.plan.steps:,} steps = {self.plan.steps / self.plan.steps_per_epoch:.4g} epochs, "
+            f"compute in {config.dtype}",
+        ]
+
+
+def _weights(state: TrainState) -> Any:
+    """What is evaluated: the moving average where there is one."""
+    return state.params["model"] if state.ema is None else state.ema
+
+
+class Reporter:
+    """Reads the figures of steps when they are due, checks them, and makes the reports."""
+
+    def __init__(self, run: _Run, logger: Logger, start: int) -> None:
+        self._run, self._logger = run, logger
+        self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self._macs = flops.macs_per_image(run.model, np.arange(max_tokens(run.model) + 1))
+        self._sums: metrics.Sums | None = None
+        self._scalars: list[dict[str, float]] = []
+        self._clock, self._clock_step = time.perf_counter(), start
+
+    def add(self, step: int, reported: StepMetrics) -> None:
+        """Takes a step's figures, still on their way, and reads those that are `LAG` old."""
+        jax.tree.map(lambda x: x.copy_to_host_async(), reported)
+        self._pending.append((step, reported))
+        if len(self._pending) > LAG:
+            self._read()
+
+    def flush(self) -> None:
+        """Reads everything; waits for the devices."""
+        while self._pending:
+            self._read()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last step out of the time per step."""
+        self._clock += time.perf_counter() - self._read_at
+
+    def _read(self) -> None:
+        step, reported = self._pending.popleft()
+        scalars = {name: float(value) for name, value in jax.device_get(reported.scalars).items()}
+        sums = metrics.to_host(reported.sums)
+        self._read_at = time.perf_counter()
+        self._check(step, scalars)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._scalars.append(scalars)
+        self._logger.advance()
+        if step % self._run.config.log_every_steps == 0 or step == self._run.plan.steps:
+            self._report(step)
+
+    def _check(self, step: int, scalars: dict[str, float]) -> None:
+        bad = [name for name, value in scalars.items() if not np.isfinite(value)]
+        if not bad:
+            return
+        last = self._run.checkpoints.latest_step()
+        good = (
+            "there is no checkpoint yet"
+            if last is None
+            else (f"the last good checkpoint is step {last} in {self._run.workdir}")
+        )
+        raise NotFiniteError(
+            f"{' and '.join(bad)} not finite at step {step} (its batch is that of seed "
+            f"{self._run.config.seed}, step {step - 1}); {good}. Try a lower learning rate, a "
+            "longer warm-up, optimizer.clip_norm, or dtype=float32."
+        )
+
+    def _report(self, step: int) -> None:
+        assert self._sums is not None
+        run, now = self._run, self._read_at
+        figures = metrics.summarise(self._sums, self._macs)
+        means = {
+            name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
+        }
+        seconds = (now - self._clock) / max(step - self._clock_step, 1)
+        figures |= {
+            **means,
+            "learning_rate": float(run.schedule(step - 1)),
+            "images_per_second": run.config.batch_size / seconds,
+            "seconds_per_step": seconds,
+            "seconds_left": seconds * (run.plan.steps - step),
+        }
+        self._logger.report("train", step, step / run.plan.steps_per_epoch, figures)
+        self._sums, self._scalars = None, []
+        self._clock, self._clock_step = now, step
+
+
+def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teacher:
+    """Loads a teacher from a workdir, or from a weights file together with its model's name."""
+    if pathlib.Path(source).is_dir():
+        run = checkpoint.load_run(source)
+        teacher = Teacher(model=run.model, variables=run.variables)
+    else:
+        if not name:
+            raise UserError(
+                "loss.distillation.teacher is a weights file; name its model with "
+                "loss.distillation.model."
+            )
+        options = config.copy_and_resolve_references()
+        with options.unlocked():
+            options.model = {"name": name, "num_classes": config.model.num_classes}
+        model = configs.build_model(options)
+        params = init_from.params_for(model, init_from.read_weights(source))
+        teacher = Teacher(model=model, variables={"params": params})
+    if teacher.model.num_classes != config.model.num_classes:
+        raise UserError(
+            f"The teacher has {teacher.model.num_classes} classes, the data set "
+            f"{config.model.num_classes}; distil from a model of the same classes."
+        )
+    return teacher
+
+
+@dataclasses.dataclass
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[StopRequest]:
+    """Turns the first SIGTERM or Ctrl-C into a request; a second one ends the process at once."""
+    stop, old = StopRequest(), {}
+
+    def ask(number: int, frame: Any) -> None:
+        stop.asked = True
+        signal.signal(number, old[number])
+
+    with contextlib.suppress(ValueError):  # not in the main thread: no signals there
+        for number in (signal.SIGTERM, signal.SIGINT):
+            old[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,189 @@
+"""The optimiser: AdamW with warm-up and cosine decay, and what differs between parameters.
+
+Parameters are told apart by their path: what decays (kernels only), how fast a layer learns
+(layer decay, the gate's own rate) and what is frozen.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+
+from msvit_jax.errors import UserError
+
+Params = Any
+
+FIRST_LAYER = ("patch_embed", "cls_token", "dist_token", "reg_tokens", "pos_embed")
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Writes a key path of `jax.tree_util` as 'model/backbone/blocks_0/attn/qkv/kernel'."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def flat_names(tree: Any) -> dict[str, Any]:
+    """Returns {'a/b/c': leaf} of a tree."""
+    return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_names(function: Any, tree: Any) -> Any:
+    """Maps function(name, leaf) over a tree."""
+    return jax.tree_util.tree_map_with_path(lambda p, leaf: function(path_name(p), leaf), tree)
+
+
+def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to the minimum at the last step."""
+    warmup = round(options["warmup_epochs"] * steps_per_epoch)
+    if warmup >= steps > 0 and warmup:
+        raise UserError(
+            f"optimizer.warmup_epochs={options['warmup_epochs']} ({warmup} steps) is not shorter "
+            f"than the run ({steps} steps)."
+        )
+    peak = options["learning_rate"]
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else peak,
+        peak_value=peak,
+        warmup_steps=warmup,
+        decay_steps=max(steps, 1),
+        end_value=options["min_learning_rate"],
+    )
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter of the state's tree belongs to the gate or to the gate's loss."""
+    return name.startswith(("model/gate", "gate_loss/"))
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: kernels only, not biases, norms, tokens, positions, priors."""
+    return name.endswith("/kernel") and not name.startswith("gate_loss/")
+
+
+def frozen(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the start of the path below 'model/', or of the whole path."""
+    short = name.removeprefix("model/")
+    return any(re.match(p, short) or re.match(p, name) for p in patterns)
+
+
+def check_frozen(params: Params, patterns: tuple[str, ...]) -> None:
+    """Raises UserError for a pattern that matches nothing, or if nothing is left to train."""
+    names = list(flat_names(params))
+    for pattern in patterns:
+        try:
+            matched = any(frozen(name, (pattern,)) for name in names)
+        except re.error as error:
+            raise UserError(f"optimizer.freeze: {pattern!r} is not a regex: {error}") from error
+        if not matched:
+            tops = sorted({"/".join(n.removeprefix("model/").split("/")[:2]) for n in names})
+            raise UserError(
+                f"optimizer.freeze: {pattern!r} matches no parameter. Paths begin with: "
+                + ", ".join(tops)
+            )
+    if names and all(frozen(name, patterns) for name in names):
+        raise UserError("optimizer.freeze leaves nothing to train.")
+
+
+def layer_scales(params: Params, decay: float, depth: int) -> Params:
+    """Learning-rate factors of layer decay: 1 at the head, `decay` more per layer below.
+
+    Embeddings are layer 0, block i is layer i + 1, norm and head come after the last block. A
+    stacked tree of blocks gets one factor per layer. The gate stands beside the layers: factor 1.
+    """
+
+    def scale(name: str, leaf: Any) -> Any:
+        parts = name.split("/")
+        if is_gate(name):
+            return 1.0
+        if "blocks" in parts:
+            factors = decay ** (depth - jax.numpy.arange(depth, dtype=jax.numpy.float32))
+            return factors.reshape((depth,) + (1,) * (leaf.ndim - 1))
+        return decay ** (depth + 1 - _layer(parts, depth))
+
+    return map_names(scale, params)
+
+
+def depth_of(params: Params) -> int:
+    """Number of transformer blocks in a tree of parameters, separate or stacked."""
+    depth = 0
+    for name, leaf in flat_names(params).items():
+        for part in name.split("/"):
+            if part == "blocks":
+                depth = max(depth, leaf.shape[0])
+            elif match := re.fullmatch(r"blocks_(\d+)", part):
+                depth = max(depth, int(match[1]) + 1)
+    return depth
+
+
+def _layer(parts: list[str], depth: int) -> int:
+    for part in parts:
+        if part in FIRST_LAYER:
+            return 0
+        if match := re.fullmatch(r"blocks_(\d+)", part):
+            return int(match[1]) + 1
+    return depth + 1
+
+
+def make_optimizer(
+    options: Mapping[str, Any], params: Params, rate: optax.Schedule
+) -> optax.GradientTransformation:
+    """Builds the optimiser for a state's parameters.
+
+    Args:
+      options: the config's `optimizer` section.
+      params: {'model': ..., 'gate_loss': ...}, arrays or shapes.
+      rate: learning rate by step.
+
+    Returns:
+      clipping of the whole gradient -> Adam -> decay of kernels -> learning rate by layer and
+      group. Frozen parameters have no optimiser state.
+    """
+    patterns = tuple(options["freeze"])
+    check_frozen(params, patterns)
+    clip = options["clip_norm"]
+    train = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
+        optax.add_decayed_weights(
+            options["weight_decay"], mask=lambda tree: map_names(lambda n, _: decays(n), tree)
+        ),
+        _scale_by(options, depth_of(params)),
+        optax.scale_by_learning_rate(rate),
+    )
+    labels = map_names(lambda n, _: "frozen" if frozen(n, patterns) else "train", params)
+    return optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
+
+
+def _scale_by(options: Mapping[str, Any], depth: int) -> optax.GradientTransformation:
+    """Multiplies updates by layer decay and by the gate's rate over the common one."""
+    gate_rate = options["gate_learning_rate"]
+    gate_factor = 1.0 if gate_rate is None else gate_rate / options["learning_rate"]
+
+    def update(updates: Params, params: Params | None = None) -> Params:
+        layers = layer_scales(updates, options["layer_decay"], depth)
+        gates = map_names(lambda n, _: gate_factor if is_gate(n) else 1.0, updates)
+        return jax.tree.map(lambda u, a, b: u * (a * b), updates, layers, gates)
+
+    return optax.stateless(update)
+
+
+def stop_frozen(params: Params, patterns: tuple[str, ...]) -> Params:
+    """Cuts the gradient of frozen parameters, so that their backward pass is never computed."""
+    if not patterns:
+        return params
+    return map_names(
+        lambda n, leaf: jax.lax.stop_gradient(leaf) if frozen(n, patterns) else leaf, params
+    )
+
+
+def update_ema(ema: Params, params: Params, decay: float, step: Array) -> Params:
+    """One step of an exponential moving average.
+
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that short runs are not held at
+    their random start.
+    """
+    count = step.astype(jax.numpy.float32)
+    rate = jax.numpy.minimum(decay, (1 + count) / (10 + count))
+    return jax.tree.map(lambda e, p: e + (1 - rate) * (p - e), ema, params)

@@ -1,0 +1,87 @@
+"""The training state, born on its devices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array
+
+from msvit_jax.errors import UserError
+from msvit_jax.train.optimizer import map_names
+
+Params = Any
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+      step: scalar int32, optimiser steps done.
+      params: {'model': ..., 'gate_loss': ...}; the latter are the learned priors, or empty.
+      opt_state: the optimiser's.
+      ema: moving average of params['model'], or None.
+    """
+
+    step: Array
+    params: Params
+    opt_state: optax.OptState
+    ema: Params | None = None
+
+
+def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
+    """Makes fresh parameters of a model and of its gate's loss.
+
+    Args:
+      model: of the registry.
+      gate_loss: a `losses.GateLoss`; has no parameters for a model without a gate.
+      key: random key.
+
+    Raises:
+      UserError: the model's sizes do not fit together.
+    """
+    keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
+    images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
+    try:
+        output, variables = model.init_with_output(keys, images, train=False)
+    except ValueError as error:
+        raise UserError(f"The model cannot be built: {error}") from error
+    params = {"model": variables["params"], "gate_loss": {}}
+    if output.gate is not None:
+        loss_variables = gate_loss.init(jax.random.fold_in(key, 1), output.gate)
+        params["gate_loss"] = loss_variables.get("params", {})
+    return params
+
+
+def state_maker(
+    model: nn.Module,
+    gate_loss: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    with_ema: bool,
+) -> Callable[[Array, Mapping[str, Array]], TrainState]:
+    """Returns a function of (key, loaded) that makes the state; jit it with out_shardings.
+
+    `loaded` holds parameters by name ('model/backbone/head/bias') that replace the fresh ones.
+    """
+
+    def make(key: Array, loaded: Mapping[str, Array]) -> TrainState:
+        params = init_params(model, gate_loss, key)
+        params = map_names(lambda name, leaf: loaded.get(name, leaf), params)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params["model"]) if with_ema else None,
+        )
+
+    return make
+
+
+def count_parameters(params: Params) -> int:
+    """Number of parameters in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,201 @@
+"""One optimiser step: a pure function of (state, batch, seed) that runs under jit on any mesh.
+
+Random numbers are a function of (seed, step) alone. The batch arrives as bytes and is normalised
+on the device. Nothing here asks which model it trains: what concerns a gate applies where the
+model's output has one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import Array
+from ml_collections import config_dict
+
+from msvit_jax import losses, metrics
+from msvit_jax.data import mix
+from msvit_jax.models.output import Output
+from msvit_jax.train.optimizer import stop_frozen, update_ema
+from msvit_jax.train.state import TrainState
+
+Batch = dict[str, Array]
+
+
+@struct.dataclass
+class StepMetrics:
+    """What a step reports.
+
+    Attributes:
+      sums: over the global batch.
+      scalars: total loss, its terms and the gradient's norm.
+    """
+
+    sums: metrics.Sums
+    scalars: dict[str, Array]
+
+
+@struct.dataclass
+class Teacher:
+    """A dense model to distil from; `variables` travel as an argument, never as a constant."""
+
+    model: nn.Module = struct.field(pytree_node=False)
+    variables: Any
+
+
+def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """uint8 [B, H, W, 3] -> float32, on the scale of 0 to 1, minus mean, over std."""
+    shape = (1, 1, 1, 3)
+    centre = jnp.asarray(mean, jnp.float32).reshape(shape)
+    scale = jnp.asarray(std, jnp.float32).reshape(shape)
+    return (images.astype(jnp.float32) / 255 - centre) / scale
+
+
+def max_tokens(model: nn.Module) -> int:
+    """Patch tokens of a training image on the fine grid."""
+    return (model.image_size // model.patch_size) ** 2
+
+
+def make_train_step(
+    model: nn.Module,
+    gate_loss: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: config_dict.ConfigDict,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Builds step(state, batch, teacher) -> (state, metrics).
+
+    With `optimizer.accumulation` = k the gradient is the mean over k pieces of the batch, each
+    computed after the other: less memory, the same step. A gate's loss then sees the order
+    statistics of a piece, not of the whole batch.
+    """
+    pieces = config.optimizer.accumulation
+    patterns = tuple(config.optimizer.freeze)
+    objective = _make_objective(model, gate_loss, config)
+
+    def loss_of(params: Any, *rest: Any) -> tuple[Array, StepMetrics]:
+        return objective(stop_frozen(params, patterns), *rest)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def step(
+        state: TrainState, batch: Batch, teacher: Teacher | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if pieces == 1:
+            (_, reported), grads = gradient(state.params, batch, key, teacher)
+        else:
+            grads, reported = _accumulate(gradient, state.params, batch, key, teacher, pieces)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = update_ema(ema, params["model"], config.ema_decay, state.step)
+        scalars = {**reported.scalars, "grad_norm": optax.global_norm(grads)}
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        return state, reported.replace(scalars=scalars)
+
+    return step
+
+
+def _accumulate(
+    gradient: Callable[..., Any],
+    params: Any,
+    batch: Batch,
+    key: Array,
+    teacher: Teacher | None,
+    pieces: int,
+) -> tuple[Any, StepMetrics]:
+    """Mean gradient over pieces; piece j takes rows j, j + pieces, ... so each device keeps its own."""
+    split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def one(index: Array) -> tuple[Any, StepMetrics]:
+        piece = jax.tree.map(lambda x: x[index], split)
+        (_, reported), grads = gradient(params, piece, jax.random.fold_in(key, index), teacher)
+        return grads, reported
+
+    def add(carry: Any, index: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, one(index)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
+    (grads, reported), _ = jax.lax.scan(add, zeros, jnp.arange(pieces))
+    mean = lambda tree: jax.tree.map(lambda x: x / pieces, tree)  # noqa: E731
+    return mean(grads), reported.replace(scalars=mean(reported.scalars))
+
+
+def _make_objective(
+    model: nn.Module, gate_loss: nn.Module, config: config_dict.ConfigDict
+) -> Callable[..., tuple[Array, StepMetrics]]:
+    """Builds objective(params, batch, key, teacher) -> (total loss, metrics)."""
+
+    def objective(
+        params: Any, batch: Batch, key: Array, teacher: Teacher | None
+    ) -> tuple[Array, StepMetrics]:
+        mix_key, gate_key, dropout_key = jax.random.split(key, 3)
+        images = normalise(batch["image"], model.mean, model.std)
+        targets = smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
+        images, targets = _mixed(mix_key, images, targets, config.data)
+        rngs = {"gate": gate_key, "dropout": dropout_key}
+        output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs)
+        per_example = losses.cross_entropy(output.logits, targets)
+        total, scalars = per_example.mean(), {}
+        if teacher is not None:
+            shown = _renormalise(images, model, teacher.model)
+            total = _with_teacher(total, output, shown, teacher, config.loss.distillation)
+        elif output.distilled_logits is not None:
+            # Without a teacher both heads learn the labels, as in DeiT's fine-tuning.
+            total = (total + losses.cross_entropy(output.distilled_logits, targets).mean()) / 2
+        if output.gate is not None:
+            shaped = gate_loss.apply({"params": params["gate_loss"]}, output.gate)
+            scalars = {"gate_loss": shaped.loss, **shaped.terms}
+            total = total + config.loss.gate.weight * shaped.loss
+        sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=max_tokens(model))
+        return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
+
+    return objective
+
+
+def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
+    """Images as another model wants them."""
+    if (ours.mean, ours.std) == (theirs.mean, theirs.std):
+        return images
+    shape = (1, 1, 1, 3)
+    mean, std, new_mean, new_std = (
+        jnp.asarray(x, jnp.float32).reshape(shape)
+        for x in (ours.mean, ours.std, theirs.mean, theirs.std)
+    )
+    return (images * std + mean - new_mean) / new_std
+
+
+def smooth(labels: Array, classes: int, amount: float) -> Array:
+    """One-hot targets [B, classes], `amount` of them spread evenly over all classes."""
+    return jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
+
+
+def _mixed(
+    key: Array, images: Array, targets: Array, data: config_dict.ConfigDict
+) -> tuple[Array, Array]:
+    if not (data.mixup or data.cutmix):
+        return images, targets
+    mixed = mix.mix(
+        key,
+        images,
+        targets,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        prob=data.mix_prob,
+        switch_prob=data.mix_switch_prob,
+    )
+    return mixed.images, mixed.targets
+
+
+def _with_teacher(
+    total: Array, output: Output, images: Array, teacher: Teacher, options: config_dict.ConfigDict
+) -> Array:
+    """Adds distillation (Touvron et al. 2021): (1 - weight) x labels + weight x teacher."""
+    theirs = teacher.model.apply(teacher.variables, images, train=False).logits
+    ours = output.logits if output.distilled_logits is None else output.distilled_logits
+    distance = losses.distillation(ours, theirs, temperature=options.temperature, kind=options.kind)
+    return (1 - options.weight) * total + options.weight * distance.mean()
