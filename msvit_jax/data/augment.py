@@ -132,7 +132,9 @@ OPERATIONS: dict[str, Operation] = {
     "equalize": lambda image, strength, sign: ImageOps.equalize(image),
     "invert": lambda image, strength, sign: ImageOps.invert(image),
     "rotate": _rotate,
-    "posterize": lambda image, strength, sign: ImageOps.posterize(image, 4 - int(4 * strength)),
+    "posterize": lambda image, strength, sign: ImageOps.posterize(
+        image, max(1, 4 - int(4 * strength))
+    ),
     "solarize": lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
     "solarize_add": _solarize_add,
     "color": _enhance(ImageEnhance.Color),

@@ -5,8 +5,10 @@ where the crop then still holds as many pixels as asked for. EXIF orientation is
 the pipelines that published ImageNet figures come from.
 """
 
+import functools
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,17 @@ def open_image(encoded: bytes | np.ndarray) -> Image.Image:
     return Image.open(io.BytesIO(encoded))
 
 
-def resized_crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Cuts a box out of an image and resizes it, bicubic and antialiased, to uint8 [S, S, 3]."""
+def resized_crop(
+    image: Image.Image, box: Box, size: int, resize: "Resize | None" = None
+) -> np.ndarray:
+    """Cuts a box out of an image and resizes it to uint8 [S, S, 3].
+
+    Args:
+        image: as `open_image` returns it.
+        box: what to cut, in pixels of the full image.
+        size: side of the result.
+        resize: one of `RESIZES`; Pillow's by default.
+    """
     full = image.size
     _decode_scaled(image, min(box[2] - box[0], box[3] - box[1]), size)
     rgb = to_rgb(image)
@@ -35,7 +46,39 @@ def resized_crop(image: Image.Image, box: Box, size: int) -> np.ndarray:
     box = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
     if rgb.size == (size, size) and box == (0, 0, size, size):
         return np.asarray(rgb)
+    return (resize or resize_pillow)(rgb, box, size)
+
+
+def resize_pillow(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+    """Bicubic with antialiasing, as in the papers' PyTorch recipes."""
     return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+    """Bicubic over the nearest four pixels, several times faster than `resize_pillow`.
+
+    Like tf.data's default it does not antialias; scaled decoding leaves it factors below 2.
+    """
+    cut = np.asarray(rgb.crop(tuple(round(edge) for edge in box)))
+    return import_opencv().resize(cut, (size, size), interpolation=import_opencv().INTER_CUBIC)
+
+
+Resize = Callable[[Image.Image, Box, int], np.ndarray]
+RESIZES: dict[str, Resize] = {"pillow": resize_pillow, "opencv": resize_opencv}
+
+
+@functools.cache
+def import_opencv() -> Any:
+    """Returns the optional module `cv2`, held to one thread, or says how to install it."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "data.resize='opencv' needs OpenCV: pip install opencv-python-headless, or use "
+            "data.resize='pillow'."
+        ) from error
+    cv2.setNumThreads(1)  # the pipeline's workers are the parallelism
+    return cv2
 
 
 def _decode_scaled(image: Image.Image, crop: float, size: int) -> None:

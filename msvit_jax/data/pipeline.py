@@ -33,6 +33,7 @@ def default_config() -> ConfigDict:
             "image_size": 64,
             "crop_scale": None,  # (least, greatest) share of the area; None: centre crop
             "crop_ratio": (3 / 4, 4 / 3),
+            "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
             "flip": False,
             "pad_shift": 0,  # pixels
             "randaugment": {"num_ops": 0, "magnitude": 9.0, "std": 0.5},
@@ -44,7 +45,7 @@ def default_config() -> ConfigDict:
             "mix_prob": 1.0,
             "mix_switch_prob": 0.5,
             "workers": 0,  # processes that decode; 0: threads of this one
-            "prefetch": 4,  # batches made ahead
+            "prefetch": 4,  # batches made ahead of their use
             "cache": False,  # keep decoded images in memory
         }
     )
@@ -92,8 +93,14 @@ def train_iterator(
     Raises:
         UserError: see `sources.open_dataset`; or an image cannot be read.
     """
-    rows = _Rows.of(batch_size, process_index, process_count)
-    examples = _train_examples(config)
+    rows = Rows.of(batch_size, process_index, process_count)
+    return train_batches(_train_examples(config), config, rows, seed, start_step)
+
+
+def train_batches(
+    examples: Any, config: ConfigDict, rows: "Rows", seed: int, start_step: int
+) -> Iterator[Batch]:
+    """The same over any sequence of examples (see `sources.Examples`)."""
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(TrainTransform.of(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
@@ -119,12 +126,12 @@ def eval_batches(
     """
     builder = sources.open_dataset(config.name, config.data_dir)
     examples = sources.open_split(builder, split or config.eval_split)
-    rows = _Rows.of(batch_size, process_index, process_count)
+    rows = Rows.of(batch_size, process_index, process_count)
     return EvalBatches(config, examples, rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Which rows of the global batch are this process' own."""
 
     local: int
@@ -132,7 +139,8 @@ class _Rows:
     count: int
 
     @classmethod
-    def of(cls, batch_size: int, index: int | None, count: int | None) -> "_Rows":
+    def of(cls, batch_size: int, index: int | None, count: int | None) -> "Rows":
+        """Divides a global batch among processes, JAX's own by default."""
         index = jax.process_index() if index is None else index
         count = jax.process_count() if count is None else count
         if batch_size < 1 or batch_size % count:
@@ -150,6 +158,7 @@ class TrainTransform(grain.transforms.RandomMap):
     size: int
     crop_scale: tuple[float, float] | None
     crop_ratio: tuple[float, float]
+    resize: str
     flip: bool
     pad_shift: int
     randaugment: dict[str, Any] | None
@@ -163,6 +172,7 @@ class TrainTransform(grain.transforms.RandomMap):
             size=config.image_size,
             crop_scale=config.crop_scale and tuple(config.crop_scale),
             crop_ratio=tuple(config.crop_ratio),
+            resize=_checked_resize(config.resize),
             flip=config.flip,
             pad_shift=config.pad_shift,
             randaugment=config.randaugment.to_dict() if config.randaugment.num_ops else None,
@@ -191,9 +201,18 @@ class TrainTransform(grain.transforms.RandomMap):
         try:
             image = decode.open_image(element["image"])
             box = decode.random_box(*image.size, self.crop_scale, self.crop_ratio, rng)
-            return decode.resized_crop(image, box, self.size)
+            return decode.resized_crop(image, box, self.size, decode.RESIZES[self.resize])
         except decode.DECODE_ERRORS as error:
             raise decode.unreadable(element, error) from error
+
+
+def _checked_resize(name: str) -> str:
+    if name not in decode.RESIZES:
+        known = ", ".join(decode.RESIZES)
+        raise UserError(f"data.resize={name!r} is unknown; there is {known}.")
+    if name == "opencv":
+        decode.import_opencv()
+    return name
 
 
 def centre_crop(element: dict[str, Any], size: int, fraction: float) -> np.ndarray:
@@ -216,7 +235,7 @@ class EvalBatches(Iterable[Batch]):
     batch are zero, with `valid` false.
     """
 
-    def __init__(self, config: ConfigDict, examples: sources.Examples, rows: _Rows) -> None:
+    def __init__(self, config: ConfigDict, examples: sources.Examples, rows: Rows) -> None:
         self._config = config
         self._examples = examples
         self._rows = rows
@@ -300,7 +319,8 @@ def _decode_example(example: dict[str, Any], size: int | None) -> dict[str, Any]
 
 def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
     """Reads batches ahead of their use, in threads or in worker processes."""
-    threads = 1 if config.cache or config.workers else min(4, config.prefetch)
+    # One thread: Pillow decodes under the interpreter's lock, so more of them slow each other.
+    threads = min(1, config.prefetch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
     batches = dataset.to_iter_dataset(options)
     if not config.workers:
