@@ -1,0 +1,38 @@
+"""Draws where a trained model keeps fine tokens.
+
+    python -m msvit_jax.visualize --workdir=DIR [--out=DIR] <images>
+
+Each image appears beside its mixed-scale grid and its gate's heat map, in a PNG of its own and on a
+contact sheet. Without images, examples of the run's evaluation split are drawn.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from msvit_jax import checkpoint, errors
+from msvit_jax.visualize import examples
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained run with a gate.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Where pictures go; by default <workdir>/pictures.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best', 'latest', or a step.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of the one that the run was trained on.")
+_EXAMPLES = flags.DEFINE_integer("examples", 8, "How many, where no images are given.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, runs, draws, and says where."""
+    checkpoint.quiet_orbax()
+    run = checkpoint.load_run(_WORKDIR.value, _CHECKPOINT.value)
+    if _DATA_DIR.value is not None:
+        run.config.data.data_dir = _DATA_DIR.value
+    out = _OUT.value or pathlib.Path(_WORKDIR.value) / "pictures"
+    drawn = examples.draw_run(run, out, files=argv[1:], count=_EXAMPLES.value)
+    for strip in drawn.strips:
+        print(strip.caption)
+    print(f"written to {drawn.sheet.parent}, together in {drawn.sheet}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

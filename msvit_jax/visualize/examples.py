@@ -1,0 +1,203 @@
+"""From a trained run and images to pictures on disk."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+from PIL import UnidentifiedImageError
+
+from msvit_jax import checkpoint
+from msvit_jax.data import decode, pipeline, sources
+from msvit_jax.errors import UserError
+from msvit_jax.models.output import Output
+from msvit_jax.train.step import max_tokens, normalise
+from msvit_jax.visualize.maps import GATE_COLUMNS, gate_strip
+from msvit_jax.visualize.sheet import Strip, panel, save
+
+BATCH = 32  # images run at once
+ON_SHEET = 64  # more would make a picture that no viewer opens
+SHEET = "contact_sheet.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One picture to be: uint8 [S, S, 3], what to call it, and its class where that is known."""
+
+    image: np.ndarray
+    name: str
+    label: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn and where it lies."""
+
+    strips: list[Strip]
+    sheet: pathlib.Path
+
+
+def draw_run(
+    run: checkpoint.Run, out: pathlib.Path | str, *, files: Sequence[str] = (), count: int = 8
+) -> Drawn:
+    """Draws what a trained run does with image files, or with examples of its evaluation split.
+
+    Args:
+      run: with a gate.
+      out: folder for the pictures and the contact sheet.
+      files: paths of images.
+      count: how many examples, where there are no files.
+
+    Raises:
+      UserError: see `from_files`, `from_dataset` and `draw_gate`.
+    """
+    config = run.config.data
+    examples = from_files(files, config) if files else from_dataset(config, count)
+    strips = draw_gate(run.model, run.variables, examples, _class_names(config))
+    return Drawn(strips, write(strips, [example.name for example in examples], out))
+
+
+def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
+    """Reads image files as evaluation does: the central square, resized.
+
+    Args:
+      paths: of the files.
+      config: the `data` section of the run's config.
+
+    Raises:
+      UserError: a file is missing or cannot be decoded; names it.
+    """
+    return [
+        Example(_read(path, config.image_size, config.eval_crop), pathlib.Path(path).name)
+        for path in paths
+    ]
+
+
+def from_dataset(config: ConfigDict, count: int) -> list[Example]:
+    """Takes examples evenly spread over the evaluation split, which may be sorted by class."""
+    if count < 1:
+        raise UserError(f"The number of examples must be at least 1, not {count}.")
+    builder = sources.open_dataset(config.name, config.data_dir)
+    split = sources.open_split(builder, config.eval_split)
+    indices = np.unique(np.linspace(0, len(split) - 1, count).astype(int))
+    found = ((index, split[index]) for index in indices)
+    return [
+        Example(
+            pipeline.centre_crop(example, config.image_size, config.eval_crop),
+            f"{config.eval_split} {index}",
+            int(example["label"]),
+        )
+        for index, example in found
+    ]
+
+
+def draw_gate(
+    model: Any, variables: Any, examples: Sequence[Example], class_names: Sequence[str] = ()
+) -> list[Strip]:
+    """Runs a model with a gate and draws what the gate decided.
+
+    Args:
+      model: with a `gate_grid`.
+      variables: for `model.apply`.
+      examples: at the model's image size.
+      class_names: in the order of the labels; without them classes are numbers.
+
+    Raises:
+      UserError: the model has no gate.
+    """
+    grid = getattr(model, "gate_grid", None)
+    if grid is None:
+        raise UserError(
+            "The model has no gate: every image gets all of its tokens, so there is nothing to "
+            "draw. Choose the workdir of a mixed-scale model (msvit_...)."
+        )
+    images = np.stack([example.image for example in examples])
+    outputs = predictions(model, variables, images)
+    return [
+        _gate_strip(example, output, grid, class_names, max_tokens(model))
+        for example, output in zip(examples, outputs, strict=True)
+    ]
+
+
+def write(strips: Sequence[Strip], names: Sequence[str], out: pathlib.Path | str) -> pathlib.Path:
+    """Writes one PNG for each strip and a contact sheet of the first 64; returns the sheet's path.
+
+    Files are called after their numbers and names, which need not differ.
+    """
+    out = pathlib.Path(out)
+    for number, (strip, name) in enumerate(zip(strips, names, strict=True)):
+        stem = pathlib.Path(name).stem.replace(" ", "_")
+        save(panel([strip], GATE_COLUMNS), out / f"{number:03d}_{stem}.png")
+    columns = 2 if len(strips) > 3 else 1
+    return save(panel(strips[:ON_SHEET], GATE_COLUMNS, columns=columns), out / SHEET)
+
+
+def predictions(model: Any, variables: Any, images: np.ndarray) -> Iterator[Output]:
+    """Yields the model's output for each of uint8 images [N, S, S, 3], as NumPy arrays.
+
+    Batches have one size, the last one padded, so the model compiles once.
+    """
+
+    @jax.jit
+    def apply(variables: Any, batch: Array) -> Output:
+        return model.apply(variables, normalise(batch, model.mean, model.std), train=False)
+
+    size = min(BATCH, len(images))
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        padded = np.concatenate([batch, np.zeros_like(images[: size - len(batch)])])
+        outputs = jax.device_get(apply(variables, padded))
+        for row in range(len(batch)):
+            yield jax.tree.map(lambda x, row=row: x[row], outputs)
+
+
+def _read(path: str, size: int, crop: float) -> np.ndarray:
+    try:
+        image = decode.open_image(pathlib.Path(path).read_bytes())
+        return decode.resized_crop(image, decode.centre_box(*image.size, crop), size)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no image file {path!r}.") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path!r} is no image, or one of a format that is not known.") from error
+    except decode.DECODE_ERRORS as error:
+        raise UserError(f"The image {path!r} cannot be read: {error}.") from error
+
+
+def _gate_strip(
+    example: Example, output: Output, grid: tuple[int, int], class_names: Sequence[str], most: int
+) -> Strip:
+    gate = output.gate
+    assert gate is not None  # the model has a grid of regions
+    return gate_strip(
+        example.image,
+        gate.coarse,
+        1 / (1 + np.exp(-gate.logits)),
+        grid,
+        caption=_caption(example, output, class_names, most),
+        wrong=example.label not in (None, int(output.logits.argmax())),
+    )
+
+
+def _class_names(config: ConfigDict) -> tuple[str, ...]:
+    """The classes' names; none where the run's data set is not on this machine."""
+    try:
+        return pipeline.dataset_info(config).class_names
+    except UserError:
+        return ()
+
+
+def _caption(example: Example, output: Output, class_names: Sequence[str], most: int) -> str:
+    def called(label: int) -> str:
+        return class_names[label] if class_names else str(label)
+
+    predicted = int(output.logits.argmax())
+    logits = output.logits - output.logits.max()
+    sure = 1 / np.exp(logits).sum()  # the softmax of the largest logit, which is 0 now
+    shown = example.name if example.label is None else f"label {called(example.label)}"
+    return (
+        f"{shown} · predicted {called(predicted)} ({sure:.0%}) · {output.tokens} of {most} tokens"
+    )

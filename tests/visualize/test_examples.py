@@ -1,0 +1,150 @@
+"""From runs and images to files: what is drawn is what the model said of these images."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+from msvit_jax import checkpoint
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.train.step import normalise
+from msvit_jax.visualize import examples
+
+
+def _run(config):
+    model = configs.build_model(configs.resolve(config, len(tiny_run.CLASSES)))
+    images = np.zeros((1, tiny_run.SIDE, tiny_run.SIDE, 3), np.float32)
+    return checkpoint.Run(config, model, model.init(jax.random.key(0), images))
+
+
+@pytest.fixture(scope="module")
+def gated():
+    return _run(tiny_run.msvit(model__gate_bias=0.0))
+
+
+def _pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _outputs(run, images):
+    shown = normalise(images, run.model.mean, run.model.std)
+    return run.model.apply(run.variables, shown, train=False)
+
+
+def test_examples_are_spread_over_the_split_and_carry_their_labels(gated):
+    chosen = examples.from_dataset(gated.config.data, 5)
+    assert [example.name for example in chosen] == [f"validation {i}" for i in (0, 5, 10, 15, 20)]
+    for example in chosen:
+        brightest = int(example.image.astype(int).mean(axis=(0, 1)).argmax())
+        assert example.label == 2 - brightest  # the classes are blue, green, red
+    everything = examples.from_dataset(gated.config.data, 1000)
+    assert len(everything) == tiny_run.VALIDATION
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        examples.from_dataset(gated.config.data, 0)
+
+
+def test_predictions_do_not_depend_on_batches(gated, monkeypatch):
+    monkeypatch.setattr(examples, "BATCH", 4)
+    images = np.stack([e.image for e in examples.from_dataset(gated.config.data, 7)])
+    together = _outputs(gated, images)
+    alone = list(examples.predictions(gated.model, gated.variables, images))
+    np.testing.assert_allclose([o.logits for o in alone], together.logits, atol=1e-5)
+    np.testing.assert_array_equal([o.tokens for o in alone], together.tokens)
+    np.testing.assert_array_equal([o.gate.coarse for o in alone], together.gate.coarse)
+
+
+def test_captions_say_what_the_model_said(gated):
+    chosen = examples.from_dataset(gated.config.data, 5)
+    output = _outputs(gated, np.stack([example.image for example in chosen]))
+    shares = jax.nn.softmax(output.logits)
+    strips = examples.draw_gate(gated.model, gated.variables, chosen, tiny_run.CLASSES)
+    for row, (example, strip) in enumerate(zip(chosen, strips, strict=True)):
+        predicted = int(shares[row].argmax())
+        assert strip.caption == (
+            f"label {tiny_run.CLASSES[example.label]}"
+            f" · predicted {tiny_run.CLASSES[predicted]} ({shares[row, predicted]:.0%})"
+            f" · {output.tokens[row]} of 16 tokens"
+        )
+        assert strip.wrong == (predicted != example.label)
+    assert len({int(tokens) for tokens in output.tokens}) > 1  # or the captions could be one
+
+
+def test_every_example_gets_a_file_and_all_share_a_sheet(gated, tmp_path):
+    drawn = examples.draw_run(gated, tmp_path, count=5)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [*(f"00{n}_validation_{5 * n}.png" for n in range(5)), drawn.sheet.name]
+    single, sheet = (_pixels(tmp_path / name) for name in (files[0], files[-1]))
+    assert sheet.shape[1] == 2 * single.shape[1]
+    assert sheet.shape[0] > 2 * single.shape[0]
+
+
+def test_files_of_any_shape_are_cut_as_in_evaluation(gated, tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[..., 0] = 255
+    pixels[:, 17:43] = (0, 0, 255)  # the central square and what bicubic filters reach
+    for folder in ("a", "b"):  # equal names must not overwrite each other
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "wide.png")
+    files = [str(tmp_path / folder / "wide.png") for folder in ("a", "b")]
+    (example, _) = examples.from_files(files, gated.config.data)
+    assert example.image.shape == (tiny_run.SIDE, tiny_run.SIDE, 3)
+    assert (example.image == (0, 0, 255)).all()
+    drawn = examples.draw_run(gated, tmp_path / "out", files=files)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert drawn.strips[0].caption.startswith("wide.png · predicted ")
+    assert not drawn.strips[0].wrong
+
+
+def test_classes_are_numbers_where_the_data_set_is_not_here(gated, tmp_path):
+    config = gated.config.copy_and_resolve_references()
+    config.data.data_dir = str(tmp_path / "elsewhere")
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
+    drawn = examples.draw_run(
+        gated._replace(config=config), tmp_path / "out", files=[str(tmp_path / "x.png")]
+    )
+    assert any(f"predicted {label} (" in drawn.strips[0].caption for label in range(3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "There is no image file '.*bad.png'"),
+        (b"no image at all", "'.*bad.png' is no image"),
+        ("truncated", "The image '.*bad.png' cannot be read: .*truncated"),
+    ],
+)
+def test_files_that_cannot_be_drawn_are_named(gated, tmp_path, content, message):
+    path = tmp_path / "bad.png"
+    if content == "truncated":
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        examples.from_files([str(path)], gated.config.data)
+
+
+def test_a_model_without_a_gate_has_nothing_to_draw(tmp_path):
+    with pytest.raises(UserError, match=r"no gate.*nothing to draw"):
+        examples.draw_run(_run(tiny_run.config()), tmp_path / "out", count=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_the_message_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "msvit_jax.visualize", f"--workdir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "is not the workdir of a run" in done.stderr
+    assert "Traceback" not in done.stderr
