@@ -5,6 +5,7 @@ A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with th
 of the gate's loss) and `about` (config, model metadata).
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -121,7 +122,8 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         trainer = restored["trainer"]
-        return like.replace(
+        return dataclasses.replace(
+            like,
             step=trainer["step"],
             params={"model": restored["model"], "gate_loss": trainer["gate_loss"]},
             opt_state=trainer["opt_state"],
@@ -285,5 +287,5 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's and JAX's info lines out of the terminal report."""
-    logging.set_verbosity(logging.WARNING)
+    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised."""
+    logging.set_verbosity(logging.ERROR)

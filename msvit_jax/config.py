@@ -115,6 +115,11 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
     return config
 
 
+def sibling(config_file: str, name: str) -> config_dict.ConfigDict:
+    """Reads the config `name` that lies beside another, given that one's `__file__`."""
+    return _read(str(pathlib.Path(config_file).with_name(name)))
+
+
 def take_overrides(argv: list[str], sections: Iterable[str] = ("config",)) -> list[str]:
     """Removes `--config.key=value` arguments from argv and returns them as 'key=value'.
 

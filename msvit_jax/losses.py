@@ -42,7 +42,7 @@ def distillation(
         raise ValueError(f"distillation kind {kind!r} is neither 'soft' nor 'hard'.")
     log_student = jax.nn.log_softmax(student / temperature)
     log_teacher = jax.nn.log_softmax(teacher / temperature)
-    divergence = optax.kl_divergence_with_log_targets(log_student, log_teacher)
+    divergence = optax.losses.kl_divergence_with_log_targets(log_student, log_teacher)
     return temperature**2 * divergence
 
 
@@ -187,5 +187,7 @@ class GateLoss(nn.Module):
         if self.start != "centre":
             raise ValueError(f"start={self.start!r} is neither 'centre' nor 'uniform'.")
         nearness = 1 - centre_distance(self.grid_size)
+        if not nearness.any():  # a grid of corners only, 2 x 2: all equally near
+            nearness = np.ones_like(nearness)
         means = self.target * nearness / nearness.mean()
         return np.clip(means, 0.02, 0.98).astype(np.float32)

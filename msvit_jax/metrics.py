@@ -87,8 +87,8 @@ def batch_sums(
     return Sums(
         count=weight.sum(),
         loss=jnp.sum(jnp.where(weight > 0, loss, 0.0)),
-        top1=jnp.sum(weight * (rank < 1)),
-        top5=jnp.sum(weight * (rank < 5)),
+        top1=jnp.sum(jnp.where(rank < 1, weight, 0.0)),
+        top5=jnp.sum(jnp.where(rank < 5, weight, 0.0)),
         tokens=histogram,
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
     )

@@ -46,7 +46,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def tree_sharding(mesh: Mesh, tree: Any) -> Any:
-    """Returns a sharding per leaf of a tree of arrays or shapes, cut along `fsdp` where possible."""
+    """Returns a sharding per leaf of a tree of arrays or shapes, cut along `fsdp` if possible."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)
 
 
@@ -74,7 +74,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: i
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global arrays from this process' rows of a batch; process p's rows are the p-th part."""
+    """Makes global arrays from this process' rows of a batch; process p holds the p-th part."""
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()

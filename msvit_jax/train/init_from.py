@@ -74,8 +74,7 @@ def read_weights(source: str | pathlib.Path) -> Flat:
         flat = _read_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{str(source)!r} cannot be read as weights: {error}") from error
-    names = {name.replace(".", "/").removeprefix("params/"): value for name, value in flat.items()}
-    return names
+    return {name.replace(".", "/").removeprefix("params/"): x for name, x in flat.items()}
 
 
 def _read_file(path: pathlib.Path) -> Flat:
@@ -186,7 +185,7 @@ def _resizable(value: Any, leaf: Any) -> bool:
 
 def _resize(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if value.ndim == 3:
-        return np.asarray(grid.resize_positions(jnp.asarray(value), shape[:2]))
+        return np.asarray(grid.resize_positions(jnp.asarray(value), (shape[0], shape[1])))
     count, width = value.shape
     prefix = _prefix_length(count) or 0
     old, new = math.isqrt(count - prefix), math.isqrt(shape[0] - prefix)

@@ -157,7 +157,7 @@ class _Run:
             return None
         teacher = load_teacher(options.teacher, options.model, self.config)
         whole = sharding.replicated(self.mesh)
-        return teacher.replace(variables=jax.device_put(teacher.variables, whole))
+        return dataclasses.replace(teacher, variables=jax.device_put(teacher.variables, whole))
 
     def run(self) -> dict[str, Any]:
         """Trains to the end."""
@@ -252,6 +252,7 @@ class _Run:
         devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         examples = self.info.train_examples
+        epochs = self.plan.steps / self.plan.steps_per_epoch
         return [
             f"{config.model.name}: {count:,} parameters"
             + (f" ({learned:,} trained)" if learned != count else "")
@@ -259,7 +260,7 @@ class _Run:
             f"{self.info.name}: {examples:,} training and {self.info.eval_examples:,} evaluation "
             f"images, {self.info.num_classes} classes",
             f"{devices} ({axes}), {jax.process_count()} process(es), batch {config.batch_size}, "
-            f"{self.plan.steps:,} steps = {self.plan.steps / self.plan.steps_per_epoch:.4g} epochs, "
+            f"{self.plan.steps:,} steps = {epochs:.4g} epochs, "
             f"compute in {config.dtype}",
         ]
 
@@ -379,15 +380,16 @@ class StopRequest:
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[StopRequest]:
     """Turns the first SIGTERM or Ctrl-C into a request; a second one ends the process at once."""
-    stop, old = StopRequest(), {}
+    stop = StopRequest()
+    old: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
         stop.asked = True
         signal.signal(number, old[number])
 
     with contextlib.suppress(ValueError):  # not in the main thread: no signals there
-        for number in (signal.SIGTERM, signal.SIGINT):
-            old[number] = signal.signal(number, ask)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            old[name] = signal.signal(name, ask)
     try:
         yield stop
     finally:

@@ -153,7 +153,19 @@ def make_optimizer(
         optax.scale_by_learning_rate(rate),
     )
     labels = map_names(lambda n, _: "frozen" if frozen(n, patterns) else "train", params)
-    return optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
+    return _promoting(
+        optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
+    )
+
+
+def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Lets Optax mix its integer counts with floats where JAX is set to strict promotion."""
+
+    def update(grads: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        with jax.numpy_dtype_promotion("standard"):
+            return made.update(grads, state, params)
+
+    return optax.GradientTransformation(made.init, update)
 
 
 def _scale_by(options: Mapping[str, Any], depth: int) -> optax.GradientTransformation:

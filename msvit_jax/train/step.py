@@ -5,6 +5,7 @@ on the device. Nothing here asks which model it trains: what concerns a gate app
 model's output has one.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -93,9 +94,9 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = update_ema(ema, params["model"], config.ema_decay, state.step)
-        scalars = {**reported.scalars, "grad_norm": optax.global_norm(grads)}
+        scalars = {**reported.scalars, "grad_norm": optax.tree.norm(grads)}
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return state, reported.replace(scalars=scalars)
+        return state, dataclasses.replace(reported, scalars=scalars)
 
     return step
 
@@ -108,7 +109,7 @@ def _accumulate(
     teacher: Teacher | None,
     pieces: int,
 ) -> tuple[Any, StepMetrics]:
-    """Mean gradient over pieces; piece j takes rows j, j + pieces, ... so each device keeps its own."""
+    """Mean gradient over pieces; piece j is every k-th row, so that rows stay on their device."""
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(index: Array) -> tuple[Any, StepMetrics]:
@@ -122,7 +123,7 @@ def _accumulate(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
     (grads, reported), _ = jax.lax.scan(add, zeros, jnp.arange(pieces))
     mean = lambda tree: jax.tree.map(lambda x: x / pieces, tree)  # noqa: E731
-    return mean(grads), reported.replace(scalars=mean(reported.scalars))
+    return mean(grads), dataclasses.replace(reported, scalars=mean(reported.scalars))
 
 
 def _make_objective(

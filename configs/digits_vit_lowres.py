@@ -1,0 +1,21 @@
+"""Dense ViT on scattered digits at a lower uniform resolution: the equal-compute baseline.
+
+    python train.py --config=configs/digits_vit_lowres.py --workdir=runs/digits_vit_lowres
+
+The model of digits_vit.py on images resized to 48 px: 36 tokens, about the compute that
+digits_msvit.py spends on an average image. Other sizes: --config.data.image_size.
+Cost: not yet measured.
+Expect: not yet measured.
+"""
+
+from ml_collections import config_dict
+
+from msvit_jax.config import sibling
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = sibling(__file__, "digits_vit.py")
+    del config.model.image_size
+    config.data.image_size = 48
+    config.data.pad_shift = 3
+    return config

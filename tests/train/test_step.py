@@ -1,0 +1,199 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_run
+from jax.sharding import AxisType
+
+from msvit_jax import config as configs
+from msvit_jax import losses, sharding
+from msvit_jax.train import optimizer
+from msvit_jax.train.state import state_maker
+from msvit_jax.train.step import Teacher, make_train_step, normalise, smooth
+
+BATCH = 16
+CASES = {
+    "vit": lambda **k: tiny_run.config(**k),
+    "msvit": lambda **k: tiny_run.msvit(loss__gate__weight=4.0, **k),
+}
+
+
+@functools.cache
+def _batch(seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 255, (BATCH, 16, 16, 3), dtype=np.uint8)
+    return {"image": images, "label": rng.integers(0, 3, BATCH, dtype=np.int32)}
+
+
+class Setup:
+    """A state and a jitted step on the first devices of this machine."""
+
+    def __init__(self, config, devices=1, fsdp=1):
+        config = configs.resolve(config, 3)
+        self.mesh = jax.make_mesh(
+            (devices // fsdp, fsdp),
+            sharding.BATCH_AXES,
+            axis_types=(AxisType.Auto,) * 2,
+            devices=jax.devices()[:devices],
+        )
+        self.model = configs.build_model(config)
+        gate_loss = configs.build_gate_loss(config, self.model)
+        key = jax.random.key(config.seed)
+        identity = state_maker(self.model, gate_loss, optax.identity(), with_ema=False)
+        params = jax.eval_shape(identity, key, {}).params
+        made = optimizer.make_optimizer(config.optimizer, params, lambda step: 1e-3)
+        maker = state_maker(self.model, gate_loss, made, with_ema=config.ema_decay > 0)
+        shardings = sharding.tree_sharding(self.mesh, jax.eval_shape(maker, key, {}))
+        with jax.set_mesh(self.mesh):
+            self.state = jax.jit(maker, out_shardings=shardings)(key, {})
+        self.step = jax.jit(
+            make_train_step(self.model, gate_loss, made, config),
+            out_shardings=(shardings, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def run(self, steps=2, teacher=None):
+        reports = []
+        with jax.set_mesh(self.mesh):
+            for index in range(steps):
+                batch = sharding.shard_batch(self.mesh, _batch(index))
+                self.state, reported = self.step(self.state, batch, teacher)
+                reports.append(jax.device_get(reported))
+        return jax.device_get(self.state), reports
+
+
+def _assert_close(ours, theirs, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 4)])
+def test_same_step_on_any_number_of_devices(case, devices, fsdp):
+    # SGD-like sensitivity is wanted: Adam's first step turns rounding into signs, so the
+    # parameters are compared through the moments that the gradients left.
+    config = CASES[case](model__drop_path=0.2, data__mixup=0.8, data__cutmix=1.0)
+    alone, reports = Setup(config).run(1)
+    many, more_reports = Setup(config, devices, fsdp).run(1)
+    _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
+    gradients = [
+        {n: x for n, x in optimizer.flat_names(s.opt_state).items() if "/mu/" in n}
+        for s in (alone, many)
+    ]
+    assert len(gradients[0]) > 20
+    _assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_parameters_after_several_steps_on_many_devices(case):
+    alone, reports = Setup(CASES[case]()).run(4)
+    many, more_reports = Setup(CASES[case](), 8, 2).run(4)
+    _assert_close(reports, more_reports, rtol=1e-4, atol=1e-5)
+    _assert_close(alone.params, many.params, atol=2e-4)
+
+
+def test_parameters_are_cut_along_fsdp():
+    setup = Setup(CASES["vit"](), 8, 4)
+    kernel = setup.state.params["model"]["blocks_0"]["attn"]["qkv"]["kernel"]
+    assert kernel.shape == (16, 48)
+    assert {s.data.shape for s in kernel.addressable_shards} == {(16, 12)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_once(case):
+    setup = Setup(CASES[case](), 8)
+    setup.run(3)
+    assert setup.step._cache_size() == 1
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch():
+    whole, reports = Setup(CASES["vit"]()).run(1)
+    pieces, more_reports = Setup(CASES["vit"](optimizer__accumulation=4), 4).run(1)
+    # Without random parts and with equal pieces the mean of means is the mean.
+    _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
+    _assert_close(
+        *[
+            {n: x for n, x in optimizer.flat_names(s.opt_state).items() if "/mu/" in n}
+            for s in (whole, pieces)
+        ],
+        rtol=1e-4,
+        atol=1e-7,
+    )
+
+
+def test_every_parameter_of_a_gate_and_its_priors_moves():
+    setup = Setup(CASES["msvit"]())
+    before = jax.device_get(setup.state.params)
+    after = setup.run(2)[0].params
+    for name, value in optimizer.flat_names(after).items():
+        if "gate" in name:
+            assert np.any(value != optimizer.flat_names(before)[name]), name
+
+
+def test_frozen_backbone_stays_bit_for_bit():
+    setup = Setup(CASES["msvit"](optimizer__freeze="backbone/"))
+    before = jax.device_get(setup.state.params)
+    after = setup.run(2)[0].params
+    moved = {
+        name.split("/")[1] if name.startswith("model") else name.split("/")[0]
+        for name, value in optimizer.flat_names(after).items()
+        if np.any(value != optimizer.flat_names(before)[name])
+    }
+    assert moved == {"gate_mlp", "gate_loss"}
+
+
+def test_ema_follows_the_parameters():
+    setup = Setup(CASES["vit"](ema_decay=0.5))
+    start = jax.device_get(setup.state.params["model"])
+    state, _ = setup.run(1)
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, state.params["model"])
+    _assert_close(state.ema, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_step_loss_by_hand():
+    setup = Setup(CASES["vit"](loss__label_smoothing=0.1))
+    params = jax.device_get(setup.state.params["model"])
+    images = normalise(jnp.asarray(_batch()["image"]), setup.model.mean, setup.model.std)
+    logits = np.asarray(setup.model.apply({"params": params}, images, train=False).logits)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    targets = np.full((BATCH, 3), 0.1 / 3)
+    targets[np.arange(BATCH), _batch()["label"]] += 0.9
+    _, reports = setup.run(1)
+    expected = -(targets * log_p).sum(1)
+    assert reports[0].scalars["total_loss"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert reports[0].sums.loss == pytest.approx(expected.sum(), rel=1e-5)
+
+
+def test_gate_loss_is_weighed_in():
+    _, reports = Setup(CASES["msvit"]()).run(1)
+    scalars, sums = reports[0].scalars, reports[0].sums
+    expected = sums.loss / sums.count + 4.0 * scalars["gate_loss"]
+    assert scalars["total_loss"] == pytest.approx(expected, rel=1e-5)
+    assert scalars["shaping"] + scalars["hyperprior"] == pytest.approx(scalars["gate_loss"])
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_by_hand(kind):
+    config = CASES["vit"](loss__distillation__weight=0.25, loss__distillation__kind=kind)
+    config.loss.distillation.temperature = 2.0
+    setup = Setup(config)
+    # A teacher that wants its images on another scale.
+    other = setup.model.clone(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = jnp.asarray(_batch()["image"])
+    theirs = other.init(jax.random.key(5), normalise(pixels, other.mean, other.std))
+    params = {"params": jax.device_get(setup.state.params["model"])}
+    ours = setup.model.apply(params, normalise(pixels, setup.model.mean, setup.model.std)).logits
+    wanted = other.apply(theirs, normalise(pixels, other.mean, other.std)).logits
+    distance = losses.distillation(ours, wanted, temperature=2.0, kind=kind).mean()
+    labels = losses.cross_entropy(ours, smooth(jnp.asarray(_batch()["label"]), 3, 0.0)).mean()
+    _, reports = setup.run(1, Teacher(model=other, variables=theirs))
+    expected = 0.75 * labels + 0.25 * distance
+    assert reports[0].scalars["total_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_normalise_by_hand():
+    pixels = np.array([[[[0, 51, 255]]]], np.uint8)
+    out = normalise(jnp.asarray(pixels), (0.0, 0.1, 0.5), (1.0, 0.5, 0.25))
+    np.testing.assert_allclose(out[0, 0, 0], [0.0, 0.2, 2.0], rtol=1e-6)
