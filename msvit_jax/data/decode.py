@@ -59,7 +59,8 @@ def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
 
     Like tf.data's default it does not antialias; scaled decoding leaves it factors below 2.
     """
-    cut = np.asarray(rgb.crop(tuple(round(edge) for edge in box)))
+    left, upper, right, lower = (round(edge) for edge in box)
+    cut = np.asarray(rgb.crop((left, upper, right, lower)))
     return import_opencv().resize(cut, (size, size), interpolation=import_opencv().INTER_CUBIC)
 
 

@@ -20,6 +20,7 @@ from msvit_jax.data import augment, decode, sources
 from msvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+EPOCHS = 2**31  # for ever; Grain's own infinity overflows with one example per batch
 
 
 def default_config() -> ConfigDict:
@@ -98,10 +99,10 @@ def train_iterator(
 
 
 def train_batches(
-    examples: Any, config: ConfigDict, rows: "Rows", seed: int, start_step: int
+    examples: Any, config: ConfigDict, rows: "Rows", seed: int, start_step: int = 0
 ) -> Iterator[Batch]:
     """The same over any sequence of examples (see `sources.Examples`)."""
-    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(EPOCHS)
     dataset = dataset.random_map(TrainTransform.of(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
     return iter(_ahead(dataset, config))
