@@ -1,0 +1,133 @@
+"""The main job in a few minutes on two CPU cores: a dense ViT, then MSViT from it, side by side.
+
+    python -m msvit_jax.demo --workdir=runs/demo [--data_dir=DIR]
+
+Trains configs/digits_vit.py and configs/digits_msvit.py for fewer epochs than the studies do,
+evaluates both through the one evaluation, measures their speed, and draws where MSViT kept its
+fine tokens. The same command again goes on where it was stopped; after the end it only evaluates,
+measures and draws again.
+"""
+
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from jax import Array
+
+from msvit_jax import checkpoint, config, data, errors, evaluate
+from msvit_jax.logging import duration
+from msvit_jax.train import loop
+from msvit_jax.train.step import normalise
+from msvit_jax.visualize import examples
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+COLUMNS = ("model", "top-1 %", "tokens / image", "GMACs / image", "images / s")
+TIMED_BATCH = 64
+TIMED_CALLS = 15  # of each model
+PICTURES = 12
+# Fewer epochs than the studies: what two cores do in the demo's time. One evaluation, at the end.
+BOTH = {"data.cache": True, "eval_every_epochs": 1e3, "log_every_steps": 25, "log_images": 0}
+DENSE = {**BOTH, "epochs": 3.0, "optimizer.warmup_epochs": 0.5}
+MSVIT = {**BOTH, "epochs": 1.5, "optimizer.warmup_epochs": 0.2}
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where both runs and the pictures go.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where data sets are; empty: TFDS's default.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the demo."""
+    if len(argv) > 1:
+        raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
+    run(pathlib.Path(_WORKDIR.value), {"data.data_dir": _DATA_DIR.value})
+
+
+def run(workdir: pathlib.Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains, evaluates, measures and draws.
+
+    Args:
+      workdir: both runs get a folder in it, the pictures another.
+      overrides: of both configs, over the demo's own.
+
+    Returns:
+      The rows of the table.
+    """
+    start = time.perf_counter()
+
+    def heading(text: str) -> None:
+        print(f"\n== {text} ({duration(time.perf_counter() - start)} so far)", flush=True)
+
+    dense_dir, msvit_dir = workdir / "vit", workdir / "msvit"
+    heading("1/4 Dense ViT: all tokens for every image")
+    dense = _train("digits_vit.py", dense_dir, DENSE | overrides)
+    heading("2/4 MSViT from its weights: coarse tokens where the gate finds nothing")
+    from_dense = {"init_from": str(dense_dir)}
+    msvit = _train("digits_msvit.py", msvit_dir, MSVIT | from_dense | overrides)
+    heading("3/4 Speed of both")
+    runs = {"ViT": checkpoint.load_run(dense_dir), "MSViT": checkpoint.load_run(msvit_dir)}
+    speeds = images_per_second(list(runs.values()))
+    heading("4/4 Pictures")
+    drawn = examples.draw_run(runs["MSViT"], workdir / "pictures", count=PICTURES)
+    rows = [
+        _row(name, figures, speed)
+        for name, figures, speed in zip(runs, (dense, msvit), speeds, strict=True)
+    ]
+    _report(rows, drawn.sheet, time.perf_counter() - start)
+    return rows
+
+
+def images_per_second(runs: Sequence[checkpoint.Run]) -> list[float]:
+    """Measures forward passes of models, warm and in turns: the median of each, in images/s.
+
+    Turns, because a machine that slows down then slows down all of them.
+    """
+    calls = [_forward(run) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for call in calls:
+        call()
+    for _ in range(TIMED_CALLS):
+        for call, spent in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            spent.append(time.perf_counter() - start)
+    return [TIMED_BATCH / statistics.median(spent) for spent in times]
+
+
+def _forward(run: checkpoint.Run) -> Callable[[], Array]:
+    """A call that classifies one evaluation batch and waits for the answer."""
+    model, variables = run.model, run.variables
+    batches = data.eval_batches(run.config.data, batch_size=TIMED_BATCH)
+    images = normalise(next(iter(batches))["image"], model.mean, model.std)
+    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=False).logits)
+    return lambda: apply(variables, images).block_until_ready()
+
+
+def _train(name: str, workdir: pathlib.Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Trains or resumes one config and returns the figures of its evaluation at the end."""
+    figures = loop.train(config.load(str(CONFIGS / name), overrides), workdir)
+    if "step" in figures:  # only of a run that was told to stop
+        raise errors.UserError("The demo was stopped; the same command goes on from there.")
+    return figures
+
+
+def _row(name: str, figures: dict[str, Any], speed: float) -> dict[str, Any]:
+    values = (figures["top1"], figures["tokens_mean"], figures["gmacs_mean"], speed)
+    return dict(zip(COLUMNS, (name, *(float(value) for value in values)), strict=True))
+
+
+def _report(rows: list[dict[str, Any]], sheet: pathlib.Path, seconds: float) -> None:
+    dense, msvit = rows
+    share = msvit["tokens / image"] / dense["tokens / image"]
+    print(f"\n{evaluate.table(rows, COLUMNS)}\n")
+    print(
+        f"MSViT used {share:.0%} of the tokens. GMACs count active tokens only; this forward pass\n"
+        "still computes the masked ones, so the tokens saved are not yet time saved."
+    )
+    print(f"Where they were kept fine: {sheet}\nThe demo took {duration(seconds)}.")
+
+
+if __name__ == "__main__":
+    errors.run(main)
