@@ -142,8 +142,8 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
     for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         if key not in features or not isinstance(features[key], kind):
             raise UserError(
-                f"Data set {name!r} cannot be used for classification: it needs an {key!r} "
-                f"feature of kind {kind.__name__}, and it has {has}."
+                f"Data set {name!r} cannot be used for classification: it needs a feature "
+                f"{key!r} of kind {kind.__name__}, and it has {has}."
             )
     channels = features["image"].shape[-1]
     if channels not in (None, 1, 3, 4):
