@@ -34,15 +34,12 @@ BOTH = {"data.cache": True, "eval_every_epochs": 1e3, "log_every_steps": 25, "lo
 DENSE = {**BOTH, "epochs": 3.0, "optimizer.warmup_epochs": 0.5}
 MSVIT = {**BOTH, "epochs": 1.5, "optimizer.warmup_epochs": 0.2}
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where both runs and the pictures go.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where data sets are; empty: TFDS's default.")
-
 
 def main(argv: Sequence[str]) -> None:
     """Runs the demo."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
-    run(pathlib.Path(_WORKDIR.value), {"data.data_dir": _DATA_DIR.value})
+    run(pathlib.Path(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
 
 
 def run(workdir: pathlib.Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:
@@ -130,4 +127,7 @@ def _report(rows: list[dict[str, Any]], sheet: pathlib.Path, seconds: float) -> 
 
 
 if __name__ == "__main__":
+    # Here, because flags are global and other commands have some of these names too.
+    flags.DEFINE_string("workdir", "runs/demo", "Where both runs and the pictures go.")
+    flags.DEFINE_string("data_dir", "", "Where data sets are; empty: TFDS's default.")
     errors.run(main)
