@@ -107,7 +107,8 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"Data set {name!r} in {folder} is stored as {builder.info.file_format.value}; it is "
-            f"read from array_record only. Convert it: {_convert_command(folder)}"
+            f"read from array_record only. Convert it (this one step needs `pip install "
+            f"tensorflow`): {_convert_command(folder)}"
         )
     _check_features(name, builder)
     return builder
