@@ -19,19 +19,23 @@ def get_config() -> config_dict.ConfigDict:
         "name": "msvit_tiny_patch16_224",
         "image_size": 64,
         "patch_size": 8,
-        "width": 96,
+        "width": 64,
         "depth": 4,
         "heads": 4,
+        "pos_init": "sincos",
     }
     config.data.name = "scattered_digits"
     config.data.image_size = 64
     config.data.pad_shift = 4
-    config.batch_size = 128
-    config.epochs = 6.0
+    config.data.cache = True
+    config.batch_size = 64
+    config.epochs = 4.0
     config.optimizer.learning_rate = 5e-4
     config.optimizer.gate_learning_rate = 1e-3
     config.optimizer.warmup_epochs = 0.5
     config.loss.gate.kind = "gbas"
     config.loss.gate.weight = 4.0
     config.loss.gate.target = 0.3
+    config.loss.label_smoothing = 0.1
+    config.eval_every_epochs = 1.0
     return config

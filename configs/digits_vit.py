@@ -1,4 +1,4 @@
-"""Dense ViT on scattered digits: 64 px, patches of 8 px, 64 tokens, 96 wide, 4 layers.
+"""Dense ViT on scattered digits: 64 px, patches of 8 px, 64 tokens, 64 wide, 4 layers.
 
     python train.py --config=configs/digits_vit.py --workdir=runs/digits_vit
 
@@ -17,15 +17,19 @@ def get_config() -> config_dict.ConfigDict:
         "name": "vit_tiny_patch16_224",
         "image_size": 64,
         "patch_size": 8,
-        "width": 96,
+        "width": 64,
         "depth": 4,
         "heads": 4,
+        "pos_init": "sincos",
     }
     config.data.name = "scattered_digits"
     config.data.image_size = 64
     config.data.pad_shift = 4
-    config.batch_size = 128
-    config.epochs = 20.0
-    config.optimizer.learning_rate = 1e-3
+    config.data.cache = True
+    config.batch_size = 64
+    config.epochs = 12.0
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_epochs = 1.0
+    config.loss.label_smoothing = 0.1
+    config.eval_every_epochs = 2.0
     return config

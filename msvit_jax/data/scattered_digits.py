@@ -27,6 +27,9 @@ class ScatteredDigitsConfig(tfds.core.BuilderConfig):
     Attributes:
         canvas: side of an image in pixels.
         digit_size: smallest and largest side of the scanned digit's box in pixels.
+        rotation: largest rotation of a digit in degrees, either way.
+        shear: largest shear, either way.
+        stretch: largest change of width over height, as a logarithm, either way.
         train_examples: number of training canvases.
         validation_examples: number of validation canvases.
         bright: bright digits over dimmed backgrounds; otherwise any colours that can be told apart.
@@ -34,7 +37,10 @@ class ScatteredDigitsConfig(tfds.core.BuilderConfig):
     """
 
     canvas: int = 64
-    digit_size: tuple[float, float] = (20.0, 30.0)
+    digit_size: tuple[float, float] = (24.0, 32.0)
+    rotation: float = 6.0
+    shear: float = 0.1
+    stretch: float = 0.08
     train_examples: int = 20_000
     validation_examples: int = 2_000
     bright: bool = True
@@ -54,6 +60,9 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             description="Larger canvases, any colours, undimmed photographs, clutter.",
             canvas=96,
             digit_size=(14.0, 30.0),
+            rotation=15.0,
+            shear=0.2,
+            stretch=0.15,
             bright=False,
             clutter=4,
         ),
@@ -150,11 +159,12 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
     """Returns the digit's opacity on the canvas: scaled, rotated, sheared and moved at random.
 
     There are only 1,800 scans, which a small transformer learns by heart within a few epochs, so
-    shape and stroke width vary generously.
+    shape and stroke width vary.
     """
     size = rng.uniform(*config.digit_size)
-    aspect = np.exp(rng.uniform(-0.15, 0.15))
-    angle, shear = np.deg2rad(rng.uniform(-15.0, 15.0)), rng.uniform(-0.2, 0.2)
+    aspect = np.exp(rng.uniform(-config.stretch, config.stretch))
+    angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
+    shear = rng.uniform(-config.shear, config.shear)
     reach = size / 2 + MARGIN
     centre = rng.uniform(reach, config.canvas - reach, size=2)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -170,7 +180,7 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
         (*to_scan[0], offset[0], *to_scan[1], offset[1]),
         Image.Resampling.BICUBIC,
     )
-    threshold, softness = rng.uniform(0.25, 0.5), rng.uniform(0.15, 0.5)
+    threshold, softness = rng.uniform(0.3, 0.45), rng.uniform(0.3, 0.5)
     return np.clip((np.asarray(scan, np.float64) - threshold) / softness + 0.5, 0.0, 1.0)
 
 

@@ -102,7 +102,7 @@ def centre_distance(size: tuple[int, int]) -> np.ndarray:
 
 
 def _random_probability(pixels: Array) -> Array:
-    """Uniform numbers from a key that an image's own bits give: the batch around it is no matter."""
+    """Uniform numbers from a key made of the image's own bits, whatever batch it is in."""
     bits = lax.bitcast_convert_type(pixels.astype(jnp.float32), jnp.uint32)
     seeds = bits.sum(axis=tuple(range(1, pixels.ndim)), dtype=jnp.uint32)
     count = pixels.shape[1] * pixels.shape[2]

@@ -63,6 +63,7 @@ class MSViT(nn.Module):
     coarse_residual: bool = False
 
     def setup(self) -> None:
+        """Makes the submodules and parameters."""
         self._check()
         vit = self.backbone
         if self.gate == "mlp":

@@ -43,11 +43,29 @@ def drop_path(x: Array, rate: Array, key: Array) -> Array:
     return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
 
 
+def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
+    """An initializer for position embeddings [prefix + side**2, D].
+
+    Those of the prefix start small and random, those of the patches as sines and cosines of row
+    and column at D / 4 frequencies each.
+    """
+
+    def start(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+        frequency = 10000.0 ** -np.linspace(0.0, 1.0, shape[1] // 4)
+        row, column = np.divmod(np.arange(side * side), side)
+        angles = [np.outer(place, frequency) for place in (row, column)]
+        waves = np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
+        first = init_weights(key, (prefix, shape[1]), dtype)
+        return jnp.concatenate([first, jnp.asarray(waves, dtype)])
+
+    return start
+
+
 class LayerNorm(nn.LayerNorm):
     """flax's layer norm, always computed in float32 and returned in the dtype that came in."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+    def __call__(self, x: Array) -> Array:
         """[..., D] -> [..., D]."""
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
@@ -131,6 +149,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
+        """Makes the submodules and parameters."""
         self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
         self.attn = Attention(self.heads, self.qkv_bias, self.dtype)
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
@@ -190,6 +209,9 @@ class ViT(nn.Module):
       register_tokens: number of extra learned tokens without position.
       prefix_positions: whether class and distillation token have positions of their own (timm's
         `no_embed_class` negated).
+      pos_init: how the learned position embeddings start: "normal" (small random numbers) or
+        "sincos" (sines and cosines of row and column; Beyer et al. 2022), which a small model
+        trained from scratch on little data learns much faster from.
       pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
       layer_scale: LayerScale's starting value; None: no LayerScale.
       norm_epsilon: epsilon of the layer norms.
@@ -214,6 +236,7 @@ class ViT(nn.Module):
     distilled: bool = False
     register_tokens: int = 0
     prefix_positions: bool = True
+    pos_init: str = "normal"
     pool: str = "token"
     layer_scale: float | None = None
     norm_epsilon: float = 1e-6
@@ -225,11 +248,13 @@ class ViT(nn.Module):
     std: tuple[float, float, float] = IMAGENET_STD
 
     def setup(self) -> None:
+        """Makes the submodules and parameters."""
         self._check()
         side = self.grid_size
         count = side * side + self.positioned_prefix
         self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
-        self.pos_embed = self.param("pos_embed", init_weights, (count, self.width))
+        start = sincos_positions(self.positioned_prefix, side) if self._sincos else init_weights
+        self.pos_embed = self.param("pos_embed", start, (count, self.width))
         if self.class_token:
             self.cls_token = self.param("cls_token", init_weights, (1, self.width))
         if self.distilled:
@@ -267,8 +292,16 @@ class ViT(nn.Module):
             raise ValueError(f"pool={self.pool!r} is neither 'token' nor 'mean'.")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True; use pool='mean' without one.")
+        if self.pos_init not in ("normal", "sincos"):
+            raise ValueError(f"pos_init={self.pos_init!r} is neither 'normal' nor 'sincos'.")
+        if self._sincos and self.width % 4:
+            raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {self.width}.")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True needs pool='token'.")
+
+    @property
+    def _sincos(self) -> bool:
+        return self.pos_init == "sincos"
 
     @property
     def grid_size(self) -> int:

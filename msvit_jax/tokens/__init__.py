@@ -1,0 +1,1 @@
+"""Tokens with static shapes: pure array functions without parameters."""

@@ -1,0 +1,287 @@
+"""The plain transformer: published sizes and costs, and a NumPy reference of its forward pass."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf, softmax
+
+import msvit_jax
+from msvit_jax import flops
+from msvit_jax.errors import UserError
+from msvit_jax.models import vit
+from msvit_jax.models.registry import BACKBONES, MIXED_SCALE
+
+TINY = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "num_classes": 5,
+}
+
+
+def make(name="deit_tiny_patch16_224", seed=0, **overrides):
+    model = msvit_jax.create_model(name, **(TINY | overrides))
+    images = jax.random.normal(jax.random.key(1), (3, model.image_size, model.image_size, 3))
+    return model, model.init(jax.random.key(seed), images), images
+
+
+def rough(variables, seed=5):
+    """Parameters of the same shapes, random everywhere, so that no term hides behind a zero."""
+    leaves, tree = jax.tree.flatten(variables)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten(
+        [jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
+    )
+
+
+# timm's models with 1000 classes.
+PUBLISHED = {
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_distilled_patch16_224": 22_436_432,
+    "deit_base_distilled_patch16_224": 87_338_192,
+    "vit_tiny_patch16_224": 5_717_416,
+    "vit_small_patch16_224": 22_050_664,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_tiny_patch16_384": 5_790_376,
+    "vit_small_patch16_384": 22_196_584,
+    "vit_base_patch16_384": 86_859_496,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_parameter_counts_are_the_published_ones(name, count):
+    model = msvit_jax.create_model(name)
+    side = model.image_size
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("vit_small_patch14_dinov2", 22_056_576), ("vit_small_patch14_reg4_dinov2", 22_057_728)],
+)
+def test_dinov2_without_head_has_the_published_size(name, count):
+    model = msvit_jax.create_model(name, num_classes=1)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 518, 518, 3)))
+    head = 384 + 1
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == count + head
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("deit_tiny", 1.26e9), ("deit_small", 4.6e9), ("deit_base", 17.6e9)]
+)
+def test_analytic_macs_agree_with_publications_and_with_xla(name, published, monkeypatch):
+    # XLA counts the polynomial behind erf, 50 element-wise operations; a MAC count must not.
+    monkeypatch.setattr(vit, "gelu", jax.nn.relu)
+    model = msvit_jax.create_model(f"{name}_patch16_224")
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    analytic = flops.macs_per_image(model, [196])[0]
+    counted = flops.xla_macs(lambda v, x: model.apply(v, x).logits, variables, images)
+    assert analytic == pytest.approx(published, rel=0.006)
+    assert analytic == pytest.approx(counted, rel=0.02)
+
+
+def reference_forward(params, images, model):
+    """DeiT's forward pass, image by image in float64 NumPy, written without the library."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    patch, heads = model.patch_size, model.heads
+
+    def norm(x, q):
+        centred = x - x.mean(-1, keepdims=True)
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
+        )
+
+    def dense(x, q):
+        return x @ q["kernel"] + q["bias"]
+
+    def one(image):
+        kernel = p["patch_embed"]["proj"]["kernel"].reshape(-1, model.width)
+        rows = [
+            image[y : y + patch, x : x + patch].reshape(-1)
+            for y in range(0, image.shape[0], patch)
+            for x in range(0, image.shape[1], patch)
+        ]
+        tokens = np.stack(rows) @ kernel + p["patch_embed"]["proj"]["bias"]
+        prefix = [p[k] for k in ("cls_token", "dist_token") if k in p]
+        x = np.concatenate([*prefix, tokens]) + p["pos_embed"]
+        for layer in range(model.depth):
+            b = p[f"blocks_{layer}"]
+            y = dense(norm(x, b["norm1"]), b["attn"]["qkv"])
+            query, key, value = np.split(y, 3, axis=-1)
+            mixed = []
+            for h in range(heads):
+                cut = slice(h * model.width // heads, (h + 1) * model.width // heads)
+                scores = query[:, cut] @ key[:, cut].T / np.sqrt(model.width // heads)
+                mixed.append(softmax(scores, axis=-1) @ value[:, cut])
+            y = dense(np.concatenate(mixed, axis=-1), b["attn"]["proj"])
+            x = x + y * b.get("ls1", {"gamma": 1.0})["gamma"]
+            y = dense(norm(x, b["norm2"]), b["mlp"]["fc1"])
+            y = dense(y * (1 + erf(y / np.sqrt(2))) / 2, b["mlp"]["fc2"])
+            x = x + y * b.get("ls2", {"gamma": 1.0})["gamma"]
+        x = norm(x, p["norm"])
+        if model.pool == "mean":
+            return dense(x[1:].mean(0), p["head"])
+        logits = dense(x[0], p["head"])
+        return (logits + dense(x[1], p["head_dist"])) / 2 if "head_dist" in p else logits
+
+    return np.stack([one(np.asarray(image, np.float64)) for image in images])
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"distilled": True}, {"pool": "mean"}, {"layer_scale": 0.1}]
+)
+def test_forward_equals_a_numpy_transformer(overrides):
+    model, variables, images = make(**overrides)
+    variables = rough(variables)
+    expected = reference_forward(variables["params"], images, model)
+    np.testing.assert_allclose(
+        model.apply(variables, images).logits, expected, rtol=2e-4, atol=2e-4
+    )
+
+
+def test_distilled_model_returns_both_heads_in_training():
+    model, variables, images = make(distilled=True)
+    train = model.apply(variables, images, train=True)
+    chex.assert_trees_all_close(
+        (train.logits + train.distilled_logits) / 2, model.apply(variables, images).logits
+    )
+
+
+def test_register_tokens_are_seen_but_have_no_position():
+    model, variables, images = make(register_tokens=3, prefix_positions=False)
+    assert variables["params"]["pos_embed"].shape == (16, 16)
+    changed = jax.tree.map(lambda x: x, variables)
+    changed["params"]["reg_tokens"] = changed["params"]["reg_tokens"] + 1
+    difference = model.apply(changed, images).logits - model.apply(variables, images).logits
+    assert jnp.abs(difference).max() > 1e-6
+
+
+def stack_blocks(params, depth):
+    layers = [params[f"blocks_{layer}"] for layer in range(depth)]
+    rest = {k: v for k, v in params.items() if not k.startswith("blocks_")}
+    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_and_recomputed_blocks_compute_the_same(remat):
+    model, variables, images = make(seed=3)
+    variables = rough(variables)
+    scanned = model.clone(scan_layers=True, remat=remat)
+    stacked = {"params": stack_blocks(variables["params"], model.depth)}
+
+    def loss(module, v):
+        return (module.apply(v, images).logits ** 2).sum()
+
+    np.testing.assert_allclose(loss(scanned, stacked), loss(model, variables), rtol=1e-5)
+    plain = stack_blocks(jax.grad(lambda v: loss(model, v))(variables)["params"], model.depth)
+    gradient = jax.grad(lambda v: loss(scanned, v))(stacked)["params"]
+    chex.assert_trees_all_close(gradient, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_positions_are_resized_for_other_image_sizes():
+    model, variables, _ = make()
+    larger = jax.random.normal(jax.random.key(2), (2, 48, 32, 3))
+    output = model.apply(variables, larger)
+    chex.assert_shape(output.logits, (2, 5))
+    np.testing.assert_array_equal(output.tokens, 6 * 4)
+    flat = {"params": dict(variables["params"])}
+    constant = jnp.ones((16, 16))
+    flat["params"]["pos_embed"] = jnp.concatenate([variables["params"]["pos_embed"][:1], constant])
+    bound = model.bind(flat)
+    np.testing.assert_allclose(bound.positions((6, 4)), np.ones((6, 4, 16)), rtol=1e-5)
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    out = vit.drop_path(x, jnp.float32(0.25), jax.random.key(0))
+    kept = out[:, 0, 0] > 0
+    np.testing.assert_allclose(out, jnp.where(kept[:, None, None], 4 / 3, 0.0) * x, rtol=1e-6)
+    assert abs(float(kept.mean()) - 0.75) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_drop_path_acts_in_training_alone():
+    model, variables, images = make(drop_path=0.9)
+    still = model.apply(variables, images).logits
+    a, b = (
+        model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(k)}).logits
+        for k in range(2)
+    )
+    chex.assert_trees_all_close(still, model.apply(variables, images).logits)
+    assert jnp.abs(a - b).max() > 1e-5
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    model, variables, images = make()
+    half = model.clone(dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal_dtypes(half.init(jax.random.key(0), images), variables)
+    output = half.apply(variables, images)
+    assert output.logits.dtype == jnp.float32
+    np.testing.assert_allclose(output.logits, model.apply(variables, images).logits, atol=0.02)
+
+
+class ModulesUnderTransformations(chex.TestCase):
+    @chex.all_variants(with_pmap=True)
+    def test_same_logits_under_every_variant(self):
+        model, variables, images = make("msvit_deit_tiny_patch16_224")
+        apply = self.variant(lambda v, x: model.apply(v, x).logits)
+        np.testing.assert_allclose(
+            np.reshape(apply(variables, images), (-1, 3, 5))[0],
+            model.apply(variables, images).logits,
+            rtol=2e-5,
+            atol=2e-6,
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 32, 32, 1), "convert grey"),
+        ((2, 32, 32, 4), "RGB"),
+        ((32, 32, 3), "batch axis"),
+        ((2, 30, 32, 3), "multiple of 8"),
+    ],
+)
+def test_wrong_images_are_told(shape, message):
+    model, variables, _ = make()
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"image_size": 33}, "not divisible by patch_size"),
+        ({"heads": 3}, "not divisible by heads"),
+        ({"pool": "max"}, "neither 'token' nor 'mean'"),
+        ({"class_token": False}, "needs class_token"),
+        ({"distilled": True, "pool": "mean"}, "needs pool='token'"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_told(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make(**overrides)
+
+
+def test_unknown_model_names_the_nearest():
+    with pytest.raises(UserError, match="deit_small_patch16_224"):
+        msvit_jax.create_model("deit_smal_patch16_224")
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(UserError, match="'drop_path'"):
+        msvit_jax.create_model("deit_tiny_patch16_224", drop_pth=0.1)
+
+
+def test_every_listed_model_can_be_made():
+    assert set(msvit_jax.list_models()) == set(BACKBONES) | set(MIXED_SCALE)
+    for name in msvit_jax.list_models():
+        assert msvit_jax.create_model(name, num_classes=7).num_classes == 7
