@@ -1,10 +1,10 @@
 import pathlib
 
 import pytest
-import tiny_run
 
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.py"))

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_run
 from jax.sharding import AxisType
 
 from msvit_jax import config as configs
@@ -13,6 +12,7 @@ from msvit_jax import losses, sharding
 from msvit_jax.train import optimizer
 from msvit_jax.train.state import state_maker
 from msvit_jax.train.step import Teacher, make_train_step, normalise, smooth
+from tests import tiny_run
 
 BATCH = 16
 CASES = {
@@ -69,43 +69,40 @@ def _assert_close(ours, theirs, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 4)])
-def test_same_step_on_any_number_of_devices(case, devices, fsdp):
-    # SGD-like sensitivity is wanted: Adam's first step turns rounding into signs, so the
-    # parameters are compared through the moments that the gradients left.
-    config = CASES[case](model__drop_path=0.2, data__mixup=0.8, data__cutmix=1.0)
-    alone, reports = Setup(config).run(1)
-    many, more_reports = Setup(config, devices, fsdp).run(1)
-    _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
-    gradients = [
-        {n: x for n, x in optimizer.flat_names(s.opt_state).items() if "/mu/" in n}
-        for s in (alone, many)
-    ]
-    assert len(gradients[0]) > 20
-    _assert_close(*gradients, rtol=1e-4, atol=1e-7)
+@functools.cache
+def _outcome(case, devices, fsdp):
+    """Reports of three steps with every random part on, and the state after the first."""
+    mixing = {"model__drop_path": 0.2, "data__mixup": 0.8, "data__cutmix": 1.0}
+    setup = Setup(CASES[case](**mixing), devices, fsdp)
+    state, reports = setup.run(1)
+    _, later = setup.run(2)
+    assert setup.step._cache_size() == 1, "compiled more than once"
+    return state, reports + later, setup.state
+
+
+def _gradients(state):
+    """Adam's first moments after one step: the gradient over ten."""
+    moments = {n: x for n, x in optimizer.flat_names(state.opt_state).items() if "/mu/" in n}
+    assert len(moments) > 20
+    return moments
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_same_parameters_after_several_steps_on_many_devices(case):
-    alone, reports = Setup(CASES[case]()).run(4)
-    many, more_reports = Setup(CASES[case](), 8, 2).run(4)
-    _assert_close(reports, more_reports, rtol=1e-4, atol=1e-5)
-    _assert_close(alone.params, many.params, atol=2e-4)
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 4)])
+def test_same_steps_on_any_number_of_devices(case, devices, fsdp):
+    alone, reports, last = _outcome(case, 1, 1)
+    many, more_reports, more_last = _outcome(case, devices, fsdp)
+    _assert_close(reports[0], more_reports[0], rtol=1e-5, atol=1e-6)
+    # Adam's first step turns rounding of tiny gradients into signs: compare gradients first.
+    _assert_close(_gradients(alone), _gradients(many), rtol=1e-4, atol=1e-7)
+    _assert_close(reports, more_reports, rtol=1e-3, atol=1e-4)
+    _assert_close(jax.device_get(last.params), jax.device_get(more_last.params), atol=2e-3)
 
 
 def test_parameters_are_cut_along_fsdp():
-    setup = Setup(CASES["vit"](), 8, 4)
-    kernel = setup.state.params["model"]["blocks_0"]["attn"]["qkv"]["kernel"]
+    kernel = _outcome("vit", 8, 4)[2].params["model"]["blocks_0"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (16, 48)
     assert {s.data.shape for s in kernel.addressable_shards} == {(16, 12)}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_compiles_once(case):
-    setup = Setup(CASES[case](), 8)
-    setup.run(3)
-    assert setup.step._cache_size() == 1
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
@@ -113,14 +110,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
     pieces, more_reports = Setup(CASES["vit"](optimizer__accumulation=4), 4).run(1)
     # Without random parts and with equal pieces the mean of means is the mean.
     _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
-    _assert_close(
-        *[
-            {n: x for n, x in optimizer.flat_names(s.opt_state).items() if "/mu/" in n}
-            for s in (whole, pieces)
-        ],
-        rtol=1e-4,
-        atol=1e-7,
-    )
+    _assert_close(_gradients(whole), _gradients(pieces), rtol=1e-4, atol=1e-7)
 
 
 def test_every_parameter_of_a_gate_and_its_priors_moves():
@@ -167,11 +157,12 @@ def test_step_loss_by_hand():
 
 
 def test_gate_loss_is_weighed_in():
-    _, reports = Setup(CASES["msvit"]()).run(1)
-    scalars, sums = reports[0].scalars, reports[0].sums
-    expected = sums.loss / sums.count + 4.0 * scalars["gate_loss"]
-    assert scalars["total_loss"] == pytest.approx(expected, rel=1e-5)
-    assert scalars["shaping"] + scalars["hyperprior"] == pytest.approx(scalars["gate_loss"])
+    _, reports, _ = _outcome("msvit", 1, 1)
+    for reported in reports:
+        scalars, sums = reported.scalars, reported.sums
+        expected = sums.loss / sums.count + 4.0 * scalars["gate_loss"]
+        assert scalars["total_loss"] == pytest.approx(expected, rel=1e-5)
+        assert scalars["shaping"] + scalars["hyperprior"] == pytest.approx(scalars["gate_loss"])
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
