@@ -34,7 +34,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 
 study: $(VENV)/.ready
-	$(BIN)/python -m msvit_jax.study --workdir=$(RUNS)/study --data_dir=$(DATA_DIR)
+	$(BIN)/python studies/digits.py --workdir=$(RUNS)/study --data_dir=$(DATA_DIR)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -30,12 +30,12 @@ def get_config() -> config_dict.ConfigDict:
     config.data.cache = True
     config.batch_size = 64
     config.epochs = 4.0
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.gate_learning_rate = 1e-3
-    config.optimizer.warmup_epochs = 0.5
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.gate_learning_rate = 2e-3
+    config.optimizer.warmup_epochs = 0.25
     config.loss.gate.kind = "gbas"
     config.loss.gate.weight = 4.0
-    config.loss.gate.target = 0.3
+    config.loss.gate.target = 0.26
     config.loss.label_smoothing = 0.1
     config.eval_every_epochs = 1.0
     return config

@@ -1,0 +1,246 @@
+"""The study on scattered digits: MSViT beside dense models and gates that learn nothing.
+
+    make study        (or: python studies/digits.py --workdir=runs/study --seeds=0,1,2)
+
+For every seed it trains, from the configs of this repository and with the same data:
+
+* dense: configs/digits_vit.py
+* dense, longer: dense, then the fine-tuning that MSViT gets, so that length is no advantage
+* lower resolution: configs/digits_vit_lowres.py, for dense's and the fine-tuning's epochs together
+* MSViT: configs/digits_msvit.py, from dense
+* random, centre: the same fine-tuning from dense with a gate that learns nothing, its share of
+  fine regions rounded up to at least the tokens of the seed's MSViT
+
+All are judged after their last step, not at their best. Results are written to
+docs/results/digits.md and digits.json. What is done already is not done again, so the study can
+be interrupted. Cost: about two hours on two CPU cores.
+"""
+
+import collections
+import concurrent.futures
+import json
+import math
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from msvit_jax import config as configs
+from msvit_jax import errors
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REGIONS, FINEST = 16, 64
+ARMS = ("dense", "dense, longer", "lower resolution", "random gate", "centre gate", "MSViT")
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where the runs go.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Of TFDS.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+_JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Runs at a time, each on a core of its own.")
+_OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "results"), "Where the table goes.")
+
+Figures = dict[str, Any]
+
+
+class Workers:
+    """Runs commands, as many at a time as there are cores to give."""
+
+    def __init__(self, jobs: int) -> None:
+        self._cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for core in range(jobs):
+            self._cores.put(core)
+
+    def run(self, command: Sequence[str], log: pathlib.Path) -> str:
+        """Runs a command to its end on one core and returns its output."""
+        core = self._cores.get()
+        try:
+            print(f"[core {core}] {' '.join(command)}", flush=True)
+            with log.open("w") as errors_to:
+                # Small models train fastest as one single-threaded process per core.
+                done = subprocess.run(
+                    [sys.executable, *command],
+                    cwd=ROOT,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=errors_to,
+                    preexec_fn=lambda: _pin(core),
+                )
+        finally:
+            self._cores.put(core)
+        if done.returncode:
+            raise errors.UserError(f"{' '.join(command)} failed; see {log}.")
+        return done.stdout
+
+
+def _pin(core: int) -> None:
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, {core})
+
+
+class Study:
+    """One seed's runs."""
+
+    def __init__(self, workers: Workers, seed: int) -> None:
+        self._workers, self._seed = workers, seed
+
+    def arm(self, name: str, config: str, **overrides: Any) -> Figures:
+        """Trains and evaluates one arm, unless that is done; returns its figures."""
+        workdir = pathlib.Path(_WORKDIR.value) / name / str(self._seed)
+        result = workdir / "result.json"
+        if not result.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            options = {"seed": self._seed, "data.data_dir": _DATA_DIR.value} | overrides
+            changes = [f"--config.{key}={value}" for key, value in options.items()]
+            run = [f"--workdir={workdir}"]
+            log = workdir.with_suffix(".log")
+            self._workers.run(["train.py", f"--config=configs/{config}.py", *run, *changes], log)
+            out = self._workers.run(["eval.py", *run, "--which=latest"], log)
+            result.write_text(out.splitlines()[-1])
+        return json.loads(result.read_text())
+
+    def workdir(self, name: str) -> str:
+        """Where an arm of this seed lies."""
+        return str(pathlib.Path(_WORKDIR.value) / name / str(self._seed))
+
+    def run(self) -> dict[str, Figures]:
+        """Runs all arms; those that do not need one another at the same time."""
+        tuning = configs.load(str(ROOT / "configs/digits_msvit.py"))
+        epochs = configs.load(str(ROOT / "configs/digits_vit.py")).epochs + tuning.epochs
+        with concurrent.futures.ThreadPoolExecutor(len(ARMS)) as pool:
+            lowres = pool.submit(self.arm, "lowres", "digits_vit_lowres", epochs=epochs)
+            dense = self.arm("dense", "digits_vit")
+            start = {"init_from": self.workdir("dense")}
+            mixed = pool.submit(self.arm, "msvit", "digits_msvit", **start)
+            longer = pool.submit(
+                self.arm,
+                "longer",
+                "digits_vit",
+                **start,
+                epochs=tuning.epochs,
+                **{
+                    f"optimizer.{key}": tuning.optimizer[key]
+                    for key in ("learning_rate", "warmup_epochs", "min_learning_rate")
+                },
+            )
+            tokens = mixed.result()["tokens_mean"]
+            fixed = start | {"loss.gate.kind": "none", "model.fine_share": share_for(tokens)}
+            random, centre = (
+                pool.submit(self.arm, gate, "digits_msvit", **fixed, **{"model.gate": gate})
+                for gate in ("random", "centre")
+            )
+            arms = (dense, longer, lowres, random, centre, mixed)
+            figures = [a if isinstance(a, dict) else a.result() for a in arms]
+        return dict(zip(ARMS, figures, strict=True))
+
+
+def share_for(tokens: float) -> float:
+    """The smallest share of fine regions, in whole regions, that has at least that many tokens."""
+    return math.ceil((tokens - REGIONS) / 3) / REGIONS
+
+
+def report(results: dict[int, dict[str, Figures]]) -> str:
+    """Writes the table: mean and spread over seeds, then every seed."""
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "top-1 (%)": ("top1", "{:.2f}".format),
+        "tokens": ("tokens_mean", "{:.1f}".format),
+        "MMACs": ("gmacs_mean", lambda g: f"{1000 * g:.2f}"),
+        "content fine": ("content_fine", "{:.3f}".format),
+        "fine / content": ("fine_per_content", "{:.2f}".format),
+        "agreement": ("agreement", "{:.3f}".format),
+    }
+    lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for arm in ARMS:
+        cells = [arm]
+        for key, show in columns.values():
+            values = [r[arm][key] for r in results.values() if key in r[arm]]
+            spread = f" ± {show(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+            cells.append(show(float(np.mean(values))) + spread if values else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Top-1 and tokens by seed:", ""]
+    lines += [f"| seed | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 1) + "|"]
+    for seed, row in results.items():
+        cells = [f"{row[arm]['top1']:.2f} / {row[arm]['tokens_mean']:.1f}" for arm in ARMS]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def checks(results: dict[int, dict[str, Figures]]) -> str:
+    """Holds the figures against what the study is to show; every seed must."""
+    claims: dict[str, Callable[[dict[str, Figures]], float]] = {
+        "top-1 below dense, points (at most 1)": lambda r: r["dense"]["top1"] - r["MSViT"]["top1"],
+        "top-1 below dense trained as long (at most 1)": lambda r: (
+            r["dense, longer"]["top1"] - r["MSViT"]["top1"]
+        ),
+        "share of the tokens (at most 0.5)": lambda r: r["MSViT"]["tokens_mean"] / FINEST,
+        "top-1 above lower resolution, points (above 0)": lambda r: (
+            r["MSViT"]["top1"] - r["lower resolution"]["top1"]
+        ),
+        "top-1 above the random gate, points (above 0)": lambda r: (
+            r["MSViT"]["top1"] - r["random gate"]["top1"]
+        ),
+        "top-1 above the centre gate, points (above 0)": lambda r: (
+            r["MSViT"]["top1"] - r["centre gate"]["top1"]
+        ),
+        "share of content regions fine (at least 0.85)": lambda r: r["MSViT"]["content_fine"],
+        "fine regions over content regions (at most 1.5)": lambda r: r["MSViT"]["fine_per_content"],
+        "agreement between images (below 1)": lambda r: r["MSViT"]["agreement"],
+    }
+    seeds = list(results)
+    lines = [
+        f"| MSViT | {' | '.join(f'seed {s}' for s in seeds)} |",
+        "|---" * (len(seeds) + 1) + "|",
+    ]
+    for claim, figure in claims.items():
+        lines.append(f"| {claim} | {' | '.join(f'{figure(results[s]):.3f}' for s in seeds)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the study and writes its table."""
+    del argv
+    workers = Workers(_JOBS.value)
+    results: dict[int, dict[str, Figures]] = collections.OrderedDict()
+    seeds = [int(seed) for seed in _SEEDS.value]
+    failed: list[BaseException] = []
+
+    def one(seed: int) -> None:
+        try:
+            results[seed] = Study(workers, seed).run()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    results = {seed: results[seed] for seed in seeds}
+    text = f"{report(results)}\n\n{checks(results)}\n"
+    print(text)
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "digits.md").write_text(HEADER + text)
+    (out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {out / 'digits.md'}, {out / 'digits.json'}")
+
+
+HEADER = """# Scattered digits
+
+Made by `make study` (studies/digits.py says what is trained): mean and standard deviation over
+seeds, 2,000 validation images, every model after its last step. Tokens and MACs
+(multiply-accumulates)
+are means over images; "content" regions have 5 % or more digit pixels; agreement is the share of
+positions at which two different images' decisions agree (1 would be a fixed pattern).
+
+"""
+
+if __name__ == "__main__":
+    errors.run(main)
