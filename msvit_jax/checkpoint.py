@@ -283,7 +283,10 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
             )
     elif jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        file.write_text(configs.to_json(config))
+        # Renamed into place: another process may be reading it.
+        written = file.with_suffix(".part")
+        written.write_text(configs.to_json(config))
+        written.replace(file)
 
 
 def quiet_orbax() -> None:

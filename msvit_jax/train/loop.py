@@ -379,8 +379,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGTERM or Ctrl-C into a request; a second one ends the process at once."""
+    """Turns the first SIGTERM or Ctrl-C into a request; a second one ends the process at once.
+
+    With several processes JAX itself listens for SIGTERM, so that all stop at the same step.
+    """
     stop = StopRequest()
+    if jax.distributed.is_initialized():
+        yield stop
+        return
     old: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:

@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvit_jax import checkpoint
+from msvit_jax.errors import UserError
+from msvit_jax.train.state import TrainState
+from tests import tiny_run
+
+
+def _state(value, ema=False):
+    weights = {"head": {"kernel": jnp.full((2, 3), value, jnp.float32)}}
+    return TrainState(
+        step=jnp.asarray(value, jnp.int32),
+        params={"model": weights, "gate_loss": {}},
+        opt_state=({"mu": jnp.full(3, value + 0.5, jnp.float32)},),
+        ema=jax.tree.map(lambda x: x * 10, weights) if ema else None,
+    )
+
+
+def _like(ema=False):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(0, ema))
+
+
+def _save(workdir, scores, ema=False):
+    kept = checkpoint.Checkpoints(workdir, keep_latest=2)
+    for step, score in scores.items():
+        kept.save(_state(step, ema), step, None if score is None else {"top1": score, "loss": 1.0})
+    kept.close()
+
+
+def _steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def _truncate(workdir, step):
+    for file in (workdir / "checkpoints" / str(step)).rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_the_latest_two_and_the_best_are_kept_across_a_restart(tmp_path):
+    _save(tmp_path, {1: 5.0, 2: 9.0, 3: 3.0, 4: None})
+    assert _steps(tmp_path) == [2, 3, 4]
+    _save(tmp_path, {5: 2.0, 6: 4.0})
+    assert _steps(tmp_path) == [2, 5, 6]
+    assert checkpoint.find_step(tmp_path) == 2
+    assert checkpoint.find_step(tmp_path, "latest") == 6
+    assert checkpoint.find_step(tmp_path, "5") == 5
+
+
+def test_best_is_the_newest_where_none_was_evaluated(tmp_path):
+    _save(tmp_path, {1: None, 2: None})
+    assert checkpoint.find_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_state_comes_back_as_it_was(tmp_path, ema):
+    _save(tmp_path, {3: 1.0}, ema)
+    state, messages = checkpoint.Checkpoints(tmp_path).restore_latest(_like(ema))
+    assert messages == []
+    assert jax.tree.structure(state) == jax.tree.structure(_state(3, ema))
+    jax.tree.map(np.testing.assert_array_equal, state, _state(3, ema))
+
+
+def test_an_empty_workdir_has_no_state(tmp_path):
+    assert checkpoint.Checkpoints(tmp_path).restore_latest(_like()) == (None, [])
+
+
+# Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_checkpoints_are_passed_over(tmp_path):
+    _save(tmp_path, {1: 5.0, 2: 4.0, 3: 3.0})
+    _truncate(tmp_path, 3)
+    _truncate(tmp_path, 2)
+    kept = checkpoint.Checkpoints(tmp_path)
+    state, messages = kept.restore_latest(_like())
+    assert int(state.step) == 1
+    assert [m.split(" (")[0] for m in messages] == [
+        "checkpoint 3 is damaged",
+        "checkpoint 2 is damaged",
+    ]
+    assert _steps(tmp_path) == [1]
+    kept.save(_state(3), 3, {"top1": 1.0})  # the number is free again
+    kept.close()
+    assert _steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_but_damaged_checkpoints(tmp_path):
+    _save(tmp_path, {1: 5.0})
+    _truncate(tmp_path, 1)
+    with pytest.raises(UserError, match=r"No checkpoint .* can be restored(.|\n)*step 1:"):
+        checkpoint.Checkpoints(tmp_path).restore_latest(_like())
+    assert _steps(tmp_path) == [1]
+    with pytest.raises(UserError, match=r"Checkpoint 1 .* is damaged"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_parameters_are_the_moving_average_where_there_is_one(tmp_path):
+    _save(tmp_path / "a", {3: 1.0}, ema=True)
+    _save(tmp_path / "b", {3: 1.0})
+    assert checkpoint.load_params(tmp_path / "a")["head"]["kernel"][0, 0] == 30
+    assert checkpoint.load_params(tmp_path / "b")["head"]["kernel"][0, 0] == 3
+
+
+def test_workdirs_that_are_none(tmp_path):
+    with pytest.raises(UserError, match=r"not the workdir of a run.*train\.py"):
+        checkpoint.load_run(tmp_path)
+    checkpoint.claim_workdir(tmp_path, tiny_run.config())
+    with pytest.raises(UserError, match="has the run saved one yet"):
+        checkpoint.load_run(tmp_path)
+    _save(tmp_path, {3: 1.0})
+    with pytest.raises(UserError, match=r"No checkpoint '4'.*\[3\]"):
+        checkpoint.find_step(tmp_path, "4")

@@ -1,0 +1,158 @@
+import csv
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msvit_jax import checkpoint, data, evaluate, flops, sharding
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.train import loop
+from msvit_jax.train.step import normalise
+from tests import tiny_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dense")
+    loop.train(tiny_run.config(steps=6), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("mixed")
+    loop.train(tiny_run.msvit(steps=6), workdir)
+    return workdir
+
+
+def _expected(run):
+    """Figures of an evaluation without batches, padding or jit."""
+    batches = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
+    (batch,) = list(batches)
+    images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
+    output = run.model.apply(run.variables, images, train=False)
+    logits = np.asarray(output.logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rows = np.arange(tiny_run.VALIDATION)
+    tokens = np.asarray(output.tokens)
+    return {
+        "examples": tiny_run.VALIDATION,
+        "top1": 100 * np.mean(logits.argmax(1) == batch["label"]),
+        "top5": 100.0,
+        "loss": -log_p[rows, batch["label"]].mean(),
+        "tokens_mean": tokens.mean(),
+        "gmacs_mean": flops.macs_per_image(run.model, tokens).mean() / 1e9,
+    }
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 64])
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_every_example_counts_once_whatever_the_batch_size(kind, batch_size, request):
+    run = checkpoint.load_run(request.getfixturevalue(kind))
+    figures = evaluate.evaluate(
+        run.model, run.variables["params"], run.config.data, batch_size=batch_size
+    )
+    for name, value in _expected(run).items():
+        assert figures[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_one_device_and_eight_agree(mixed):
+    run = checkpoint.load_run(mixed)
+    alone = jax.make_mesh(
+        (1, 1),
+        sharding.BATCH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:1],
+    )
+    params = run.variables["params"]
+    figures = [
+        evaluate.evaluate(run.model, params, run.config.data, batch_size=8, mesh=mesh)
+        for mesh in (alone, sharding.make_mesh())
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_thresholds_change_the_decisions_and_compile_once(mixed):
+    run = checkpoint.load_run(mixed)
+    mesh = sharding.make_mesh()
+    evaluator = evaluate.Evaluator(run.model, run.config.data, batch_size=16, mesh=mesh, samples=2)
+    params = jax.device_put(run.variables["params"], sharding.replicated(mesh))
+    tokens = [evaluator(params, t).figures["tokens_mean"] for t in (0.0, 0.5, 1.0)]
+    assert tokens[0] == 4
+    assert tokens[2] == 16
+    assert tokens[0] <= tokens[1] <= tokens[2]
+    assert evaluator._step._cache_size() == 1
+    result = evaluator(params)
+    assert result.figures["tokens_mean"] == tokens[1]
+    assert result.samples.images.shape == (2, 16, 16, 3)
+    assert result.samples.coarse.shape == result.samples.probability.shape == (2, 4)
+    decided = result.samples.probability > 0.5
+    np.testing.assert_array_equal(result.samples.coarse, decided)
+
+
+def test_same_weights_behind_another_gate(mixed, capsys):
+    figures = evaluate.evaluate_run(mixed, overrides=["model.gate=random", "model.fine_share=0.25"])
+    assert figures["tokens_mean"] == 3 + 4
+    coarse = evaluate.evaluate_run(mixed, overrides=["model.gate=coarse"])
+    assert coarse["tokens_mean"] == 4
+    assert "tokens_mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overrides": ["model.gatee=random"]}, "no option 'gatee'"),
+        ({"overrides": ["data.mixupp=1"]}, r"'data\.mixup'"),
+        ({"overrides": ["model.depth=3"]}, "do not fit"),
+        ({"which": "7"}, "No checkpoint '7'"),
+        ({"split": "test"}, "test"),
+    ],
+)
+def test_bad_requests(mixed, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate_run(mixed, **options)
+
+
+def test_a_dense_model_has_no_threshold_to_sweep(dense):
+    with pytest.raises(UserError, match="no gate"):
+        evaluate.evaluate_run(dense, thresholds=[0.5])
+
+
+def _eval(*arguments):
+    return subprocess.run(
+        [sys.executable, "eval.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_prints_a_table_and_then_json(mixed):
+    done = _eval(f"--workdir={mixed}", "--sweep", "--thresholds=0,0.5,1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["model"] == "msvit_tiny_patch16_224"
+    assert result["examples"] == tiny_run.VALIDATION
+    assert {"top1", "top5", "loss", "tokens_mean", "gmacs_mean", "agreement"} <= set(result)
+    with (mixed / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["tokens_mean"]) for r in rows] == [r["tokens_mean"] for r in result["sweep"]]
+    assert (mixed / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_ends_with_a_message_and_no_traceback(tmp_path):
+    done = _eval(f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_build_model_of_a_run_is_what_was_trained(mixed):
+    run = checkpoint.load_run(mixed)
+    assert run.model == configs.build_model(checkpoint.read_config(mixed))
+    assert run.model.num_classes == 3

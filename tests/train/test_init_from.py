@@ -1,0 +1,126 @@
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from msvit_jax import config as configs
+from msvit_jax import create_model
+from msvit_jax.errors import UserError
+from msvit_jax.train import init_from, loop
+from msvit_jax.train.optimizer import flat_names
+from tests import tiny_run
+
+SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
+
+
+def _model(name="vit_tiny_patch16_224", **changes):
+    return create_model(name, **{**SIZES, **changes})
+
+
+def _weights(model, seed=1):
+    rng = np.random.default_rng(seed)
+    shapes = flat_names(init_from.model_shapes(model))
+    return {n: rng.normal(size=s.shape).astype(np.float32) for n, s in shapes.items()}
+
+
+def _fit(weights, model):
+    return init_from.fit(weights, init_from.model_shapes(model))
+
+
+def test_same_model_takes_everything():
+    weights = _weights(_model())
+    taken, report = _fit(weights, _model())
+    assert taken.keys() == weights.keys() == set(report.matched)
+    assert report.resized + report.fresh + report.unused == []
+
+
+def test_dense_model_goes_below_the_backbone():
+    weights = _weights(_model())
+    mixed = _model("msvit_tiny_patch16_224", scale_embedding=True, coarse_residual=True)
+    taken, report = _fit(weights, mixed)
+    assert set(taken) == {f"backbone/{name}" for name in weights}
+    np.testing.assert_array_equal(taken["backbone/head/kernel"], weights["head/kernel"])
+    assert {name.split("/")[0] for name in report.fresh} == {
+        "gate_mlp",
+        "scale_embed (not in the source)",
+        "residual",
+    }
+
+
+def test_backbone_of_a_mixed_scale_model_becomes_a_dense_one():
+    weights = _weights(_model("msvit_tiny_patch16_224"))
+    taken, report = _fit(weights, _model())
+    np.testing.assert_array_equal(taken["norm/scale"], weights["backbone/norm/scale"])
+    assert {name.split("/")[0] for name in report.unused} == {"gate_mlp"}
+
+
+def test_positions_are_resized_and_the_class_token_kept():
+    weights = _weights(_model())
+    weights["pos_embed"][1:] = 7.0
+    taken, report = _fit(weights, _model(image_size=24))
+    assert report.resized == ["pos_embed (17, 16) -> (37, 16)"]
+    np.testing.assert_array_equal(taken["pos_embed"][0], weights["pos_embed"][0])
+    np.testing.assert_allclose(taken["pos_embed"][1:], 7.0, rtol=1e-5)
+
+
+def test_a_head_for_other_classes_starts_fresh():
+    taken, report = _fit(_weights(_model()), _model(num_classes=5))
+    assert "head/kernel" not in taken
+    assert report.fresh == [
+        f"head/{n} (3 classes in the source, 5 here)" for n in ("bias", "kernel")
+    ]
+    assert "fresh: head/bias (3 classes" in str(report)
+
+
+def test_all_misfits_are_listed_at_once():
+    weights = _weights(_model())
+    weights["norm/scale"] = np.zeros(5, np.float32)
+    weights["blocks_0/attn/qkv/kernal"] = weights.pop("blocks_0/attn/qkv/kernel")
+    with pytest.raises(UserError) as error:
+        _fit(weights, _model())
+    message = str(error.value)
+    assert "norm/scale: (5,) in the source, (16,) here" in message
+    assert (
+        "blocks_0/attn/qkv/kernel: not in the source. Did you mean 'blocks_0/attn/qkv/ker"
+        in message
+    )
+    assert "Unused in the source: blocks_0/attn/qkv/kernal" in message
+
+
+@pytest.mark.parametrize("joint", ["/", "."])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_weights_files(tmp_path, suffix, joint):
+    weights = _weights(_model())
+    named = {name.replace("/", joint): value for name, value in weights.items()}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **named)
+    else:
+        save_file(named, path)
+    jax.tree.map(np.testing.assert_array_equal, init_from.read_weights(path), weights)
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "weights.safetensors", "weights.txt"])
+def test_files_that_are_no_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x10\x00\x00\x00 nonsense")
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        init_from.read_weights(tmp_path / name)
+
+
+def test_object_arrays_are_never_unpickled(tmp_path):
+    np.savez(tmp_path / "w.npz", head=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        init_from.read_weights(tmp_path / "w.npz")
+
+
+def test_a_mixed_scale_run_starts_from_a_dense_runs_weights(tmp_path, capsys):
+    weights = _weights(configs.build_model(configs.resolve(tiny_run.config(), 3)))
+    np.savez(tmp_path / "dense.npz", **weights)
+    config = tiny_run.msvit(
+        init_from=str(tmp_path / "dense.npz"), steps=1, optimizer__freeze="backbone/"
+    )
+    loop.train(config, tmp_path / "run")
+    started = init_from.read_weights(tmp_path / "run")
+    for name, value in weights.items():
+        np.testing.assert_array_equal(started[f"backbone/{name}"], value)
+    assert f"{len(weights)} parameters matched; fresh: gate_mlp/fc1/bias" in capsys.readouterr().out
