@@ -171,6 +171,33 @@ def _local_rows(x: Array, count: int) -> np.ndarray:
     return np.concatenate([np.asarray(s.data) for s in shards])[:count]
 
 
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    data_config: config_dict.ConfigDict,
+    *,
+    batch_size: int,
+    mesh: Mesh | None = None,
+    split: str | None = None,
+    threshold: float | None = None,
+) -> dict[str, Any]:
+    """Evaluates parameters once and returns the figures (`metrics.summarise`).
+
+    Args:
+      model: of the registry.
+      params: its parameters.
+      data_config: the config's `data` section.
+      batch_size: global; rounded up to a multiple of the devices.
+      mesh: None: all devices.
+      split: None: the config's `eval_split`.
+      threshold: of the gate, instead of the model's own.
+    """
+    mesh = mesh or sharding.make_mesh()
+    evaluator = Evaluator(model, data_config, batch_size=batch_size, mesh=mesh, split=split)
+    params = jax.device_put(jax.device_get(params), sharding.replicated(mesh))
+    return evaluator(params, threshold).figures
+
+
 def evaluate_run(
     workdir: pathlib.Path,
     *,

@@ -121,7 +121,7 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
         elif short.startswith((*HEADS, *OWN_PARTS)):
             report.fresh.append(f"{name} (not in the source)")
         else:
-            misfits.append(f"{name}: not in the source.{nearest(name, weights)}")
+            misfits.append(f"{name}: not in the source.{nearest(name, report.unused)}")
     if misfits or not taken:
         raise UserError(
             "The weights do not fit the model:\n  "
