@@ -204,7 +204,7 @@ def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
       UserError: there is no such checkpoint.
     """
     directory = pathlib.Path(workdir) / CHECKPOINTS
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    steps = _steps(workdir)
     if not steps:
         raise UserError(f"No checkpoint in {str(directory)!r}; has the run saved one yet?")
     if which == "latest":
@@ -252,10 +252,13 @@ def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, A
         ) from error
 
 
-def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
+def _steps(workdir: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(workdir) / CHECKPOINTS
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
-    return ", ".join(str(s) for s in steps if s != without) or "there is none"
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+
+
+def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
+    return ", ".join(str(s) for s in _steps(workdir) if s != without) or "there is none"
 
 
 def _read_tree(path: pathlib.Path) -> dict[str, Any]:
@@ -268,12 +271,15 @@ def _read_tree(path: pathlib.Path) -> dict[str, Any]:
 def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:
     """Writes the config into a new workdir, or checks that an old one was made with the same.
 
+    A workdir without a checkpoint holds nothing to lose: its run ended before it saved one, on a
+    mistake in the config perhaps, and the mended config takes its place.
+
     Raises:
       UserError: it belongs to another config; the message lists what differs.
     """
     directory = pathlib.Path(workdir)
     file = directory / CONFIG_FILE
-    if file.is_file():
+    if file.is_file() and _steps(directory):
         changes = configs.differences(config, read_config(directory))
         if changes:
             raise UserError(

@@ -114,3 +114,14 @@ def test_workdirs_that_are_none(tmp_path):
     _save(tmp_path, {3: 1.0})
     with pytest.raises(UserError, match=r"No checkpoint '4'.*\[3\]"):
         checkpoint.find_step(tmp_path, "4")
+
+
+def test_a_workdir_without_a_checkpoint_may_be_claimed_again(tmp_path):
+    checkpoint.claim_workdir(tmp_path, tiny_run.config())
+    mended = tiny_run.config()
+    mended.seed = 7
+    checkpoint.claim_workdir(tmp_path, mended)
+    assert checkpoint.read_config(tmp_path).seed == 7
+    _save(tmp_path, {3: 1.0})
+    with pytest.raises(UserError, match="seed: 0 here, 7 in the workdir"):
+        checkpoint.claim_workdir(tmp_path, tiny_run.config())
