@@ -9,6 +9,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
         overrides=overrides,
         thresholds=[float(t) for t in _THRESHOLDS.value] if _SWEEP.value else (),
     )
-    print(json.dumps(result))
+    if jax.process_index() == 0:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

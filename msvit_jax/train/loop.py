@@ -280,6 +280,7 @@ class Reporter:
         self._sums: metrics.Sums | None = None
         self._scalars: list[dict[str, float]] = []
         self._clock, self._clock_step = time.perf_counter(), start
+        self._seconds: float | None = None
 
     def add(self, step: int, reported: StepMetrics) -> None:
         """Takes a step's figures, still on their way, and reads those that are `LAG` old."""
@@ -332,7 +333,11 @@ class Reporter:
         means = {
             name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
         }
-        seconds = (now - self._clock) / max(step - self._clock_step, 1)
+        steps = step - self._clock_step
+        # Steps are read up to LAG late: too few of them say nothing of the pace.
+        if self._seconds is None or steps > 2 * LAG:
+            self._seconds = (now - self._clock) / max(steps, 1)
+        seconds = self._seconds
         figures |= {
             **means,
             "learning_rate": float(run.schedule(step - 1)),
