@@ -190,4 +190,7 @@ class GateLoss(nn.Module):
         if not nearness.any():  # a grid of corners only, 2 x 2: all equally near
             nearness = np.ones_like(nearness)
         means = self.target * nearness / nearness.mean()
-        return np.clip(means, 0.02, 0.98).astype(np.float32)
+        # Further away the hyperprior's density, and with it its gradient, is practically zero.
+        reach = 3.5 * self.sigma
+        low, high = max(0.02, self.target - reach), min(0.98, self.target + reach)
+        return np.clip(means, low, high).astype(np.float32)

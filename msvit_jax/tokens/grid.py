@@ -57,7 +57,8 @@ def from_regions(regions: Array, grid: tuple[int, int], size: int = REGION) -> A
 def mix_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
     """Fills each region's slots with its coarse token or with its fine ones.
 
-    Linear in `is_coarse`, so a straight-through decision passes gradient to its gate here.
+    Linear in `is_coarse`, so a straight-through decision passes gradient to its gate here; exact
+    where `is_coarse` is 0 or 1.
 
     Args:
       fine: [B, R, S, D] fine tokens, region by region.
@@ -69,7 +70,7 @@ def mix_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
     """
     first = jnp.zeros(fine.shape[2], fine.dtype).at[0].set(1)
     share = is_coarse.astype(fine.dtype)[:, :, None, None] * first[None, None, :, None]
-    return fine + share * (coarse[:, :, None, :] - fine)
+    return (1 - share) * fine + share * coarse[:, :, None, :]
 
 
 def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:

@@ -36,7 +36,10 @@ def literal_msvit(variables, images, coarse, model):
     side = images.shape[1] // patch
     positions = p["pos_embed"][backbone.positioned_prefix :].reshape(side, side, -1)
     half = jax.image.resize(
-        images, (len(images), images.shape[1] // 2, images.shape[2] // 2, 3), "bilinear", antialias=False
+        images,
+        (len(images), images.shape[1] // 2, images.shape[2] // 2, 3),
+        "bilinear",
+        antialias=False,
     )
     coarse_positions = jax.image.resize(
         positions, (side // 2, side // 2, positions.shape[-1]), "bilinear", antialias=False

@@ -66,7 +66,7 @@ def test_filled_slots_and_the_map_back(seed):
             for x in range(6):
                 region, cell = y // 2 * 3 + x // 2, y % 2 * 2 + x % 2
                 expected = token[b, region] if coarse[b, region] else fine[b, region, cell]
-                np.testing.assert_allclose(dense[b, y, x], expected, rtol=1e-6)
+                np.testing.assert_array_equal(dense[b, y, x], expected)
 
 
 def test_gradient_to_a_decision_is_coarse_minus_fine():

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_run
+from tests import tiny_run
 from PIL import Image
 
 from msvit_jax import checkpoint
