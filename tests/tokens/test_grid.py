@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msvit_jax.tokens import grid
@@ -12,6 +12,7 @@ from msvit_jax.tokens import grid
 sizes = st.integers(1, 4)
 
 
+@settings(max_examples=8)
 @given(rows=sizes, columns=sizes, size=st.integers(1, 3))
 def test_patches_are_the_squares_of_the_image(rows, columns, size):
     image = np.random.default_rng(0).random((2, rows * size, columns * size, 3)).astype(np.float32)
@@ -27,6 +28,7 @@ def test_an_image_that_is_no_whole_number_of_patches_is_told():
         grid.patches(jnp.zeros((1, 8, 6, 3)), 4)
 
 
+@settings(max_examples=8)  # every shape is compiled anew
 @given(rows=sizes, columns=sizes)
 def test_regions_and_back(rows, columns):
     cells = jax.random.normal(jax.random.key(0), (2, 2 * rows, 2 * columns, 3))
