@@ -2,8 +2,8 @@
 
     python train.py --config=configs/digits_vit.py --workdir=runs/digits_vit
 
-Cost: not yet measured.
-Expect: not yet measured.
+Cost: 12 epochs, 10 to 14 minutes on one CPU core.
+Expect: top-1 96.05, 96.85 and 97.20 % with seeds 0, 1 and 2 (docs/results/digits.md).
 """
 
 from ml_collections import config_dict
