@@ -120,7 +120,7 @@ def test_priors_start_finer_in_the_centre_with_the_target_as_their_mean():
 @pytest.mark.parametrize("kind", ["rate", "bas", "gbas"])
 def test_descent_brings_the_hard_rate_to_the_target(kind):
     logits = jax.random.normal(jax.random.key(0), (64, 9)) + 1.0
-    module, output, variables = loss_of(logits, kind=kind, target=0.3)
+    module, _, variables = loss_of(logits, kind=kind, target=0.3)
 
     def loss(x, v):
         return module.apply(v, GateOutput(logits=x, coarse=x)).loss

@@ -6,7 +6,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tests import tiny_run
 from PIL import Image
 
 from msvit_jax import checkpoint
@@ -14,6 +13,7 @@ from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.train.step import normalise
 from msvit_jax.visualize import examples
+from tests import tiny_run
 
 
 def _run(config):
