@@ -8,8 +8,6 @@ fine tokens. The same command again goes on where it was stopped; after the end 
 measures and draws again.
 """
 
-import math
-import os
 import pathlib
 import statistics
 import time
@@ -41,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the demo."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
-    _use_all_cores()
+    host.keep_freed_memory()
+    host.make_devices_of_cores()
     run(pathlib.Path(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
 
 
@@ -103,17 +102,6 @@ def _forward(run: checkpoint.Run) -> Callable[[], Array]:
     images = normalise(next(iter(batches))["image"], model.mean, model.std)
     apply = jax.jit(lambda variables, images: model.apply(variables, images, train=False).logits)
     return lambda: apply(variables, images).block_until_ready()
-
-
-def _use_all_cores() -> None:
-    """Makes each core a device that takes its share of a batch; before JAX starts.
-
-    Small models leave cores idle when all of them work on one array operation at a time.
-    """
-    host.keep_freed_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = 2 ** min(int(math.log2(cores or 1)), 3)  # divides the batch
-    jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _train(name: str, workdir: pathlib.Path, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Settings of the machine that a program runs on."""
 
 import ctypes
+import math
+import os
+
+import jax
 
 # Parameters of glibc's mallopt (malloc.h) and what they are set to.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
@@ -28,3 +32,22 @@ def keep_freed_memory() -> bool:
         return False
     taken = [mallopt(parameter, value) for parameter, value in _KEEP.items()]
     return all(taken)
+
+
+def make_devices_of_cores() -> int:
+    """Makes JAX on CPU see a device per core, each of which takes its share of a batch.
+
+    A small model leaves cores idle when all of them work on one array operation at a time. Call it
+    before JAX is used.
+
+    Returns:
+      The number of devices: a power of two up to 8, so that it divides batches.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = 2 ** min(int(math.log2(cores or 1)), 3)
+    jax.config.update("jax_num_cpu_devices", devices)
+    # On a busy machine one device may wait long for another; by default XLA gives up after 40 s.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
+    patience += " --xla_cpu_collective_call_warn_stuck_seconds=300"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
+    return devices

@@ -1,45 +1,57 @@
-"""Whether memory that was freed is used again, counted in the kernel's page faults."""
+"""Settings of the machine, seen from a process of its own."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from msvit_jax import host
-
 PROGRAM = """
-import ctypes, resource, runpy, sys
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def use(libc, size=2**28):
-    memory = libc.malloc(size)
-    ctypes.memset(memory, 1, size)
-    libc.free(memory)
+import ctypes, json, resource
+import jax
+from msvit_jax import host
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
-took_effect = sys.argv[1] == "keep" and runpy.run_path(sys.argv[2])["keep_freed_memory"]()
-use(libc)
-before = faults()
-for _ in range(4):
-    use(libc)
-print(took_effect, faults() - before)
+
+def faults(size=2**28):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        memory = libc.malloc(size)
+        ctypes.memset(memory, 1, size)
+        libc.free(memory)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+told = {"usual": faults(), "kept": host.keep_freed_memory()}
+faults()
+told["reusing"] = faults()
+told["devices"] = host.make_devices_of_cores()
+ones = jax.numpy.ones((told["devices"], 2))
+mesh = jax.make_mesh((told["devices"],), ("data",))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+told["sum"] = float(jax.jit(jax.numpy.sum, in_shardings=rows)(ones))
+told["seen"] = jax.device_count()
+print(json.dumps(told))
 """
 
 
-def _faults(mode):
-    # The file alone: the package would bring JAX.
-    command = [sys.executable, "-c", PROGRAM, mode, host.__file__]
-    took_effect, count = subprocess.check_output(command, text=True).split()
-    return took_effect == "True", int(count)
+@pytest.fixture(scope="module")
+def told():
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    command = [sys.executable, "-c", PROGRAM]
+    return json.loads(subprocess.check_output(command, text=True, env=environment))
 
 
-def test_freed_memory_is_not_fetched_from_the_kernel_again():
-    took_effect, count = _faults("keep")
-    if not took_effect:
+def test_freed_memory_is_not_fetched_from_the_kernel_again(told):
+    if not told["kept"]:
         pytest.skip("this C library is not glibc")
-    assert count < 100
-    assert _faults("leave")[1] > 400  # four times 256 MiB, even where pages are 2 MiB large
+    assert told["reusing"] < 100
+    assert told["usual"] > 400  # four times 256 MiB, even where pages are 2 MiB large
+
+
+def test_cores_are_devices_and_work_together(told):
+    assert told["seen"] == told["devices"]
+    assert 64 % told["devices"] == 0
+    assert told["sum"] == 2 * told["devices"]

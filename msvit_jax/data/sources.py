@@ -8,13 +8,13 @@ import contextlib
 import dataclasses
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from msvit_jax.data import scattered_digits
 from msvit_jax.errors import UserError, nearest
@@ -219,7 +219,8 @@ def _prepare_embedded(name: str, root: Path) -> Path:
 
 def _prepare_aside(config: str, root: Path, folder: Path) -> None:
     """Prepares `scattered_digits`; of several processes that start at once the fastest wins."""
-    logging.info("Preparing %s/%s in %s (about half a minute, once).", EMBEDDED, config, root)
+    say = f"Preparing {EMBEDDED}/{config} in {root} (about half a minute, once)."
+    print(say, file=sys.stderr, flush=True)
     try:
         prepare_aside(
             lambda aside: scattered_digits.ScatteredDigits(
