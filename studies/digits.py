@@ -102,7 +102,9 @@ class Study:
             self._workers.run(["train.py", f"--config=configs/{config}.py", *run, *changes], log)
             out = self._workers.run(["eval.py", *run, "--which=latest"], log)
             result.write_text(out.splitlines()[-1])
-        return json.loads(result.read_text())
+        figures = json.loads(result.read_text())
+        figures.pop("workdir")  # where it lay says nothing about the result
+        return figures
 
     def workdir(self, name: str) -> str:
         """Where an arm of this seed lies."""
