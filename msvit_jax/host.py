@@ -48,6 +48,5 @@ def make_devices_of_cores() -> int:
     jax.config.update("jax_num_cpu_devices", devices)
     # On a busy machine one device may wait long for another; by default XLA gives up after 40 s.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1800"
-    patience += " --xla_cpu_collective_call_warn_stuck_seconds=300"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
     return devices
