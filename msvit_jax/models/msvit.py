@@ -5,6 +5,7 @@ in slots (see `tokens.grid`), as many as the fine grid has cells, with the same 
 reconstruction. Where the paper leaves a choice open the attribute's docstring says so.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.models import gate as gates
+from msvit_jax.models import layout as layouts
+from msvit_jax.models.attention import Mask
 from msvit_jax.models.output import GateOutput, Output
 from msvit_jax.models.vit import PatchEmbed, ViT, check_images
 from msvit_jax.tokens import grid
@@ -49,6 +52,14 @@ class MSViT(nn.Module):
         "separate" (an embedding of its own for the full-resolution coarse patch).
       scale_embedding: add a learned embedding of the scale, starting at zero.
       coarse_residual: add APT's zero-initialised residual of the region's fine tokens.
+      layout: how tokens lie in memory, "slots", "budget", "trimmed" or "rows": the same logits at
+        another price (see `models.layout`).
+      budget: active patch tokens that an image has places for ("budget", "trimmed"); several, for
+        equal parts of the batch sorted by their counts.
+      rows: rows that the whole batch is packed into ("rows").
+      row_width: tokens of a row, prefix included ("rows").
+      row_groups: equal parts of the batch that are packed on their own: a multiple of the devices
+        it is spread over, so that no token leaves its device.
     """
 
     backbone: ViT
@@ -61,6 +72,11 @@ class MSViT(nn.Module):
     coarse_embedding: str = "shared"
     scale_embedding: bool = False
     coarse_residual: bool = False
+    layout: str = "slots"
+    budget: int | tuple[int, ...] | None = None
+    rows: int | None = None
+    row_width: int | None = None
+    row_groups: int = 1
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -91,6 +107,17 @@ class MSViT(nn.Module):
                 f"image_size={self.image_size} is not divisible by the coarse patch of "
                 f"{self.coarse_size} px (twice patch_size={self.patch_size})."
             )
+        regions = self.gate_grid[0] * self.gate_grid[1]
+        self._layout.check(
+            grid=grid.REGION**2 * regions, smallest=regions, prefix=self.backbone.prefix_length
+        )
+
+    @property
+    def _layout(self) -> layouts.Layout:
+        budget = (self.budget,) if isinstance(self.budget, int) else tuple(self.budget or ())
+        return layouts.Layout(
+            self.layout, budget, self.rows or 0, self.row_width or 0, self.row_groups
+        )
 
     @property
     def image_size(self) -> int:
@@ -185,6 +212,12 @@ class MSViT(nn.Module):
             fine, coarse = fine + scale[None, None, :1], coarse + scale[None, 1:]
         return fine, coarse
 
+    def gate_only(self, images: Array, *, threshold: float | Array | None = None) -> GateOutput:
+        """Decides as in evaluation and does nothing else; arguments as of a call."""
+        check_images(images, self.coarse_size)
+        logits = self.gate_logits(images)
+        return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold))
+
     def __call__(
         self,
         images: Array,
@@ -207,16 +240,47 @@ class MSViT(nn.Module):
             coarse = self._decide(logits, train, threshold)
         elif coarse.shape != logits.shape:
             raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
-        slots = grid.mix_slots(*self.embed_scales(images), coarse)
-        x = slots.reshape(slots.shape[0], -1, slots.shape[-1])
-        flat = (slots.shape[0], x.shape[1])
-        weights = grid.slot_weights(coarse).reshape(flat)
-        areas = grid.slot_areas(coarse).reshape(flat)
-        x = self.backbone.encode(x, train=train, weights=weights)
+        tokens, weights, areas = self._tokens(images, coarse)
+        if self.layout == "slots":
+            x, fits = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights)), None
+        else:
+            x, fits = self._encode_packed(tokens, weights, logits, train)
         class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
+        counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - self.backbone.prefix_length
         return Output(
-            logits=class_logits,
-            tokens=jnp.round(weights.sum(axis=1)).astype(jnp.int32),
+            logits=_only_fitting(class_logits, fits),
+            tokens=counts,
             gate=GateOutput(logits=logits, coarse=coarse),
-            distilled_logits=distilled,
+            distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
+            fits=fits,
         )
+
+    def _tokens(self, images: Array, coarse: Array) -> tuple[Array, Array, Array]:
+        """Prefix and slots [B, P + N, D], their weights [B, P + N], the slots' areas [B, N]."""
+        slots = grid.mix_slots(*self.embed_scales(images), coarse)
+        batch, _, _, width = slots.shape
+        tokens = self.backbone.with_prefix(slots.reshape(batch, -1, width))
+        seen = jnp.ones((batch, self.backbone.prefix_length), coarse.dtype)
+        weights = jnp.concatenate([seen, grid.slot_weights(coarse).reshape(batch, -1)], axis=1)
+        return tokens, weights, grid.slot_areas(coarse).reshape(batch, -1)
+
+    def _encode_packed(
+        self, tokens: Array, weights: Array, logits: Array, train: bool
+    ) -> tuple[Array, Array]:
+        """Encodes in the model's layout: what `ViT.classify` needs, and which images fit [B]."""
+        prefix = self.backbone.prefix_length
+        layout = dataclasses.replace(
+            self._layout, budget=tuple(prefix + b for b in self._layout.budget)
+        )
+        # A region close to becoming fine first; its slots stay together.
+        priority = jnp.repeat(-logits, grid.REGION**2, axis=1)
+        priority = jnp.pad(priority, ((0, 0), (prefix, 0)))
+        packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority)
+        x = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
+        needed = None if self.backbone.pool == "mean" else prefix
+        return packed.packing.restore(x, count=needed), packed.packing.fits
+
+
+def _only_fitting(logits: Array, fits: Array | None) -> Array:
+    """NaN where there is no answer: a loud mistake if somebody takes it for one."""
+    return logits if fits is None else jnp.where(fits[:, None], logits, jnp.nan)

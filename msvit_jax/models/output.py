@@ -23,13 +23,16 @@ class Output:
     """What every model of the library returns.
 
     Attributes:
-      logits: [B, classes] float32.
+      logits: [B, classes] float32; NaN for an image that does not fit.
       tokens: [B] int32, active patch tokens of each image (class and register tokens not counted).
       gate: decisions of a mixed-scale model.
       distilled_logits: [B, classes] float32 of the distillation head, in training only.
+      fits: [B] bool, whether an image's tokens found room in a layout with less places than the
+        grid; None in the slots layout, where all do.
     """
 
     logits: Array
     tokens: Array
     gate: GateOutput | None = None
     distilled_logits: Array | None = None
+    fits: Array | None = None

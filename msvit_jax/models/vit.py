@@ -15,7 +15,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
-from msvit_jax.models.attention import attention
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
 from msvit_jax.models.output import Output
 from msvit_jax.tokens import grid
 
@@ -30,16 +30,23 @@ def gelu(x: Array) -> Array:
     return nn.gelu(x, approximate=False)
 
 
-def drop_path(x: Array, rate: Array, key: Array) -> Array:
-    """Stochastic depth (Huang et al. 2016): drops a branch of whole examples, rescales the rest.
+def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Array:
+    """Stochastic depth (Huang et al. 2016): drops a branch of whole images, rescales the rest.
 
     Args:
       x: [B, N, D] output of a branch.
       rate: scalar probability of dropping; may be traced, as under a scan over layers.
       key: random key.
+      mask: says whose tokens they are where a row is not an image; the same images are dropped
+        in every layout.
     """
     keep = 1 - rate
-    kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
+    if mask is None or mask.segments is None:
+        kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
+    else:
+        images = jax.random.bernoulli(key, keep, (x.shape[0] * mask.images,))
+        by_group = images.reshape(x.shape[0], mask.images)
+        kept = jnp.take_along_axis(by_group, jnp.maximum(mask.segments, 0), axis=1)[:, :, None]
     return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
 
 
@@ -95,16 +102,18 @@ class Attention(nn.Module):
 
     heads: int
     qkv_bias: bool = True
+    implementation: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, key_weights: Array | None = None) -> Array:
-        """[B, N, D] -> [B, N, D]; `key_weights` [B, N] as in `attention`."""
+    def __call__(self, x: Array, mask: Mask | None = None) -> Array:
+        """[B, N, D] -> [B, N, D]; `mask` as in `attention`."""
         batch, length, width = x.shape
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         qkv = nn.Dense(3 * width, use_bias=self.qkv_bias, name="qkv", **dense)(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)
-        mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], key_weights)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        mixed = attention(query, key, value, mask, implementation=self.implementation)
         return nn.Dense(width, name="proj", **dense)(mixed.reshape(batch, length, width))
 
 
@@ -146,49 +155,48 @@ class Block(nn.Module):
     qkv_bias: bool = True
     layer_scale: float | None = None
     norm_epsilon: float = 1e-6
+    attention_impl: str = "auto"
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
         self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
-        self.attn = Attention(self.heads, self.qkv_bias, self.dtype)
+        self.attn = Attention(self.heads, self.qkv_bias, self.attention_impl, self.dtype)
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
         self.mlp = MLP(self.hidden, self.dtype)
         if self.layer_scale is not None:
             self.ls1 = LayerScale(self.layer_scale)
             self.ls2 = LayerScale(self.layer_scale)
 
-    def mix_tokens(self, x: Array, drop_rate: Array | None, key_weights: Array | None) -> Array:
+    def mix_tokens(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
         """The attention half: [B, N, D] -> [B, N, D]."""
-        branch = self.attn(self.norm1(x), key_weights)
+        branch = self.attn(self.norm1(x), mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
-        return x + self._maybe_dropped(branch, drop_rate)
+        return x + self._maybe_dropped(branch, drop_rate, mask)
 
-    def mix_channels(self, x: Array, drop_rate: Array | None) -> Array:
+    def mix_channels(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
         """The MLP half: [B, N, D] -> [B, N, D]."""
         branch = self.mlp(self.norm2(x))
         if self.layer_scale is not None:
             branch = self.ls2(branch)
-        return x + self._maybe_dropped(branch, drop_rate)
+        return x + self._maybe_dropped(branch, drop_rate, mask)
 
-    def _maybe_dropped(self, branch: Array, drop_rate: Array | None) -> Array:
+    def _maybe_dropped(self, branch: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
         if drop_rate is None:
             return branch
-        return drop_path(branch, drop_rate, self.make_rng("dropout"))
+        return drop_path(branch, drop_rate, self.make_rng("dropout"), mask)
 
-    def __call__(
-        self, x: Array, drop_rate: Array | None = None, key_weights: Array | None = None
-    ) -> Array:
+    def __call__(self, x: Array, drop_rate: Array | None = None, mask: Mask | None = None) -> Array:
         """Both halves.
 
         Args:
           x: [B, N, D].
-          drop_rate: scalar, probability of dropping each branch of an example; None: never.
-          key_weights: [B, N], which tokens are attended to; None: all.
+          drop_rate: scalar, probability of dropping each branch of an image; None: never.
+          mask: which tokens see which, and whose they are; None: a row is an image.
         """
-        x = self.mix_tokens(x, drop_rate, key_weights)
-        return self.mix_channels(x, drop_rate)
+        x = self.mix_tokens(x, drop_rate, mask)
+        return self.mix_channels(x, drop_rate, mask)
 
 
 class ViT(nn.Module):
@@ -218,6 +226,7 @@ class ViT(nn.Module):
       drop_path: stochastic depth's rate in the last block, rising linearly from 0 in the first.
       dtype: compute dtype; parameters, softmax and logits stay float32.
       remat: recompute the blocks' activations in the backward pass instead of keeping them.
+      attention_impl: implementation of attention, see `models.attention`.
       scan_layers: one compiled block scanned over stacked parameters (`blocks`, layers first):
         compiles faster.
       mean: of the pixels, on the scale of 0 to 1, that images are normalised with.
@@ -244,6 +253,7 @@ class ViT(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     scan_layers: bool = False
+    attention_impl: str = "auto"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -270,6 +280,7 @@ class ViT(nn.Module):
             "qkv_bias": self.qkv_bias,
             "layer_scale": self.layer_scale,
             "norm_epsilon": self.norm_epsilon,
+            "attention_impl": self.attention_impl,
             "dtype": self.dtype,
         }
         if self.scan_layers:
@@ -292,6 +303,9 @@ class ViT(nn.Module):
             raise ValueError(f"pool={self.pool!r} is neither 'token' nor 'mean'.")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True; use pool='mean' without one.")
+        if self.attention_impl not in IMPLEMENTATIONS:
+            names = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"attention_impl={self.attention_impl!r} is none of {names}.")
         if self.pos_init not in ("normal", "sincos"):
             raise ValueError(f"pos_init={self.pos_init!r} is neither 'normal' nor 'sincos'.")
         if self._sincos and self.width % 4:
@@ -365,34 +379,31 @@ class ViT(nn.Module):
         stacked = jnp.concatenate(tokens).astype(self.dtype)
         return jnp.broadcast_to(stacked[None], (batch, *stacked.shape))
 
-    def encode(self, x: Array, *, train: bool, weights: Array | None = None) -> Array:
-        """Puts the prefix before patch tokens and runs all blocks and the last norm.
+    def with_prefix(self, x: Array) -> Array:
+        """Puts the prefix before patch tokens: [B, N, D] -> [B, P + N, D]."""
+        return jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
+
+    def encode(self, x: Array, *, train: bool, mask: Mask | None = None) -> Array:
+        """Runs all blocks and the last norm: [B, N, D] -> [B, N, D].
 
         Args:
-          x: [B, N, D] patch tokens with positions, in any order.
+          x: tokens with positions, prefix included, in any order and layout.
           train: whether stochastic depth is on.
-          weights: [B, N], 0 where a token is hidden from all others, else 1; None: all count.
-
-        Returns:
-          [B, P + N, D].
+          mask: which tokens see which; None: a row is an image, and all its tokens count.
         """
-        x = jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
-        if weights is not None:
-            seen = jnp.ones((x.shape[0], self.prefix_length), weights.dtype)
-            weights = jnp.concatenate([seen, weights], axis=1)
-        return self.norm(self._run_blocks(x, weights, train))
+        return self.norm(self._run_blocks(x, mask, train))
 
-    def _run_blocks(self, x: Array, weights: Array | None, train: bool) -> Array:
+    def _run_blocks(self, x: Array, mask: Mask | None, train: bool) -> Array:
         rates = None
         if train and self.drop_path:
             rates = jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
         if not self.scan_layers:
             for layer, block in enumerate(self.blocks):
-                x = block(x, None if rates is None else rates[layer], weights)
+                x = block(x, None if rates is None else rates[layer], mask)
             return x
 
         def step(block: Callable[..., Array], x: Array, rate: Array | None) -> tuple[Array, None]:
-            return block(x, rate, weights), None
+            return block(x, rate, mask), None
 
         scan = nn.scan(
             step,
@@ -408,7 +419,7 @@ class ViT(nn.Module):
         """Logits from encoded tokens.
 
         Args:
-          x: [B, P + N, D] encoded tokens.
+          x: [B, P + N, D] encoded tokens; with pool="token" the prefix alone will do.
           train: a distilled model returns its two heads apart in training, averaged otherwise.
           areas: [B, N], how many fine cells each patch token stands for; mean pooling weighs by it.
 
@@ -441,7 +452,7 @@ class ViT(nn.Module):
         x = self.patch_embed(images)
         batch, *size, width = x.shape
         x = x + self.positions(tuple(size)).astype(x.dtype)[None]
-        x = self.encode(x.reshape(batch, -1, width), train=train)
+        x = self.encode(self.with_prefix(x.reshape(batch, -1, width)), train=train)
         logits, distilled = self.classify(x, train=train)
         tokens = jnp.full((batch,), size[0] * size[1], jnp.int32)
         return Output(logits=logits, tokens=tokens, distilled_logits=distilled)

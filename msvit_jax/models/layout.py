@@ -1,0 +1,140 @@
+"""Layouts: how the tokens of a batch lie in memory while the transformer works on them.
+
+The same model with the same parameters gives the same logits in each, up to rounding:
+
+* "slots": every slot has its place, hidden ones are masked; all gradients; saves no time.
+* "budget": each image's active tokens in as many places as its budget, one budget for all or a
+  ladder of them.
+* "trimmed": the same places for training: what active tokens leave free is filled with the hidden
+  tokens nearest to becoming active, which carry gradient to the gate (after MSViT's adaptive
+  trimming; under static shapes: our reconstruction).
+* "rows": the active tokens of several images in one row, attention confined to an image.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from msvit_jax.models.attention import Mask
+from msvit_jax.tokens import packing
+
+LAYOUTS = ("slots", "budget", "trimmed", "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A layout and its sizes, all static.
+
+    Attributes:
+      kind: one of `LAYOUTS`.
+      budget: places for an image's active patch tokens ("budget", "trimmed"), the prefix not
+        counted; several make a ladder: equal parts of the batch, sorted by their counts, get them.
+      rows: rows for the whole batch ("rows").
+      row_width: places of a row, prefix tokens counted ("rows").
+      groups: equal parts of the batch that are packed on their own.
+    """
+
+    kind: str = "slots"
+    budget: tuple[int, ...] = ()
+    rows: int = 0
+    row_width: int = 0
+    groups: int = 1
+
+    def check(self, *, grid: int, smallest: int, prefix: int) -> None:
+        """Checks sizes against a model.
+
+        Args:
+          grid: slots of an image.
+          smallest: active patch tokens that every image has at least.
+          prefix: class, distillation and register tokens.
+
+        Raises:
+          ValueError: they do not fit; says what would.
+        """
+        if self.kind not in LAYOUTS:
+            raise ValueError(f"layout={self.kind!r} is none of {', '.join(LAYOUTS)}.")
+        if self.groups < 1:
+            raise ValueError(f"row_groups={self.groups}; at least 1 is needed.")
+        if self.kind in ("budget", "trimmed"):
+            self._check_budget(grid, smallest)
+        if self.kind == "rows":
+            self._check_rows(grid + prefix)
+
+    def _check_budget(self, grid: int, smallest: int) -> None:
+        if not self.budget:
+            raise ValueError(f"layout={self.kind!r} needs budget=, active tokens per image.")
+        for budget in self.budget:
+            if not smallest <= budget <= grid:
+                raise ValueError(
+                    f"budget={budget} is not possible: an image has {smallest} to {grid} patch "
+                    "tokens; use a number from there."
+                )
+
+    def _check_rows(self, largest: int) -> None:
+        if self.rows < 1:
+            raise ValueError("layout='rows' needs rows=, how many there are for a whole batch.")
+        if self.row_width < largest:
+            raise ValueError(
+                f"row_width={self.row_width} is too small: one image can need {largest} places "
+                "(all fine, prefix included), and would never fit; use at least that."
+            )
+        if self.rows % self.groups:
+            raise ValueError(f"rows={self.rows} cannot be cut into row_groups={self.groups}.")
+
+
+@struct.dataclass
+class Packed:
+    """Tokens of a batch in a layout.
+
+    Attributes:
+      tokens: [G, T, D].
+      mask: for attention.
+      packing: the way back.
+    """
+
+    tokens: Array
+    mask: Mask
+    packing: packing.Packing
+
+
+def pack(
+    tokens: Array, active: Array, layout: Layout, weights: Array, priority: Array | None = None
+) -> Packed:
+    """Packs a batch.
+
+    Args:
+      tokens: [B, N, D], prefix tokens included.
+      active: [B, N] bool.
+      layout: any but slots; budgets without the prefix are made longer by it.
+      weights: [B, N] straight-through weights of the tokens, for "trimmed".
+      priority: [B, N], which inactive tokens "trimmed" takes first.
+
+    Raises:
+      ValueError: the batch cannot be cut into the layout's parts.
+    """
+    batch = active.shape[0]
+    if batch % layout.groups:
+        raise ValueError(f"A batch of {batch} cannot be cut into row_groups={layout.groups}.")
+    lengths = active.sum(axis=1, dtype=jnp.int32).reshape(layout.groups, -1)
+    images = lengths.shape[1]
+    shelves: tuple[tuple[int, int], ...]
+    if layout.kind == "rows":
+        shelves = ((layout.rows // layout.groups, layout.row_width),)
+        runs = packing.rows(lengths, layout.rows // layout.groups, layout.row_width)
+    else:
+        part = images // len(layout.budget)
+        shelves = tuple((part, width) for width in sorted(layout.budget, reverse=True))
+        runs = packing.ladder(lengths, layout.budget)
+    order = None
+    if layout.kind == "trimmed":
+        assert priority is not None
+        order = packing.active_first(active, priority)
+    packed = packing.pack(active, runs, order)
+    segments = packed.owner
+    mask = Mask(segments=segments, shelves=shelves, alone=layout.kind != "rows", images=images)
+    if layout.kind == "trimmed":
+        # Empty places count, among themselves: a row without any weight would divide by zero.
+        mask = dataclasses.replace(mask, weights=packed.gather(weights, fill=1.0))
+    return Packed(packed.gather(tokens), mask, packed)

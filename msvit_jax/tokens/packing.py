@@ -1,0 +1,238 @@
+"""Packing: active tokens of a batch into fewer places, computed on the device with static shapes.
+
+A batch of B images is packed in G independent *groups* of b = B / G images, as many as devices it
+is spread over, so that no token leaves its device. A group has T *places*. Every image takes a run
+of places, its tokens in order; images that find none are reported. All indices come from sorts and
+gathers: nothing waits for the host.
+
+Two ways to lay out a group's places, our reconstruction of what MSViT's adaptive trimming and
+NaViT-like packing want under static shapes:
+
+* a *ladder* of budgets: the images, sorted by length, get places of a few fixed lengths;
+* *rows*: images are placed first-fit, longest first, into rows of one length.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+NOBODY = -1  # the owner of an empty place
+
+
+@struct.dataclass
+class Runs:
+    """Which image has which run of places, group by group.
+
+    Attributes:
+      owner: [G, T] int32, the image within its group that a place belongs to, or `NOBODY`.
+      offset: [G, T] int32, how many places into its image's run a place lies.
+      start: [G, b] int32, an image's first place; T where it has none.
+      room: [G, b] int32, places that an image's run has; 0 where it has none.
+      fits: [G, b] bool, whether an image has got a run of its length.
+    """
+
+    owner: Array
+    offset: Array
+    start: Array
+    room: Array
+    fits: Array
+
+
+@struct.dataclass
+class Packing:
+    """Where each token goes, and where each place's token comes from.
+
+    Attributes:
+      source: [G, T] int32, the token of a group's b * N that a place holds; b * N in empty places.
+      owner: [G, T] int32, see `Runs`.
+      place: [B, N] int32, a token's place within its group; T where it has none.
+      fits: [B] bool, whether all active tokens of an image are placed.
+    """
+
+    source: Array
+    owner: Array
+    place: Array
+    fits: Array
+
+    def gather(self, tokens: Array, *, fill: float = 0.0) -> Array:
+        """[B, N, ...] -> [G, T, ...], with `fill` in empty places."""
+        groups = self.source.shape[0]
+        flat = tokens.reshape(groups, -1, *tokens.shape[2:])
+        return _take(flat, self.source, fill)
+
+    def restore(self, packed: Array, *, count: int | None = None) -> Array:
+        """[G, T, ...] -> [B, N, ...], zeros for tokens that have no place.
+
+        Args:
+          packed: what became of the tokens.
+          count: of an image's tokens only the first so many: [B, count, ...].
+        """
+        groups = self.source.shape[0]
+        images = self.place.shape[0]
+        place = self.place[:, :count].reshape(groups, -1)
+        return _take(packed, place, 0.0).reshape(images, -1, *packed.shape[2:])
+
+
+def _take(values: Array, index: Array, fill: float) -> Array:
+    """Rows of values [G, M, ...] by index [G, ...]; `fill` where the index is M."""
+    take = lambda v, i: v.at[i].get(mode="fill", fill_value=fill)  # noqa: E731
+    return jax.vmap(take)(values, index)
+
+
+def ladder(lengths: Array, widths: Sequence[int]) -> Runs:
+    """Gives equal parts of each group runs of the given widths, sorted images to sorted runs.
+
+    As many images get a run as is possible at all: longest first, each takes the longest run left.
+
+    Args:
+      lengths: [G, b] int32, places each image needs.
+      widths: places of the runs, one width for each of len(widths) equal parts of b images.
+
+    Raises:
+      ValueError: the parts are not equal.
+    """
+    images = lengths.shape[1]
+    if not widths or images % len(widths):
+        raise ValueError(
+            f"{images} images cannot be cut into {len(widths)} equal parts, one for each of the "
+            f"budgets {tuple(widths)}; use a batch (per group) that is a multiple of that number."
+        )
+    part = images // len(widths)
+    descending = sorted(widths, reverse=True)
+    run_width = np.repeat(np.asarray(descending, np.int32), part)
+    run_start = np.cumsum(run_width, dtype=np.int32) - run_width
+    total = int(run_width.sum())
+    run_of = np.repeat(np.arange(images), run_width)
+    offset = np.arange(total, dtype=np.int32) - run_start[run_of]
+
+    def one(length: Array) -> Runs:
+        order = jnp.argsort(-length, stable=True)
+        placed = _placed(length[order], descending, part)
+        # The placed images, longest first, take the runs in their order; the last runs stay empty.
+        taker = order[jnp.argsort(~placed, stable=True)]
+        taken = jnp.arange(images) < placed.sum()
+        run = (
+            jnp.full((images,), images, jnp.int32)
+            .at[taker]
+            .set(jnp.where(taken, jnp.arange(images, dtype=jnp.int32), images))
+        )
+        return Runs(
+            owner=jnp.where(taken, taker.astype(jnp.int32), NOBODY)[run_of],
+            offset=jnp.asarray(offset),
+            start=jnp.asarray(run_start).at[run].get(mode="fill", fill_value=total),
+            room=jnp.asarray(run_width).at[run].get(mode="fill", fill_value=0),
+            fits=run < images,
+        )
+
+    return jax.vmap(one)(lengths)
+
+
+def _placed(lengths: Array, widths: Sequence[int], part: int) -> Array:
+    """Which of the images, longest first, get a run: [b] bool; `widths` fall, `part` runs each."""
+    placed = jnp.zeros(lengths.shape, bool)
+    for index, width in enumerate(widths):
+        narrower = widths[index + 1] if index + 1 < len(widths) else -1
+        mine = (lengths <= width) & (lengths > narrower)
+        free = (index + 1) * part - placed.sum()
+        placed |= mine & (jnp.cumsum(mine) <= free)
+    return placed
+
+
+def rows(lengths: Array, count: int, width: int) -> Runs:
+    """Packs each group's images into rows: longest first, each into the first row with room.
+
+    Args:
+      lengths: [G, b] int32, places each image needs.
+      count: rows of a group.
+      width: places of a row.
+    """
+    images, total = lengths.shape[1], count * width
+
+    def one(length: Array) -> Runs:
+        order = jnp.argsort(-length, stable=True)
+
+        def put(filled: Array, need: Array) -> tuple[Array, Array]:
+            room = filled + need <= width
+            row = jnp.argmax(room)  # the first
+            fits = room[row]
+            start = jnp.where(fits, row * width + filled[row], total)
+            return filled.at[row].add(jnp.where(fits, need, 0)), start.astype(jnp.int32)
+
+        nothing = jnp.zeros((count,), length.dtype)
+        _, starts = lax.scan(put, nothing, length[order], unroll=min(8, images))
+        start = jnp.zeros((images,), jnp.int32).at[order].set(starts)
+        fits = start < total
+        owner, first = _owners(start, total)
+        offset = jnp.arange(total, dtype=jnp.int32) - first
+        need = length.at[owner].get(mode="fill", fill_value=0)
+        return Runs(
+            owner=jnp.where(offset < need, owner, NOBODY),
+            offset=offset,
+            start=start,
+            room=jnp.where(fits, length, 0),
+            fits=fits,
+        )
+
+    return jax.vmap(one)(lengths)
+
+
+def _owners(start: Array, total: int) -> tuple[Array, Array]:
+    """The last image that starts at or before each place, and where: [T], [T]; b where none."""
+    images = start.shape[0]
+    here = jnp.full((total,), images, jnp.int32)
+    here = here.at[start].set(jnp.arange(images, dtype=jnp.int32), mode="drop")
+    places = jnp.arange(total, dtype=jnp.int32)
+    first = lax.cummax(jnp.where(here < images, places, 0))
+    return here[first], first
+
+
+def pack(active: Array, runs: Runs, order: Array | None = None) -> Packing:
+    """Puts tokens into their images' runs.
+
+    Args:
+      active: [B, N] bool, which tokens must have a place.
+      runs: made for lengths of `active.sum(axis=1)`.
+      order: [B, N] int32, an image's tokens as they shall stand, all active ones first; None: the
+        active ones in their own order. With an order, what the active ones leave of a run is
+        filled with the tokens that come next.
+
+    Returns:
+      The places; images that do not fit have none.
+    """
+    groups, images = runs.start.shape
+    count, total = active.shape[1], runs.owner.shape[1]
+    lengths = active.sum(axis=1, dtype=jnp.int32)
+    limit = lengths if order is None else jnp.full_like(lengths, count)
+    if order is None:
+        order = jnp.argsort(~active, axis=1, stable=True)
+    limit = jnp.minimum(limit.reshape(groups, images), runs.room)
+    order = order.astype(jnp.int32).reshape(groups, images, count)
+
+    def one(order: Array, limit: Array, runs: Runs) -> tuple[Array, Array, Array]:
+        holds = (runs.owner >= 0) & (runs.offset < limit.at[runs.owner].get(mode="fill"))
+        owner = jnp.where(holds, runs.owner, NOBODY)
+        token = order.at[owner, runs.offset].get(mode="fill", fill_value=0)
+        source = jnp.where(holds, owner * count + token, images * count)
+        rank = jnp.argsort(order, axis=1).astype(jnp.int32)
+        place = jnp.where(rank < limit[:, None], runs.start[:, None] + rank, total)
+        return source, owner, place
+
+    source, owner, place = jax.vmap(one)(order, limit, runs)
+    return Packing(source, owner, place.reshape(-1, count), runs.fits.reshape(-1))
+
+
+def active_first(active: Array, priority: Array) -> Array:
+    """An order for `pack`: active tokens in their own order, then the others by priority.
+
+    Args:
+      active: [B, N] bool.
+      priority: [B, N] float, higher comes first.
+    """
+    by_priority = jnp.argsort(-priority, axis=1, stable=True)
+    rank = jnp.argsort(by_priority, axis=1)
+    position = jnp.broadcast_to(jnp.arange(active.shape[1])[None], active.shape)
+    return jnp.argsort(jnp.where(active, position, active.shape[1] + rank), axis=1)

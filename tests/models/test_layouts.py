@@ -1,0 +1,255 @@
+"""Layouts: the same logits as slots for every image that fits, and a true report of the others."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import msvit_jax
+from msvit_jax.models.msvit import MSViT
+from msvit_jax.tokens import packing
+from tests.models.test_vit import make, rough
+
+NAME = "msvit_deit_tiny_patch16_224"
+SIDE = 24  # 9 regions of 8 px: 9 to 36 patch tokens
+BATCH = 8
+
+
+@functools.cache
+def slots(**options):
+    """A model of 9 regions, rough parameters, images, and its compiled forward pass."""
+    model, variables, _ = make(NAME, image_size=SIDE, patch_size=4, **options)
+    images = jax.random.normal(jax.random.key(3), (BATCH, SIDE, SIDE, 3))
+    return model, rough(variables), images
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(lambda v, x, coarse: model.apply(v, x, coarse=coarse))
+
+
+def run(model, variables, images, coarse):
+    return compiled(model)(variables, images, coarse)
+
+
+def decisions(seed, share):
+    rng = np.random.default_rng(seed)
+    rate = np.clip(share + rng.normal(0, 0.2, (BATCH, 1)), 0, 1)
+    return jnp.asarray(rng.random((BATCH, 9)) < rate, jnp.float32)
+
+
+LAYOUTS = [
+    {"layout": "budget", "budget": 36},
+    {"layout": "budget", "budget": 24},
+    {"layout": "budget", "budget": (15, 18, 24, 36)},
+    {"layout": "budget", "budget": (18, 24), "row_groups": 2},
+    {"layout": "rows", "rows": 4, "row_width": 40},
+    {"layout": "rows", "rows": 4, "row_width": 64},
+    {"layout": "rows", "rows": 4, "row_width": 64, "row_groups": 2},
+    {"layout": "trimmed", "budget": 36},
+    {"layout": "trimmed", "budget": (15, 18, 24, 36)},
+]
+PREFIXES = [{"distilled": True, "register_tokens": 2}, {"pool": "mean", "class_token": False}]
+CASES = [({}, layout) for layout in LAYOUTS] + [
+    (prefix, LAYOUTS[i]) for prefix in PREFIXES for i in (2, 6, 8)
+]
+
+
+@pytest.mark.parametrize(("options", "layout"), CASES, ids=str)
+@hypothesis.given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.4, 0.7, 1.0]))
+@hypothesis.settings(max_examples=6)
+def test_logits_equal_slots_where_an_image_fits(options, layout, seed, share):
+    model, variables, images = slots(**options)
+    coarse = decisions(seed, share)
+    expected = run(model, variables, images, coarse)
+    output = run(model.clone(**layout), variables, images, coarse)
+    fits = np.asarray(output.fits)
+    np.testing.assert_array_equal(np.isnan(output.logits).all(axis=1), ~fits)
+    scale = np.abs(expected.logits).max()
+    np.testing.assert_allclose(
+        output.logits[fits] / scale, expected.logits[fits] / scale, atol=1e-4
+    )
+    np.testing.assert_array_equal(output.tokens, expected.tokens)
+    np.testing.assert_array_equal(expected.tokens, 36 - 3 * np.asarray(coarse).sum(axis=1))
+    budgets = layout.get("budget")
+    if isinstance(budgets, int):
+        np.testing.assert_array_equal(fits, np.asarray(output.tokens) <= budgets)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[5]], ids=str)
+def test_bfloat16_agrees(layout):
+    model, variables, images = slots(dtype=jnp.bfloat16)
+    coarse = decisions(1, 0.6)
+    expected = run(model, variables, images, coarse)
+    output = run(model.clone(**layout), variables, images, coarse)
+    fits = np.asarray(output.fits)
+    assert fits.sum() >= 4
+    scale = np.abs(expected.logits).max()
+    np.testing.assert_allclose(
+        output.logits[fits] / scale, expected.logits[fits] / scale, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2], LAYOUTS[5]], ids=str)
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
+    model, variables, images = slots(pool=pool)
+    model = model.clone(**layout)
+    coarse = decisions(2, 0.7)
+    clean = model.apply(variables, images, coarse=coarse)
+    gather = packing.Packing.gather
+    poisoned_gather = lambda self, tokens, fill=0.0: gather(self, tokens, fill=jnp.nan)  # noqa: E731
+    monkeypatch.setattr(packing.Packing, "gather", poisoned_gather)
+    tokens_of = MSViT._tokens
+
+    def poisoned_tokens(self, images, coarse):
+        tokens, weights, areas = tokens_of(self, images, coarse)
+        return jnp.where(weights[:, :, None] > 0.5, tokens, jnp.nan), weights, areas
+
+    monkeypatch.setattr(MSViT, "_tokens", poisoned_tokens)
+    poisoned = model.apply(variables, images, coarse=coarse)
+    np.testing.assert_array_equal(poisoned.fits, clean.fits)
+    np.testing.assert_array_equal(poisoned.logits, clean.logits)
+    assert np.asarray(clean.fits).sum() >= 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:6], ids=str)
+def test_the_order_of_the_batch_does_not_matter(layout):
+    model, variables, images = slots()
+    model = model.clone(**{**layout, "row_groups": 1})
+    coarse = decisions(5, 0.7)
+    order = np.random.default_rng(0).permutation(BATCH)
+    first = run(model, variables, images, coarse)
+    second = run(model, variables, images[order], coarse[order])
+    both = np.asarray(first.fits)[order] & np.asarray(second.fits)
+    assert both.sum() >= 4
+    np.testing.assert_array_equal(
+        np.sort(np.asarray(first.tokens)[~np.asarray(first.fits)]),
+        np.sort(np.asarray(second.tokens)[~np.asarray(second.fits)]),
+    )
+    np.testing.assert_allclose(first.logits[order][both], second.logits[both], atol=1e-4)
+
+
+def test_trimmed_gradients_equal_those_of_slots_when_nothing_is_cut():
+    model, variables, images = slots()
+    labels = jnp.arange(BATCH) % 3
+
+    def gradient(model):
+        def loss(v):
+            output = model.apply(v, images, train=True, rngs={"gate": jax.random.key(7)})
+            return -jax.nn.log_softmax(output.logits)[jnp.arange(BATCH), labels].mean()
+
+        return jax.jit(jax.grad(loss))(variables)
+
+    expected = gradient(model)
+    found = gradient(model.clone(layout="trimmed", budget=36))
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected["params"]["gate_mlp"]))
+    assert largest > 1e-4
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_trimmed_fills_up_with_the_regions_nearest_to_fine():
+    model, variables, images = slots()
+    coarse = jnp.ones((BATCH, 9)).at[:, 0].set(0.0)  # 12 active tokens
+    model = model.clone(layout="trimmed", budget=18)
+
+    def one_logit(v, images):
+        return model.apply(v, images, coarse=coarse).logits.sum()
+
+    # What fills the six free places is hidden: it changes nothing.
+    exact = run(model.clone(layout="slots"), variables, images, coarse).logits.sum()
+    np.testing.assert_allclose(one_logit(variables, images), exact, rtol=1e-4)
+    # But gradient to the decision reaches just the nearest regions, three tokens each.
+    reach = jax.grad(lambda c: model.apply(variables, images, coarse=c).logits.sum())(coarse)
+    logits = np.asarray(model.apply(variables, images, coarse=coarse).gate.logits)
+    full = model.clone(layout="slots")
+    everywhere = jax.grad(lambda c: full.apply(variables, images, coarse=c).logits.sum())(coarse)
+    nearest = np.argsort(np.where(np.asarray(coarse) > 0, logits, np.inf), axis=1)[:, :2]
+    for image in range(BATCH):
+        kept = {0, *nearest[image].tolist()}
+        same = {
+            r
+            for r in range(9)
+            if np.isclose(reach[image, r], everywhere[image, r], rtol=1e-3, atol=1e-6)
+        }
+        assert kept <= same
+        assert not (same - kept)
+
+
+@pytest.mark.parametrize("options", [{"scan_layers": True}, {"drop_path": 0.5}])
+def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
+    model, variables, images = slots(**options)
+    coarse = decisions(4, 0.6)
+    rngs = {"gate": jax.random.key(1), "dropout": jax.random.key(2)}
+
+    def apply(model):
+        return model.apply(variables, images, train=True, coarse=coarse, rngs=rngs)
+
+    expected = apply(model).logits
+    for layout in (
+        {"layout": "budget", "budget": 36},
+        {"layout": "rows", "rows": 8, "row_width": 40},
+    ):
+        output = apply(model.clone(**layout))
+        assert output.fits.all()
+        np.testing.assert_allclose(output.logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[6]], ids=str)
+def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout):
+    model, variables, images = slots()
+    model = model.clone(**layout)
+    mesh = jax.make_mesh(
+        (2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    coarse = decisions(6, 0.7)
+    function = jax.jit(
+        lambda v, x, c: model.apply(v, x, coarse=c).logits,
+        in_shardings=(whole, spread, spread),
+        out_shardings=spread,
+    )
+    program = function.lower(variables, images, coarse).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in program.as_text()
+    found = function(variables, images, coarse)
+    np.testing.assert_allclose(found, run(model, variables, images, coarse).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "packed"}, "layout='packed' is none of slots"),
+        ({"layout": "budget"}, "needs budget="),
+        ({"layout": "budget", "budget": 37}, "budget=37 is not possible: an image has 9 to 36"),
+        ({"layout": "budget", "budget": (8, 16)}, "budget=8 is not possible"),
+        ({"layout": "budget", "budget": (10, 12, 14)}, "8 images cannot be cut into 3"),
+        ({"layout": "budget", "budget": 20, "row_groups": 3}, "8 cannot be cut into row_groups=3"),
+        ({"layout": "rows", "row_width": 64}, "needs rows="),
+        ({"layout": "rows", "rows": 4, "row_width": 36}, "one image can need 37 places"),
+        ({"layout": "rows", "rows": 3, "row_width": 64, "row_groups": 2}, "rows=3 cannot be cut"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told(options, message):
+    model, variables, images = slots()
+    with pytest.raises(ValueError, match=message):
+        model.clone(**options).apply(variables, images)
+
+
+def test_gate_only_decides_like_the_whole_model():
+    model, variables, images = slots(gate_bias=0.0)
+    alone = model.apply(variables, images, threshold=0.4, method="gate_only")
+    whole = model.apply(variables, images, threshold=0.4)
+    np.testing.assert_array_equal(alone.coarse, whole.gate.coarse)
+    assert 0 < np.asarray(alone.coarse).mean() < 1
+
+
+def test_create_model_takes_layouts():
+    model = msvit_jax.create_model(NAME, layout="rows", rows=9, row_width=512)
+    assert (model.layout, model.rows, model.row_width) == ("rows", 9, 512)
