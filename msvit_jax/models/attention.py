@@ -154,18 +154,22 @@ def _visible(segments: Array, alone: bool) -> Array:
 
 
 def _scores(query: Array, key: Array) -> Array:
+    """[B, N, H, d] twice -> [B, H, N, N] float32."""
+    # Heads first before the products: XLA's batched products on CPU want it so.
+    query, key = (x.transpose(0, 2, 1, 3) for x in (query, key))
     scale = query.shape[-1] ** -0.5
-    return jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    return jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
 
 
 def _mix(exponentials: Array, total: Array, value: Array) -> Array:
+    """Values [B, N, H, d] in the shares [B, H, N, N] over their totals [B, H, N]."""
     summed = jnp.einsum(
-        "bhqk,bkhd->bqhd",
+        "bhqk,bhkd->bhqd",
         exponentials.astype(value.dtype),
-        value,
+        value.transpose(0, 2, 1, 3),
         preferred_element_type=jnp.float32,
     )
-    return (summed / total.transpose(0, 2, 1)[..., None]).astype(value.dtype)
+    return (summed / total[..., None]).astype(value.dtype).transpose(0, 2, 1, 3)
 
 
 def _fused(query: Array, key: Array, value: Array, segments: Array | None, *, alone: bool) -> Array:
