@@ -27,8 +27,9 @@ from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
 from msvit_jax.train import init_from, optimizer
-from msvit_jax.train.state import TrainState, count_parameters, state_maker
-from msvit_jax.train.step import StepMetrics, Teacher, make_train_step, max_tokens
+from msvit_jax.train.program import Program
+from msvit_jax.train.state import TrainState, count_parameters
+from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
 
 LAG = 2
 
@@ -96,14 +97,13 @@ class _Run:
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accumulation)
         self.plan = Plan.of(config, self.info.train_examples)
-        self.model: nn.Module = configs.build_model(config)
-        self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
-        self.gate_loss = configs.build_gate_loss(config, self.model)
         self.schedule: optax.Schedule = optimizer.schedule(
             config.optimizer, self.plan.schedule_steps, self.plan.steps_per_epoch
         )
+        self.program = Program.of(config, self.mesh, self.schedule)
+        self.model: nn.Module = self.program.model
+        self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
         self.messages: list[str] = []
-        self._prepare_state()
         checkpoint.claim_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(
             workdir,
@@ -116,27 +116,9 @@ class _Run:
             },
         )
 
-    def _prepare_state(self) -> None:
-        """Finds out the state's shapes and shardings, and how to make it."""
-        config = self.config
-        key = jax.random.key(config.seed)
-        plain = state_maker(self.model, self.gate_loss, optax.identity(), with_ema=False)
-        self.params = jax.eval_shape(plain, key, {}).params
-        self.optimizer = optimizer.make_optimizer(config.optimizer, self.params, self.schedule)
-        self.make_state = state_maker(
-            self.model, self.gate_loss, self.optimizer, with_ema=config.ema_decay > 0
-        )
-        shapes = jax.eval_shape(self.make_state, key, {})
-        self.shardings = sharding.tree_sharding(self.mesh, shapes)
-        self.like: TrainState = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            self.shardings,
-        )
-
     def start_state(self) -> TrainState:
         """The newest checkpoint's state, or a fresh one."""
-        state, damaged = self.checkpoints.restore_latest(self.like)
+        state, damaged = self.checkpoints.restore_latest(self.program.like)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
             self.messages.append(f"resumed at step {int(state.step)}")
@@ -144,11 +126,10 @@ class _Run:
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
             weights = init_from.read_weights(self.config.init_from)
-            taken, report = init_from.fit(weights, self.params["model"])
+            taken, report = init_from.fit(weights, self.program.params["model"])
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
-        make = jax.jit(self.make_state, out_shardings=self.shardings)
-        return make(jax.random.key(self.config.seed), loaded)
+        return self.program.fresh_state(loaded)
 
     def teacher(self) -> Teacher | None:
         """The model to distil from, on every device."""
@@ -178,13 +159,7 @@ class _Run:
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
     ) -> dict[str, Any]:
         config, plan = self.config, self.plan
-        step_function = make_train_step(self.model, self.gate_loss, self.optimizer, config)
-        whole = sharding.replicated(self.mesh)
-        jitted = jax.jit(
-            step_function,
-            donate_argnums=0,
-            out_shardings=(self.shardings, whole),
-        )
+        train_step = self.program.jit_step()
         teacher = self.teacher()
         evaluate = Evaluator(
             self.model,
@@ -197,7 +172,7 @@ class _Run:
         figures: dict[str, Any] = {}
         batches = self.batches(start)
         for step in range(start + 1, plan.steps + 1):
-            state, reported = jitted(state, next(batches), teacher)
+            state, reported = train_step(state, next(batches), teacher)
             reporter.add(step, reported)
             last = step == plan.steps
             evaluating = last or step % plan.eval_every == 0
@@ -238,11 +213,11 @@ class _Run:
         """Says what is trained, on what."""
         model, config = self.model, self.config
         grid = max_tokens(model)
-        count = count_parameters(self.params["model"])
+        count = count_parameters(self.program.params["model"])
         frozen = tuple(config.optimizer.freeze)
         learned = sum(
             leaf.size
-            for name, leaf in optimizer.flat_names(self.params["model"]).items()
+            for name, leaf in optimizer.flat_names(self.program.params["model"]).items()
             if not optimizer.frozen(f"model/{name}", frozen)
         )
         most = float(flops.macs_per_image(model, np.asarray([grid]))[0]) / 1e9

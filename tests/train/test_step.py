@@ -3,15 +3,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType
 
 from msvit_jax import config as configs
 from msvit_jax import losses, sharding
 from msvit_jax.train import optimizer
-from msvit_jax.train.state import state_maker
-from msvit_jax.train.step import Teacher, make_train_step, normalise, smooth
+from msvit_jax.train.program import Program
+from msvit_jax.train.step import Teacher, normalise, smooth
 from tests import tiny_run
 
 BATCH = 16
@@ -39,21 +38,11 @@ class Setup:
             axis_types=(AxisType.Auto,) * 2,
             devices=jax.devices()[:devices],
         )
-        self.model = configs.build_model(config)
-        gate_loss = configs.build_gate_loss(config, self.model)
-        key = jax.random.key(config.seed)
-        identity = state_maker(self.model, gate_loss, optax.identity(), with_ema=False)
-        params = jax.eval_shape(identity, key, {}).params
-        made = optimizer.make_optimizer(config.optimizer, params, lambda step: 1e-3)
-        maker = state_maker(self.model, gate_loss, made, with_ema=config.ema_decay > 0)
-        shardings = sharding.tree_sharding(self.mesh, jax.eval_shape(maker, key, {}))
+        program = Program.of(config, self.mesh, lambda step: 1e-3)
+        self.model = program.model
         with jax.set_mesh(self.mesh):
-            self.state = jax.jit(maker, out_shardings=shardings)(key, {})
-        self.step = jax.jit(
-            make_train_step(self.model, gate_loss, made, config),
-            out_shardings=(shardings, sharding.replicated(self.mesh)),
-            donate_argnums=0,
-        )
+            self.state = program.fresh_state({})
+        self.step = program.jit_step()
 
     def run(self, steps=2, teacher=None):
         reports = []

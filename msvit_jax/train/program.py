@@ -1,0 +1,86 @@
+"""What of a training run gets compiled: the state and the step, for a config and a mesh.
+
+The loop runs it; `msvit_jax.aot` compiles it for devices that are not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from msvit_jax import config as configs
+from msvit_jax import sharding
+from msvit_jax.train import optimizer
+from msvit_jax.train.state import Params, TrainState, state_maker
+from msvit_jax.train.step import StepMetrics, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's model, state and step.
+
+    Attributes:
+      config: resolved (`config.resolve`).
+      mesh: where everything lies.
+      model: of the registry.
+      gate_loss: a `losses.GateLoss`.
+      params: shapes of {'model': ..., 'gate_loss': ...}.
+      optimizer: the optimiser.
+      make_state: see `state.state_maker`.
+      like: the state's shapes with their shardings.
+    """
+
+    config: config_dict.ConfigDict
+    mesh: Mesh
+    model: nn.Module
+    gate_loss: nn.Module
+    params: Params
+    optimizer: optax.GradientTransformation
+    make_state: Callable[[Array, Mapping[str, Array]], TrainState]
+    like: TrainState
+
+    @classmethod
+    def of(cls, config: config_dict.ConfigDict, mesh: Mesh, schedule: optax.Schedule) -> "Program":
+        """Finds out all shapes and shardings; computes nothing.
+
+        Raises:
+          UserError: the config's model or optimiser cannot be built.
+        """
+        model = configs.build_model(config)
+        gate_loss = configs.build_gate_loss(config, model)
+        key = jax.random.key(config.seed)
+        plain = state_maker(model, gate_loss, optax.identity(), with_ema=False)
+        params = jax.eval_shape(plain, key, {}).params
+        update = optimizer.make_optimizer(config.optimizer, params, schedule)
+        make = state_maker(model, gate_loss, update, with_ema=config.ema_decay > 0)
+        shapes = jax.eval_shape(make, key, {})
+        like = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            sharding.tree_sharding(mesh, shapes),
+        )
+        return cls(config, mesh, model, gate_loss, params, update, make, like)
+
+    @property
+    def shardings(self) -> Any:
+        """A sharding for each leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.like)
+
+    def fresh_state(self, loaded: Mapping[str, Any]) -> TrainState:
+        """Makes the state on its devices; `loaded` parameters replace the fresh ones by name."""
+        make = jax.jit(self.make_state, out_shardings=self.shardings)
+        return make(jax.random.key(self.config.seed), loaded)
+
+    def jit_step(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        """The jitted (state, batch, teacher) -> (state, metrics); the state is donated."""
+        return jax.jit(
+            make_train_step(self.model, self.gate_loss, self.optimizer, self.config),
+            donate_argnums=0,
+            out_shardings=(self.shardings, sharding.replicated(self.mesh)),
+        )
