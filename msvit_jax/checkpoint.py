@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from msvit_jax.models.layout import in_slots
 from msvit_jax.train.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -72,12 +73,25 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Starts saving in the background; `metrics` decide which checkpoint is best."""
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts saving in the background.
+
+        Args:
+          state: to save.
+          step: its step.
+          metrics: decide which checkpoint is best; None: not evaluated.
+          extra: JSON values saved beside `about`.
+        """
         if self._manager.latest_step() == step:
             return
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        items["about"] = ocp.args.JsonSave(self._about)
+        items["about"] = ocp.args.JsonSave({**self._about, **(extra or {})})
         # Only that one figure: Orbax keeps metrics as JSON, and best_fn needs no other.
         kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
@@ -129,6 +143,11 @@ class Checkpoints:
             opt_state=trainer["opt_state"],
             ema=restored["ema"] if like.ema is not None else None,
         )
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was saved as JSON with a checkpoint."""
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return dict(self._manager.restore(step, args=args)["about"])
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -234,7 +253,7 @@ def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
     """
     config = read_config(workdir)
     params = load_params(workdir, which)
-    model = configs.build_model(config)
+    model = in_slots(configs.build_model(config))
     return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)})
 
 

@@ -70,6 +70,8 @@ def base() -> config_dict.ConfigDict:
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
+    # of the model's layout "trimmed", where model.budget is not given
+    config.trim = importlib.import_module("msvit_jax.train.trim").default_config()
     config.loss = {
         "label_smoothing": 0.0,
         "gate": {"weight": 1.0, **_gate_loss_defaults()},

@@ -22,6 +22,7 @@ from ml_collections import config_dict
 from msvit_jax import checkpoint, data, flops, losses, metrics, sharding
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from msvit_jax.models.layout import in_slots
 from msvit_jax.train import init_from
 from msvit_jax.train.step import max_tokens, normalise, smooth
 
@@ -95,6 +96,7 @@ class Evaluator:
           split: None: the config's `eval_split`.
           samples: images to keep for pictures.
         """
+        model = in_slots(model)  # where every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
         size = -(-batch_size // mesh.size) * mesh.size
         self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(

@@ -45,6 +45,8 @@ class Sums:
       top5: examples whose label was among the first five.
       tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
         percentiles and costs are exact.
+      unfit: examples without an answer, because their tokens found no room in the layout; they are
+        counted in loss, top1 and top5 as if they were not there.
       gate: what the gate decided, of models that have one.
     """
 
@@ -53,6 +55,7 @@ class Sums:
     top1: Any
     top5: Any
     tokens: Any
+    unfit: Any
     gate: GateSums | None = None
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -80,16 +83,18 @@ def batch_sums(
       mask: [B, H, W] segmentation mask, 0 where there is no content.
     """
     weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
+    answered = weight if output.fits is None else jnp.where(output.fits, weight, 0.0)
     own = jnp.take_along_axis(output.logits, labels[:, None], axis=1)
     # Ties and NaN count against the model.
     rank = jnp.sum(~(output.logits < own), axis=1) - 1
     histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
     return Sums(
         count=weight.sum(),
-        loss=jnp.sum(jnp.where(weight > 0, loss, 0.0)),
-        top1=jnp.sum(jnp.where(rank < 1, weight, 0.0)),
-        top5=jnp.sum(jnp.where(rank < 5, weight, 0.0)),
+        loss=jnp.sum(jnp.where(answered > 0, loss, 0.0)),
+        top1=jnp.sum(jnp.where(rank < 1, answered, 0.0)),
+        top5=jnp.sum(jnp.where(rank < 5, answered, 0.0)),
         tokens=histogram,
+        unfit=jnp.sum(weight - answered),
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
     )
 
@@ -133,22 +138,26 @@ def summarise(sums: Sums, macs: np.ndarray | None = None) -> dict[str, Any]:
       macs: [N + 1], multiply-accumulates of an image by its number of active patch tokens.
 
     Returns:
-      examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; with `macs`
-      gmacs_mean, the mean over images; and the gate's figures (`gate_figures`).
+      examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit, the share
+      of examples without an answer, if there are any; with `macs` gmacs_mean, the mean over
+      images; and the gate's figures (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
     mean = float(images @ grid / count)
+    answered = max(count - float(sums.unfit), 1)
     figures: dict[str, Any] = {
         "examples": round(count),
-        "top1": 100 * float(sums.top1) / count,
-        "top5": 100 * float(sums.top5) / count,
-        "loss": float(sums.loss) / count,
+        "top1": 100 * float(sums.top1) / answered,
+        "top5": 100 * float(sums.top5) / answered,
+        "loss": float(sums.loss) / answered,
         "tokens_mean": mean,
         "tokens_p5": percentile(images, 5),
         "tokens_p95": percentile(images, 95),
         "tokens_variance": float(images @ (grid - mean) ** 2 / count),
     }
+    if sums.unfit:
+        figures["unfit"] = float(sums.unfit) / count
     if macs is not None:
         figures["gmacs_mean"] = float(images @ macs / count / 1e9)
     if sums.gate is not None:

@@ -14,6 +14,7 @@ The same model with the same parameters gives the same logits in each, up to rou
 import dataclasses
 
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
 from jax import Array
 
@@ -84,6 +85,11 @@ class Layout:
             raise ValueError(f"rows={self.rows} cannot be cut into row_groups={self.groups}.")
 
 
+def in_slots(model: nn.Module) -> nn.Module:
+    """The same model where every image has its places; a model without layouts as it is."""
+    return model.clone(layout="slots") if hasattr(model, "layout") else model
+
+
 @struct.dataclass
 class Packed:
     """Tokens of a batch in a layout.
@@ -97,6 +103,23 @@ class Packed:
     tokens: Array
     mask: Mask
     packing: packing.Packing
+
+
+def images_per_group(batch: int, layout: Layout) -> int:
+    """How many images of a batch are packed together.
+
+    Raises:
+      ValueError: the batch cannot be cut into the layout's groups, or those into its budgets.
+    """
+    if batch % layout.groups:
+        raise ValueError(f"A batch of {batch} cannot be cut into row_groups={layout.groups}.")
+    images = batch // layout.groups
+    if layout.budget and images % len(layout.budget):
+        raise ValueError(
+            f"{images} images (per device) cannot be cut into {len(layout.budget)} equal parts, "
+            f"one for each of the budgets {layout.budget}; use a multiple of that number."
+        )
+    return images
 
 
 def pack(
@@ -114,11 +137,8 @@ def pack(
     Raises:
       ValueError: the batch cannot be cut into the layout's parts.
     """
-    batch = active.shape[0]
-    if batch % layout.groups:
-        raise ValueError(f"A batch of {batch} cannot be cut into row_groups={layout.groups}.")
-    lengths = active.sum(axis=1, dtype=jnp.int32).reshape(layout.groups, -1)
-    images = lengths.shape[1]
+    images = images_per_group(active.shape[0], layout)
+    lengths = active.sum(axis=1, dtype=jnp.int32).reshape(layout.groups, images)
     shelves: tuple[tuple[int, int], ...]
     if layout.kind == "rows":
         shelves = ((layout.rows // layout.groups, layout.row_width),)

@@ -55,7 +55,8 @@ class MSViT(nn.Module):
       layout: how tokens lie in memory, "slots", "budget", "trimmed" or "rows": the same logits at
         another price (see `models.layout`).
       budget: active patch tokens that an image has places for ("budget", "trimmed"); several, for
-        equal parts of the batch sorted by their counts.
+        equal parts of the batch sorted by their counts. None, for "trimmed": the whole grid, until
+        the trainer's schedule gives less.
       rows: rows that the whole batch is packed into ("rows").
       row_width: tokens of a row, prefix included ("rows").
       row_groups: equal parts of the batch that are packed on their own: a multiple of the devices
@@ -107,14 +108,21 @@ class MSViT(nn.Module):
                 f"image_size={self.image_size} is not divisible by the coarse patch of "
                 f"{self.coarse_size} px (twice patch_size={self.patch_size})."
             )
+        self.check_layout()
+
+    def check_layout(self) -> None:
+        """Raises ValueError for a layout whose sizes do not fit the model."""
         regions = self.gate_grid[0] * self.gate_grid[1]
-        self._layout.check(
+        self.packing_layout.check(
             grid=grid.REGION**2 * regions, smallest=regions, prefix=self.backbone.prefix_length
         )
 
     @property
-    def _layout(self) -> layouts.Layout:
+    def packing_layout(self) -> layouts.Layout:
+        """The layout with all its sizes."""
         budget = (self.budget,) if isinstance(self.budget, int) else tuple(self.budget or ())
+        if self.layout == "trimmed" and not budget:
+            budget = ((self.image_size // self.patch_size) ** 2,)
         return layouts.Layout(
             self.layout, budget, self.rows or 0, self.row_width or 0, self.row_groups
         )
@@ -232,7 +240,8 @@ class MSViT(nn.Module):
           images: [B, H, W, 3] float32, normalised; H and W divisible by the coarse patch.
           train: samples decisions (rng stream "gate"); turns stochastic depth on ("dropout").
           threshold: instead of the module's own, in evaluation; may be traced.
-          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse.
+          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse; in training the gate
+            gets the gradient that they would have passed on to it.
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
@@ -240,6 +249,8 @@ class MSViT(nn.Module):
             coarse = self._decide(logits, train, threshold)
         elif coarse.shape != logits.shape:
             raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
+        elif train:
+            coarse = gates.straight_through(coarse, nn.sigmoid(logits))
         tokens, weights, areas = self._tokens(images, coarse)
         if self.layout == "slots":
             x, fits = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights)), None
@@ -270,7 +281,7 @@ class MSViT(nn.Module):
         """Encodes in the model's layout: what `ViT.classify` needs, and which images fit [B]."""
         prefix = self.backbone.prefix_length
         layout = dataclasses.replace(
-            self._layout, budget=tuple(prefix + b for b in self._layout.budget)
+            self.packing_layout, budget=tuple(prefix + b for b in self.packing_layout.budget)
         )
         # A region close to becoming fine first; its slots stay together.
         priority = jnp.repeat(-logits, grid.REGION**2, axis=1)

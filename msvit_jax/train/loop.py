@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
+from msvit_jax.models.layout import images_per_group
 from msvit_jax.train import init_from, optimizer
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
+from msvit_jax.train.trim import Trim
 
 LAG = 2
 
@@ -103,6 +105,8 @@ class _Run:
         self.program = Program.of(config, self.mesh, self.schedule)
         self.model: nn.Module = self.program.model
         self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
+        self.trim = self._schedule_of_budgets()
+        self._steps_by_budgets: dict[tuple[int, ...] | None, Any] = {}
         self.messages: list[str] = []
         checkpoint.claim_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(
@@ -116,12 +120,23 @@ class _Run:
             },
         )
 
+    def _schedule_of_budgets(self) -> Trim | None:
+        """The trimmed layout's schedule, unless the config itself gives the budgets."""
+        model, config = self.model, self.config
+        if getattr(model, "layout", None) != "trimmed" or model.budget is not None:
+            return None
+        batch = config.batch_size // config.optimizer.accumulation
+        images = images_per_group(batch, model.packing_layout)
+        return Trim.start(config.trim, grid=max_tokens(model), images=images)
+
     def start_state(self) -> TrainState:
         """The newest checkpoint's state, or a fresh one."""
         state, damaged = self.checkpoints.restore_latest(self.program.like)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
             self.messages.append(f"resumed at step {int(state.step)}")
+            if self.trim is not None:
+                self.trim.restore(self.checkpoints.about(int(state.step))["trim"])
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
@@ -159,7 +174,7 @@ class _Run:
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
     ) -> dict[str, Any]:
         config, plan = self.config, self.plan
-        train_step = self.program.jit_step()
+        train_step = self.train_step()
         teacher = self.teacher()
         evaluate = Evaluator(
             self.model,
@@ -178,20 +193,32 @@ class _Run:
             evaluating = last or step % plan.eval_every == 0
             periodic = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             stopping = self._stopping(step, stop)
-            if evaluating or periodic or stopping:
+            looking = self.trim is not None and self.trim.due(step) and not last
+            if evaluating or periodic or stopping or looking:
                 reporter.flush()
+            if self.trim is not None and looking and (change := self.trim.look()):
+                logger.say(f"step {step}: {change}")
+                train_step = self.train_step()
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
                 logger.evaluation(step, step / plan.steps_per_epoch, result, self.grid)
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
-                self.checkpoints.save(state, step, figures if evaluating else None)
+                extra = {} if self.trim is None else {"trim": self.trim.to_json()}
+                self.checkpoints.save(state, step, figures if evaluating else None, extra)
             if stopping and not last:
                 self.checkpoints.wait()
                 logger.say(f"stopped at step {step}; the same command resumes it")
                 return {"step": step, **figures}
         return figures or evaluate(_weights(state)).figures
+
+    def train_step(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        """The compiled step, with the budgets of now; each set of budgets is compiled once."""
+        budgets = None if self.trim is None else self.trim.budgets
+        if budgets not in self._steps_by_budgets:
+            self._steps_by_budgets[budgets] = self.program.jit_step(budgets)
+        return self._steps_by_budgets[budgets]
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, a few ahead."""
@@ -280,6 +307,8 @@ class Reporter:
         self._read_at = time.perf_counter()
         self._check(step, scalars)
         self._sums = sums if self._sums is None else self._sums + sums
+        if self._run.trim is not None:
+            self._run.trim.observe(sums.tokens, sums.unfit)
         self._scalars.append(scalars)
         self._logger.advance()
         if step % self._run.config.log_every_steps == 0 or step == self._run.plan.steps:

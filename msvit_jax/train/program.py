@@ -16,6 +16,8 @@ from ml_collections import config_dict
 
 from msvit_jax import config as configs
 from msvit_jax import sharding
+from msvit_jax.errors import UserError
+from msvit_jax.models import layout as layouts
 from msvit_jax.train import optimizer
 from msvit_jax.train.state import Params, TrainState, state_maker
 from msvit_jax.train.step import StepMetrics, make_train_step
@@ -52,7 +54,7 @@ class Program:
         Raises:
           UserError: the config's model or optimiser cannot be built.
         """
-        model = configs.build_model(config)
+        model = _grouped(configs.build_model(config), config, mesh)
         gate_loss = configs.build_gate_loss(config, model)
         key = jax.random.key(config.seed)
         plain = state_maker(model, gate_loss, optax.identity(), with_ema=False)
@@ -77,10 +79,45 @@ class Program:
         make = jax.jit(self.make_state, out_shardings=self.shardings)
         return make(jax.random.key(self.config.seed), loaded)
 
-    def jit_step(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """The jitted (state, batch, teacher) -> (state, metrics); the state is donated."""
+    def jit_step(
+        self, budgets: tuple[int, ...] | None = None
+    ) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        """The jitted (state, batch, teacher) -> (state, metrics); the state is donated.
+
+        Args:
+          budgets: of the trimmed layout, instead of the model's own.
+        """
+        model = self.model if budgets is None else self.model.clone(budget=budgets)
         return jax.jit(
-            make_train_step(self.model, self.gate_loss, self.optimizer, self.config),
+            make_train_step(model, self.gate_loss, self.optimizer, self.config),
             donate_argnums=0,
             out_shardings=(self.shardings, sharding.replicated(self.mesh)),
         )
+
+
+def _grouped(model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh) -> nn.Module:
+    """A model whose layout, if it has one, packs each device's images on their own.
+
+    Raises:
+      UserError: the layout cannot train this model, or the batch cannot be cut for it.
+    """
+    kind = getattr(model, "layout", "slots")
+    if kind == "slots":
+        return model
+    if kind != "trimmed" and model.gate == "mlp" and not _gate_frozen(config):
+        raise UserError(
+            f"model.layout={kind!r} gives the gate no gradient from the task. Train a gate with "
+            "model.layout=slots or trimmed, or freeze it: optimizer.freeze=gate"
+        )
+    model = model if model.row_groups > 1 else model.clone(row_groups=mesh.size)
+    images = config.batch_size // config.optimizer.accumulation
+    try:
+        model.check_layout()
+        layouts.images_per_group(images, model.packing_layout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return model
+
+
+def _gate_frozen(config: config_dict.ConfigDict) -> bool:
+    return optimizer.frozen("model/gate_mlp/fc1/kernel", tuple(config.optimizer.freeze))

@@ -139,15 +139,18 @@ def _make_objective(
         targets = smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
         images, targets = _mixed(mix_key, images, targets, config.data)
         rngs = {"gate": gate_key, "dropout": dropout_key}
-        output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs)
+        # Decisions that come with a batch are used instead of the gate's: msvit_jax.benchmark.
+        forced = {"coarse": batch["coarse"]} if "coarse" in batch else {}
+        output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
         per_example = losses.cross_entropy(output.logits, targets)
-        total, scalars = per_example.mean(), {}
+        total, scalars = _mean(per_example, output.fits), {}
         if teacher is not None:
             shown = _renormalise(images, model, teacher.model)
             total = _with_teacher(total, output, shown, teacher, config.loss.distillation)
         elif output.distilled_logits is not None:
             # Without a teacher both heads learn the labels, as in DeiT's fine-tuning.
-            total = (total + losses.cross_entropy(output.distilled_logits, targets).mean()) / 2
+            distilled = losses.cross_entropy(output.distilled_logits, targets)
+            total = (total + _mean(distilled, output.fits)) / 2
         if output.gate is not None:
             shaped = gate_loss.apply({"params": params["gate_loss"]}, output.gate)
             scalars = {"gate_loss": shaped.loss, **shaped.terms}
@@ -156,6 +159,13 @@ def _make_objective(
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
 
     return objective
+
+
+def _mean(values: Array, fits: Array | None) -> Array:
+    """The mean over the images of a batch that have an answer; none of them: 0."""
+    if fits is None:
+        return values.mean()
+    return jnp.where(fits, values, 0.0).sum() / jnp.maximum(fits.sum(), 1).astype(values.dtype)
 
 
 def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
@@ -199,4 +209,4 @@ def _with_teacher(
     theirs = teacher.model.apply(teacher.variables, images, train=False).logits
     ours = output.logits if output.distilled_logits is None else output.distilled_logits
     distance = losses.distillation(ours, theirs, temperature=options.temperature, kind=options.kind)
-    return (1 - options.weight) * total + options.weight * distance.mean()
+    return (1 - options.weight) * total + options.weight * _mean(distance, output.fits)

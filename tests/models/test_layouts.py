@@ -229,7 +229,7 @@ def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout):
         ({"layout": "budget"}, "needs budget="),
         ({"layout": "budget", "budget": 37}, "budget=37 is not possible: an image has 9 to 36"),
         ({"layout": "budget", "budget": (8, 16)}, "budget=8 is not possible"),
-        ({"layout": "budget", "budget": (10, 12, 14)}, "8 images cannot be cut into 3"),
+        ({"layout": "budget", "budget": (10, 12, 14)}, "8 images .* cannot be cut into 3"),
         ({"layout": "budget", "budget": 20, "row_groups": 3}, "8 cannot be cut into row_groups=3"),
         ({"layout": "rows", "row_width": 64}, "needs rows="),
         ({"layout": "rows", "rows": 4, "row_width": 36}, "one image can need 37 places"),

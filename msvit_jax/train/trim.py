@@ -1,0 +1,147 @@
+"""The schedule of the trimmed layout: budgets that follow the running token counts.
+
+MSViT trims every batch to its largest count ("adaptive trimming"). Under jit a new length is a new
+program, so here the budgets change rarely, to what the counts of many steps ask for: our
+reconstruction.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+# A part's budget covers the count that this many standard deviations more images than the part's
+# share would need: batches differ.
+_DEVIATIONS = 1.5
+_STEP = 8  # budgets are multiples of this, or the whole grid
+
+
+def default_config() -> dict[str, Any]:
+    """The config's `trim` section."""
+    return {
+        "parts": 4,  # of a device's share of the batch, each with its own budget
+        "every_steps": 200,  # between looks at the counts
+        "shrink": 0.08,  # places that new budgets must save to be worth a compilation
+        "unfit": 0.02,  # share of images without places above which budgets grow
+        "changes": 8,  # of the budgets in a run, each a compilation; then the whole grid
+    }
+
+
+def ladder(
+    histogram: np.ndarray, *, smallest: int, parts: int, images: int, multiple: int = _STEP
+) -> tuple[int, ...]:
+    """Budgets for equal parts of a batch, sorted by token count.
+
+    Args:
+      histogram: [N + 1], number of images by count of active patch tokens, 0 to N.
+      smallest: tokens that every image has at least.
+      parts: how many.
+      images: of a batch that is packed together; the fewer, the more batches differ.
+      multiple: what budgets are rounded up to.
+
+    Returns:
+      Ascending budgets.
+    """
+    grid = len(histogram) - 1
+    below = np.cumsum(histogram) / max(histogram.sum(), 1)
+    share = np.arange(1, parts + 1) / parts
+    share = np.minimum(1.0, share + _DEVIATIONS * np.sqrt(share * (1 - share) / images))
+    counts = np.searchsorted(below, share - 1e-9)
+    rounded = -(-np.maximum(counts, smallest) // multiple) * multiple
+    return tuple(int(b) for b in np.minimum(rounded, grid))
+
+
+@dataclasses.dataclass
+class Trim:
+    """Budgets of a run and the counts that decide on the next ones.
+
+    Attributes:
+      options: see `default_config`.
+      smallest: tokens that every image has at least.
+      images: of a batch that is packed together.
+      parts: of those images, each with its own budget.
+      budgets: in use now.
+      histogram: [N + 1], counts since the last look.
+      unfit: images without places since then.
+      changes: of the budgets so far.
+    """
+
+    options: config_dict.ConfigDict
+    smallest: int
+    images: int
+    parts: int
+    budgets: tuple[int, ...]
+    histogram: np.ndarray
+    unfit: float = 0.0
+    changes: int = 0
+
+    @classmethod
+    def start(cls, options: config_dict.ConfigDict, *, grid: int, images: int) -> "Trim":
+        """Starts with the whole grid for every image.
+
+        Args:
+          options: see `default_config`.
+          grid: slots of an image, four per region.
+          images: of a batch that is packed together.
+        """
+        parts = math.gcd(images, options.parts)  # equal ones
+        return cls(options, grid // 4, images, parts, (grid,), np.zeros(grid + 1))
+
+    def observe(self, histogram: np.ndarray, unfit: float) -> None:
+        """Takes the counts of a step, and how many images found no places."""
+        self.histogram = self.histogram + histogram
+        self.unfit += float(unfit)
+
+    def due(self, step: int) -> bool:
+        """Whether to look after this step."""
+        return step % self.options.every_steps == 0
+
+    def look(self) -> str | None:
+        """Decides on budgets by the counts since the last look.
+
+        Returns:
+          What changed, for the log; None if nothing did.
+        """
+        seen, unfit = self.histogram.sum(), self.unfit
+        wanted = self._wanted()
+        self.histogram, self.unfit = np.zeros_like(self.histogram), 0.0
+        if seen == 0 or wanted == self.budgets:
+            return None
+        share = unfit / seen
+        saves = 1 - np.mean(wanted) / np.mean(self.budgets)
+        if share <= self.options.unfit and saves < self.options.shrink:
+            return None
+        old, self.budgets, self.changes = self.budgets, wanted, self.changes + 1
+        return (
+            f"budgets {_text(old)} -> {_text(wanted)} tokens, {np.mean(wanted):.4g} on average "
+            f"(change {self.changes} of {self.options.changes}; {share:.2%} of the images had no "
+            "places): compiling"
+        )
+
+    def _wanted(self) -> tuple[int, ...]:
+        if self.changes >= self.options.changes:
+            # No more compilations than promised: stay, or give every image its places.
+            enough = self.unfit <= self.options.unfit * self.histogram.sum()
+            return self.budgets if enough else (len(self.histogram) - 1,)
+        return ladder(self.histogram, smallest=self.smallest, parts=self.parts, images=self.images)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run goes on with the same budgets."""
+        return {
+            "budgets": list(self.budgets),
+            "histogram": self.histogram.tolist(),
+            "unfit": self.unfit,
+            "changes": self.changes,
+        }
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Takes over what `to_json` gave."""
+        self.budgets = tuple(kept["budgets"])
+        self.histogram = np.asarray(kept["histogram"], np.float64)
+        self.unfit, self.changes = float(kept["unfit"]), int(kept["changes"])
+
+
+def _text(budgets: tuple[int, ...]) -> str:
+    return "/".join(map(str, budgets))

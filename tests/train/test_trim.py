@@ -1,0 +1,175 @@
+"""The trimmed layout in training: budgets that follow the counts; the same steps as slots."""
+
+import json
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from msvit_jax import checkpoint
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.train import loop, trim
+from msvit_jax.train.program import Program
+from tests import tiny_run
+from tests.train.test_loop import _records, _saved
+
+OPTIONS = configs.base().trim
+
+
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    parts=st.sampled_from([1, 2, 4]),
+    mean=st.integers(60, 190),
+    spread=st.integers(0, 40),
+)
+def test_budgets_give_nearly_every_image_of_the_next_batches_its_places(seed, parts, mean, spread):
+    rng = np.random.default_rng(seed)
+
+    def draw(n):
+        return 49 + 3 * np.clip(np.round((rng.normal(mean, spread, n) - 49) / 3), 0, 49).astype(int)
+
+    seen = draw(6400)
+    budgets = trim.ladder(np.bincount(seen, minlength=197), smallest=49, parts=parts, images=64)
+    assert len(budgets) == parts
+    assert list(budgets) == sorted(budgets)
+    assert budgets[-1] >= min(seen.max(), 196)
+    assert all(b == 196 or (b % 8 == 0 and b >= 49) for b in budgets)
+    without = 0
+    for _ in range(50):  # images that have no place in a best assignment, counted by hand
+        left = sorted(np.repeat(budgets, 64 // parts))
+        for count in sorted(draw(64), reverse=True):
+            if left and left[-1] >= count:
+                left.pop()
+            else:
+                without += 1
+    assert without <= 0.02 * 50 * 64
+
+
+def test_budgets_are_tight_without_spread():
+    histogram = np.zeros(197)
+    histogram[127] = 1000
+    assert trim.ladder(histogram, smallest=49, parts=4, images=8) == (128, 128, 128, 128)
+
+
+def make(**options):
+    section = OPTIONS.copy_and_resolve_references()
+    section.update(options)
+    return trim.Trim.start(section, grid=196, images=64)
+
+
+def counts(at, images=1000):
+    histogram = np.zeros(197)
+    histogram[at] = images
+    return histogram
+
+
+def test_budgets_change_only_when_it_pays_or_images_go_without():
+    schedule = make()
+    assert schedule.budgets == (196,)
+    schedule.observe(counts(120), 0)
+    assert "196 -> 120/120/120/120" in schedule.look()
+    schedule.observe(counts(115), 0)  # 1 - 120 / 120: the same budgets
+    assert schedule.look() is None
+    schedule.observe(counts(111), 0)  # saves 7 %, less than a compilation is worth
+    assert schedule.look() is None
+    schedule.observe(counts(121), 10)  # 1 % without places
+    assert schedule.look() is None
+    schedule.observe(counts(121), 30)
+    assert "120/120/120/120 -> 128/128/128/128" in schedule.look()
+    assert schedule.look() is None  # nothing seen since
+
+
+def test_no_more_changes_than_promised_then_the_whole_grid():
+    schedule = make(changes=1)
+    schedule.observe(counts(120), 0)
+    assert schedule.look()
+    schedule.observe(counts(60), 0)
+    assert schedule.look() is None
+    schedule.observe(counts(150), 900)
+    assert "-> 196 tokens" in schedule.look()
+    assert schedule.budgets == (196,)
+
+
+def test_parts_are_equal_parts_of_a_device_s_images():
+    section = OPTIONS.copy_and_resolve_references()
+    assert trim.Trim.start(section, grid=16, images=6).parts == 2
+
+
+def trimmed(**changes):
+    options = {"model__layout": "trimmed", "trim__every_steps": 3, "mesh__data": 8}
+    return tiny_run.msvit(**{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trimmed")
+    return workdir, loop.train(trimmed(), workdir)
+
+
+def test_a_trimmed_run_changes_budgets_and_says_so(whole_run, tmp_path, capsys):
+    _, figures = whole_run
+    again = loop.train(trimmed(), tmp_path)
+    said = capsys.readouterr().out
+    assert "budgets 16 -> 8/8 tokens" in said
+    assert again == figures
+    assert figures["examples"] == tiny_run.VALIDATION
+    assert "unfit" not in figures  # evaluation answers every image
+
+
+def test_a_resumed_trimmed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
+    workdir, figures = whole_run
+    loop.train(trimmed(steps=5), tmp_path)  # between two looks
+    assert loop.train(trimmed(), tmp_path) == figures
+    jax.tree.map(np.testing.assert_array_equal, _saved(tmp_path, 12), _saved(workdir, 12))
+    kept = [checkpoint.Checkpoints(w).about(12)["trim"] for w in (tmp_path, workdir)]
+    assert kept[0] == kept[1]
+
+
+def test_trimmed_steps_report_what_slots_report(whole_run, tmp_path):
+    """Until the first change of budgets every image has all its places: the same run."""
+    workdir, _ = whole_run
+    loop.train(tiny_run.msvit(steps=2), tmp_path)
+    ours, theirs = _records(workdir, "train")[2], _records(tmp_path, "train")[2]
+    for name in ("total_loss", "grad_norm", "gate_loss", "loss"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+    assert ours["tokens_mean"] == theirs["tokens_mean"]
+
+
+def test_images_without_places_are_left_out_of_the_loss_and_counted(tmp_path):
+    config = trimmed(model__budget=4, model__gate_bias=1.5, model__row_groups=1, steps=2)
+    figures = loop.train(config, tmp_path)
+    record = _records(tmp_path, "train")[2]
+    assert 0 < record["unfit"] < 1
+    assert np.isfinite(record["total_loss"])
+    assert np.isfinite(record["grad_norm"])
+    assert np.isfinite(figures["loss"])
+
+
+def test_rows_train_with_a_frozen_gate(tmp_path):
+    options = {"model__layout": "rows", "model__rows": 16, "model__row_width": 20}
+    config = tiny_run.msvit(**options, optimizer__freeze=("gate",), steps=2)
+    loop.train(config, tmp_path / "rows")
+    loop.train(tiny_run.msvit(optimizer__freeze=("gate",), steps=2), tmp_path / "slots")
+    ours, theirs = (_records(tmp_path / w, "train")[2] for w in ("rows", "slots"))
+    assert "unfit" not in ours
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+    saved = json.loads(json.dumps(checkpoint.read_config(tmp_path / "rows").to_dict()))
+    assert saved["model"]["layout"] == "rows"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__layout": "rows", "model__rows": 8, "model__row_width": 20}, "freeze it"),
+        ({"model__layout": "trimmed", "model__budget": (8, 12, 16)}, "cannot be cut into 3"),
+        ({"model__layout": "trimmed", "model__budget": 17}, "budget=17 is not possible"),
+    ],
+)
+def test_layouts_that_cannot_train_are_told(changes, message):
+    config = configs.resolve(tiny_run.msvit(**changes), 3)
+    mesh = loop.sharding.make_mesh()
+    with pytest.raises(UserError, match=message):
+        Program.of(config, mesh, lambda step: 1e-3)
