@@ -99,7 +99,8 @@ class Study:
             changes = [f"--config.{key}={value}" for key, value in options.items()]
             run = [f"--workdir={workdir}"]
             log = workdir.with_suffix(".log")
-            self._workers.run(["train.py", f"--config=configs/{config}.py", *run, *changes], log)
+            training = ["train.py", f"--config=configs/{config}.py", *run, *changes]
+            workdir.with_suffix(".out").write_text(self._workers.run(training, log))
             out = self._workers.run(["eval.py", *run, "--which=latest"], log)
             result.write_text(out.splitlines()[-1])
         figures = json.loads(result.read_text())
