@@ -192,6 +192,8 @@ def _pallas(
     padding = -length % _PALLAS_BLOCK
     if segments is None:
         segments = jnp.zeros(query.shape[:2], jnp.int32)
+    # The kernel adds its mask to the scores, where NaN would remain NaN.
+    key = jnp.where((segments == NOBODY)[:, :, None, None], 0, key)
     ids = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=NOBODY)
     spread = ((0, 0), (0, 0), (0, padding), (0, 0))
     padded = [jnp.pad(x.transpose(0, 2, 1, 3), spread) for x in (query, key, value)]

@@ -1,0 +1,126 @@
+"""Attention: every implementation against softmax written out in NumPy, whatever the mask."""
+
+from contextlib import nullcontext
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from scipy.special import softmax
+
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
+from msvit_jax.tokens.packing import NOBODY
+
+HEADS, CHANNELS = 2, 8
+
+
+def random_qkv(seed, batch, length, scale=1.0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shape = (batch, length, HEADS, CHANNELS)
+    return [scale * jax.random.normal(key, shape) for key in keys]
+
+
+def expected(query, key, value, visible):
+    """[B, N, H, d]; visible [B, N, N]."""
+    q, k, v = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (query, key, value))
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(CHANNELS)
+    scores = np.where(visible[:, None], scores, -np.inf)
+    return (softmax(scores, axis=-1) @ v).transpose(0, 2, 1, 3)
+
+
+def runs(implementation):
+    """Where to run it: the TPU kernel in Pallas' interpreter."""
+    return pltpu.force_tpu_interpret_mode() if implementation == "pallas" else nullcontext()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_a_mask(implementation):
+    query, key, value = random_qkv(0, 2, 9, scale=3.0)
+    with runs(implementation):
+        found = attention(query, key, value, implementation=implementation)
+    np.testing.assert_allclose(found, expected(query, key, value, np.ones((2, 9, 9))), atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("alone", [False, True])
+def test_segments_see_themselves_only_and_poison_stays_where_it_is(implementation, alone):
+    if alone:
+        segments = np.asarray([[4] * 7 + [NOBODY] * 3, [2] * 10])
+    else:
+        segments = np.asarray([[0] * 3 + [5] * 4 + [NOBODY] * 3, [1] * 6 + [3] * 4])
+    query, key, value = random_qkv(1, 2, 10)
+    empty = jnp.asarray(segments == NOBODY)[:, :, None, None]
+    poisoned = [jnp.where(empty, jnp.nan, x) for x in (query, key, value)]
+    mask = Mask(segments=jnp.asarray(segments, jnp.int32), alone=alone)
+    with runs(implementation):
+        found = attention(*poisoned, mask, implementation=implementation)
+    visible = segments[:, :, None] == segments[:, None, :]
+    good = segments != NOBODY
+    np.testing.assert_allclose(found[good], expected(query, key, value, visible)[good], atol=2e-5)
+
+
+def test_an_empty_row_is_finite():
+    segments = jnp.full((1, 4), NOBODY)
+    query, key, value = random_qkv(2, 1, 4)
+    for alone in (False, True):
+        found = attention(query, key, value, Mask(segments=segments, alone=alone))
+        assert np.isfinite(found).all()
+
+
+@hypothesis.given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1.0, 20.0]))
+def test_weights_of_zero_hide_and_receive_the_gradient_of_the_formula(seed, scale):
+    query, key, value = random_qkv(seed, 2, 6, scale)
+    weights = np.random.default_rng(seed).integers(0, 2, (2, 6)).astype(np.float32)
+    weights[:, 0] = 1
+    found = attention(query, key, value, Mask(weights=jnp.asarray(weights)))
+    visible = np.broadcast_to(weights[:, None] > 0, (2, 6, 6))
+    np.testing.assert_allclose(found, expected(query, key, value, visible), atol=1e-4 * scale)
+
+
+def test_gradient_reaches_hidden_weights():
+    query, key, value = random_qkv(3, 1, 5)
+    weights = jnp.asarray([[1.0, 0.0, 1.0, 1.0, 0.0]])
+
+    def literal(w):
+        """The weighted softmax of the docstring, by itself."""
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.float32(np.sqrt(CHANNELS))
+        shares = w[:, None, None, :] * jnp.exp(scores)
+        shares = shares / shares.sum(-1, keepdims=True)
+        return jnp.einsum("bhqk,bkhd->bqhd", shares, value)
+
+    ours = jax.grad(lambda w: jnp.sin(attention(query, key, value, Mask(weights=w))).sum())(weights)
+    theirs = jax.grad(lambda w: jnp.sin(literal(w)).sum())(weights)
+    assert np.abs(theirs[0, 1]) > 1e-3
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", ["weights", "segments", "nothing"])
+def test_shelves_equal_their_rows_one_by_one(masked):
+    shelves = ((2, 5), (3, 2))  # places of one group: 2 rows of 5, then 3 rows of 2
+    query, key, value = random_qkv(4, 2, 16)
+    rng = np.random.default_rng(0)
+    fields = {
+        "weights": {"weights": jnp.asarray(rng.integers(1, 2, (2, 16)), jnp.float32)},
+        "segments": {"segments": jnp.asarray(np.sort(rng.integers(0, 2, (2, 16))), jnp.int32)},
+        "nothing": {},
+    }[masked]
+    found = attention(query, key, value, Mask(**fields, shelves=shelves))
+    offset = 0
+    for rows, length in shelves:
+        for _ in range(rows):
+            cut = slice(offset, offset + length)
+            own = {name: x[:, cut] for name, x in fields.items()}
+            one = attention(query[:, cut], key[:, cut], value[:, cut], Mask(**own))
+            np.testing.assert_allclose(found[:, cut], one, atol=1e-5)
+            offset += length
+
+
+def test_what_is_not_possible_is_told():
+    query, key, value = random_qkv(0, 1, 4)
+    with pytest.raises(ValueError, match="'flash' is none of auto, xla"):
+        attention(query, key, value, implementation="flash")
+    with pytest.raises(ValueError, match="no gradient to the weights"):
+        attention(query, key, value, Mask(weights=jnp.ones((1, 4))), implementation="pallas")
