@@ -34,7 +34,7 @@ class Mask:
       shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
         of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
       alone: whether each row holds one image at most, its first token in its first place.
-      images: of a group, if there are segments.
+      images: of the batch, if there are segments.
     """
 
     weights: Array | None = None

@@ -21,6 +21,7 @@ from jax import Array
 from msvit_jax.models.attention import Mask
 from msvit_jax.tokens import packing
 
+_TILE = 128  # lanes of a TPU's registers
 LAYOUTS = ("slots", "budget", "trimmed", "rows")
 
 
@@ -95,7 +96,7 @@ class Packed:
     """Tokens of a batch in a layout.
 
     Attributes:
-      tokens: [G, T, D].
+      tokens: [G, T, D], or [G * R, W, D] where that is faster.
       mask: for attention.
       packing: the way back.
     """
@@ -103,6 +104,11 @@ class Packed:
     tokens: Array
     mask: Mask
     packing: packing.Packing
+
+    def restore(self, x: Array, *, count: int | None = None) -> Array:
+        """What became of `tokens`, image by image: [B, N, D], or of the first `count` tokens."""
+        flat = x.reshape(*self.packing.owner.shape, x.shape[-1])
+        return self.packing.restore(flat, count=count)
 
 
 def images_per_group(batch: int, layout: Layout) -> int:
@@ -152,9 +158,29 @@ def pack(
         assert priority is not None
         order = packing.active_first(active, priority)
     packed = packing.pack(active, runs, order)
-    segments = packed.owner
-    mask = Mask(segments=segments, shelves=shelves, alone=layout.kind != "rows", images=images)
-    if layout.kind == "trimmed":
+    first = jnp.arange(layout.groups, dtype=jnp.int32)[:, None] * images
+    mask = Mask(
         # Empty places count, among themselves: a row without any weight would divide by zero.
-        mask = dataclasses.replace(mask, weights=packed.gather(weights, fill=1.0))
-    return Packed(packed.gather(tokens), mask, packed)
+        weights=packed.gather(weights, fill=1.0) if layout.kind == "trimmed" else None,
+        segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
+        shelves=shelves,
+        alone=layout.kind != "rows",
+        images=images * layout.groups,
+    )
+    return _in_tiles(Packed(packed.gather(tokens), mask, packed))
+
+
+def _in_tiles(packed: Packed) -> Packed:
+    """Rows apart where they are whole tiles of a TPU; else end to end, which pads less."""
+    mask = packed.mask
+    length = mask.shelves[0][1]
+    if len(mask.shelves) > 1 or length % _TILE:
+        return packed
+    apart = lambda x: x.reshape(-1, length, *x.shape[2:])  # noqa: E731
+    own = dataclasses.replace(
+        mask,
+        weights=None if mask.weights is None else apart(mask.weights),
+        segments=None if mask.segments is None else apart(mask.segments),
+        shelves=(),
+    )
+    return Packed(apart(packed.tokens), own, packed.packing)

@@ -289,7 +289,7 @@ class MSViT(nn.Module):
         packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority)
         x = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix
-        return packed.packing.restore(x, count=needed), packed.packing.fits
+        return packed.restore(x, count=needed), packed.packing.fits
 
 
 def _only_fitting(logits: Array, fits: Array | None) -> Array:

@@ -49,9 +49,8 @@ def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Ar
     if mask is None or mask.segments is None:
         kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
     else:
-        images = jax.random.bernoulli(key, keep, (x.shape[0] * mask.images,))
-        by_group = images.reshape(x.shape[0], mask.images)
-        kept = jnp.take_along_axis(by_group, jnp.maximum(mask.segments, 0), axis=1)[:, :, None]
+        images = jax.random.bernoulli(key, keep, (mask.images,))
+        kept = images[jnp.maximum(mask.segments, 0)][:, :, None]
     return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
 
 

@@ -43,25 +43,24 @@ def decisions(seed, share):
 
 
 LAYOUTS = [
-    {"layout": "budget", "budget": 36},
     {"layout": "budget", "budget": 24},
     {"layout": "budget", "budget": (15, 18, 24, 36)},
     {"layout": "budget", "budget": (18, 24), "row_groups": 2},
-    {"layout": "rows", "rows": 4, "row_width": 40},
     {"layout": "rows", "rows": 4, "row_width": 64},
     {"layout": "rows", "rows": 4, "row_width": 64, "row_groups": 2},
+    {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2},  # whole tiles
     {"layout": "trimmed", "budget": 36},
     {"layout": "trimmed", "budget": (15, 18, 24, 36)},
 ]
 PREFIXES = [{"distilled": True, "register_tokens": 2}, {"pool": "mean", "class_token": False}]
 CASES = [({}, layout) for layout in LAYOUTS] + [
-    (prefix, LAYOUTS[i]) for prefix in PREFIXES for i in (2, 6, 8)
+    (prefix, LAYOUTS[i]) for prefix in PREFIXES for i in (1, 4, 7)
 ]
 
 
 @pytest.mark.parametrize(("options", "layout"), CASES, ids=str)
 @hypothesis.given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.4, 0.7, 1.0]))
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=5)
 def test_logits_equal_slots_where_an_image_fits(options, layout, seed, share):
     model, variables, images = slots(**options)
     coarse = decisions(seed, share)
@@ -80,7 +79,7 @@ def test_logits_equal_slots_where_an_image_fits(options, layout, seed, share):
         np.testing.assert_array_equal(fits, np.asarray(output.tokens) <= budgets)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[5]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)
 def test_bfloat16_agrees(layout):
     model, variables, images = slots(dtype=jnp.bfloat16)
     coarse = decisions(1, 0.6)
@@ -94,7 +93,7 @@ def test_bfloat16_agrees(layout):
     )
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2], LAYOUTS[5]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
     model, variables, images = slots(pool=pool)
@@ -117,7 +116,7 @@ def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
     assert np.asarray(clean.fits).sum() >= 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:6], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[0:4:3] + LAYOUTS[1:2], ids=str)
 def test_the_order_of_the_batch_does_not_matter(layout):
     model, variables, images = slots()
     model = model.clone(**{**layout, "row_groups": 1})
@@ -192,7 +191,7 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
 
     expected = apply(model).logits
     for layout in (
-        {"layout": "budget", "budget": 36},
+        {"layout": "budget", "budget": 36, "row_groups": 2},
         {"layout": "rows", "rows": 8, "row_width": 40},
     ):
         output = apply(model.clone(**layout))
@@ -200,7 +199,7 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
         np.testing.assert_allclose(output.logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[6]], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[4]], ids=str)
 def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout):
     model, variables, images = slots()
     model = model.clone(**layout)
