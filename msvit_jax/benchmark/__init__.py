@@ -3,7 +3,7 @@
 `run` measures; `python -m msvit_jax.benchmark --help` is the command.
 """
 
-from msvit_jax.benchmark.options import LAYOUTS, Options
+from msvit_jax.benchmark.options import Options
 from msvit_jax.benchmark.report import run
 
-__all__ = ["LAYOUTS", "Options", "run"]
+__all__ = ["Options", "run"]

@@ -2,7 +2,7 @@
 
     python -m msvit_jax.benchmark --batch=1,32,128 [--model=msvit_deit_small_patch16_224]
         [--tokens=128 --spread=30] [--layouts=slots,budget,rows] [--dtype=bfloat16]
-        [--rounds=10] [--set=width=64 --set=depth=4] [--train --layouts=slots,trimmed]
+        [--rounds=10] [--set=width=64 --set=depth=4] [--train]
 
 A mixed-scale model and the dense model it is built over run in one process, in turns, warm. Weights
 and images are random, and the numbers of active tokens are forced: drawn with the given mean and
@@ -10,7 +10,8 @@ spread; the gate runs all the same. A layout's sizes are chosen so that everythi
 there are 16 images with different counts, one after the other, one program for each 16 tokens. With
 --tokens=196 --spread=0 everything is fine, and what remains is the price of being able to choose.
 
-With --train it is the step that train.py runs: forward, backward, optimiser and the gate's loss.
+With --train it is the step that train.py runs, by default in the layouts slots and trimmed:
+forward, backward, optimiser and the gate's loss. In budget and rows the gate is frozen.
 
 A table, then one JSON object as the last line: machine, versions, commit, and under "records" one
 record for each batch and layout. `speedup` is the median of the ratios of pairs, dense / dynamic;
@@ -20,14 +21,14 @@ record for each batch and layout. `speedup` is the median of the ratios of pairs
 import json
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags, logging
 
 from msvit_jax import benchmark, errors, host
 from msvit_jax.benchmark.options import DTYPES
 
 _MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "A mixed-scale model.")
 _BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Images in a batch; several sizes.")
-_LAYOUTS = flags.DEFINE_list("layouts", None, "Default: all; those of training with --train.")
+_LAYOUTS = flags.DEFINE_list("layouts", None, "Of the dynamic sides; by default see above.")
 _TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens.")
 _SPREAD = flags.DEFINE_float("spread", 30, "Their standard deviation.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
@@ -51,11 +52,13 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    logging.set_verbosity(logging.ERROR)
     kept = host.keep_freed_memory()
+    usual = ("slots", "trimmed") if _TRAIN.value else ("slots", "budget", "rows")
     options = benchmark.Options(
         model=_MODEL.value,
         batches=_numbers("batch", _BATCH.value),
-        layouts=tuple(_LAYOUTS.value or benchmark.LAYOUTS["train" if _TRAIN.value else "forward"]),
+        layouts=tuple(_LAYOUTS.value or usual),
         train=_TRAIN.value,
         dtype=_DTYPE.value,
         tokens=_TOKENS.value,

@@ -12,7 +12,12 @@ from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.registry import MIXED_SCALE, model_options
 
 DENSE = "dense"
-LAYOUTS = {"forward": ("slots", "budget", "rows"), "train": ("slots", "trimmed")}
+LAYOUTS = {
+    "forward": ("slots", "budget", "rows"),
+    "train": ("slots", "trimmed", "budget", "rows"),
+}
+# In training these give a gate no gradient: they are for gates that are frozen.
+FROZEN_GATE = ("budget", "rows")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,7 +46,7 @@ class Options:
 
     model: str
     batches: tuple[int, ...] = (1, 32, 128)
-    layouts: tuple[str, ...] = ("slots", "budget", "rows")
+    layouts: tuple[str, ...] = ("slots",)
     train: bool = False
     dtype: str = "float32"
     tokens: float = 128.0
@@ -85,16 +90,26 @@ class Options:
 def make_config(
     name: str, options: Options, attributes: Mapping[str, Any] | None = None
 ) -> config_dict.ConfigDict:
-    """The training config of a side; forward passes take their model from it, too."""
+    """The training config of a side; forward passes take their model from it, too.
+
+    Args:
+      name: of the side's model.
+      options: what to measure.
+      attributes: the layout's.
+    """
     config = configs.base()
     config.model = {"name": name}
     config.dtype = options.dtype
     for key, value in map(configs.split_override, options.overrides):
         if name in MIXED_SCALE or key in model_options(name):
             configs.set_key(config, f"model.{key}", value)
-    config.model.update(attributes or {})
+    attributes = attributes or {}
+    config.model.update(attributes)
     config.data.image_size = config.model.get("image_size", 224)
-    config.loss.gate.kind = "gbas"
+    if attributes.get("layout") in FROZEN_GATE:
+        config.optimizer.freeze = ("gate_mlp/",)
+    else:
+        config.loss.gate.kind = "gbas"
     return configs.resolve(config, num_classes=1000)
 
 

@@ -82,13 +82,20 @@ def _record(
         "tokens_mean": float(side.tokens.mean()),
         "tokens_std": float(side.tokens.std()),
         "padding_efficiency": sum(size.active for size in side.sizes) / places,
-        "sizes": [dict(size.attributes) for size in side.sizes],
+        "sizes": _distinct(side),
         "memory_bytes": max(memory, default=None),
         "compile_seconds": sum(program.compile_seconds for program in side.programs),
         "programs": len(side.programs),
         "images_per_round": side.tokens.size,
         "rounds": options.rounds,
     }
+
+
+def _distinct(side: Side) -> list[dict[str, Any]]:
+    """The sizes that a side's programs were compiled for; none for dense and slots."""
+    given = {tuple(size.attributes.items()) for size in side.sizes}
+    plain = [{k: v for k, v in sorted(each) if k != "layout"} for each in sorted(given)]
+    return [sizes for sizes in plain if sizes]
 
 
 def _row(record: dict[str, Any]) -> str:

@@ -77,7 +77,8 @@ def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPla
     least = _most(model) + vit.prefix_length
     if options.row_width is None:
         mean = counts.mean() + vit.prefix_length
-        widths = {max(least, plan.round_up(mean * times, _MULTIPLE)) for times in _WIDTHS}
+        tried = {plan.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}
+        widths = {least, *(width for width in tried if width > least)}
     elif options.row_width < least:
         raise UserError(
             f"row_width={options.row_width} is too small: an image can need {least} places (all "
@@ -86,7 +87,9 @@ def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPla
     else:
         widths = {options.row_width}
     if options.rows is not None:
-        return plan.RowPlan(options.rows, min(widths))
+        if options.row_width is None:
+            raise UserError("--rows goes with --row_width.")
+        return plan.RowPlan(options.rows, options.row_width)
 
     def cost(width: int) -> float:
         return float(flops.block(width, vit.width, vit.mlp_hidden))

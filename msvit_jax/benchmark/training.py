@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from msvit_jax import config as configs
-from msvit_jax.benchmark.options import DENSE, Options, make_config
+from msvit_jax.benchmark.options import DENSE, Options, build, make_config
 from msvit_jax.benchmark.sides import (
     Program,
     Side,
@@ -32,15 +32,16 @@ def train_sides(options: Options, work: Work) -> list[Side]:
 
 def _train_side(layout: str, options: Options, work: Work) -> Side:
     size = size_layout(layout, work.model, work.counts[0], options)
-    config = make_config(side_name(layout, options), options, size.attributes)
-    model = configs.build_model(config)
+    name = side_name(layout, options)
+    config = make_config(name, options, size.attributes)
+    model, plain = configs.build_model(config), build(name, options)
     gate_loss = configs.build_gate_loss(config, model)
     key = jax.random.key(options.seed)
-    maker = state_maker(model, gate_loss, optax.identity(), with_ema=False)
+    maker = state_maker(plain, gate_loss, optax.identity(), with_ema=False)
     params = jax.eval_shape(maker, key, {}).params
     schedule = optimizer.schedule(config.optimizer, _TOTAL_STEPS, _STEPS_PER_EPOCH)
     update = optimizer.make_optimizer(config.optimizer, params, schedule)
-    state = jax.jit(state_maker(model, gate_loss, update, with_ema=False))(key, {})
+    state = jax.jit(state_maker(plain, gate_loss, update, with_ema=False))(key, {})
     batch = _batch(options, work, model.image_size, config.model.num_classes)
     if layout == DENSE:
         del batch["coarse"]
