@@ -14,13 +14,18 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def describe() -> dict[str, Any]:
-    """Everything that a figure needs to be compared with another, ready for JSON."""
+    """What a figure needs to be compared with another, ready for JSON.
+
+    `load` is the machine's, over the last minute: call this before measuring, and a load well above
+    0 says that something else was running.
+    """
     devices = jax.devices()
     return {
         "machine": {
             "processor": processor(),
             "cores": cores(),
             "system": f"{platform.system()} {platform.machine()}",
+            "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
         "devices": {
             "platform": devices[0].platform,

@@ -11,19 +11,18 @@ from msvit_jax.benchmark.sides import Side, draw, forward_sides
 from msvit_jax.benchmark.training import train_sides
 from msvit_jax.benchmark.turns import spread, take_turns
 
-_COLUMNS = "{:>6} {:>8} {:>10} {:>17} {:>8} {:>8} {:>6} {:>9} {:>9} {:>8} {:>9}"
-_HEADINGS = (
-    "batch",
-    "layout",
-    "images/s",
-    "(range)",
-    "GMACs",
-    "speed-up",
-    "MACs",
-    "realised",
-    "in places",
-    "GB",
-    "compile s",
+# What a table for people shows: heading, width, key in the record, and how it is written.
+_COLUMNS = (
+    ("batch", 6, "batch", "d"),
+    ("layout", 14, "layout", "s"),
+    ("images/s", 10, "images_per_second", ".1f"),
+    ("GMACs", 8, "gmacs", ".3f"),
+    ("speed-up", 9, "speedup", ".3f"),
+    ("MAC ratio", 10, "mac_ratio", ".3f"),
+    ("realised", 9, "realised", ".3f"),
+    ("used places", 12, "padding_efficiency", ".3f"),
+    ("bytes", 9, "memory_bytes", ".2e"),
+    ("compile s", 10, "compile_seconds", ".1f"),
 )
 
 
@@ -38,15 +37,16 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
       UserError: something that the model or the machine cannot do.
     """
-    print(_COLUMNS.format(*_HEADINGS))
+    about = machine.describe()
+    print_headings()
     records = []
     for batch in options.batches:
-        for record in measure(options, batch):
-            print(_row(record))
-            records.append(record)
+        for each in measure(options, batch):
+            print_row(each)
+            records.append(each)
     stats = jax.devices()[0].memory_stats() or {}
     peak = {"device_peak_bytes": stats.get("peak_bytes_in_use")}
-    return {**machine.describe(), **peak, "records": records}
+    return {**about, **peak, "records": records}
 
 
 def measure(options: Options, batch: int) -> list[dict[str, Any]]:
@@ -55,14 +55,23 @@ def measure(options: Options, batch: int) -> list[dict[str, Any]]:
     sides = train_sides(options, work) if options.train else forward_sides(options, work)
     seconds = take_turns([side.calls for side in sides], options.rounds)
     return [
-        _record(options, side, sides[0], seconds[:, index], seconds[:, 0])
+        record(options, side, sides[0], seconds[:, index], seconds[:, 0])
         for index, side in enumerate(sides)
     ]
 
 
-def _record(
+def record(
     options: Options, side: Side, dense: Side, seconds: np.ndarray, dense_seconds: np.ndarray
 ) -> dict[str, Any]:
+    """What was measured of a side.
+
+    Args:
+      options: what was to be measured.
+      side: what was measured.
+      dense: the side that it is compared with.
+      seconds: [rounds] of the side.
+      dense_seconds: [rounds] of the other one, pair by pair.
+    """
     speedup = spread("speedup", dense_seconds / seconds)
     mac_ratio = float(dense.macs.mean() / side.macs.mean())
     places = sum(size.places for size in side.sizes)
@@ -98,19 +107,15 @@ def _distinct(side: Side) -> list[dict[str, Any]]:
     return [sizes for sizes in plain if sizes]
 
 
-def _row(record: dict[str, Any]) -> str:
-    least, most = record["images_per_second_range"]
-    memory = record["memory_bytes"]
-    return _COLUMNS.format(
-        record["batch"],
-        record["layout"],
-        f"{record['images_per_second']:.1f}",
-        f"({least:.1f} to {most:.1f})",
-        f"{record['gmacs']:.3f}",
-        f"{record['speedup']:.2f}",
-        f"{record['mac_ratio']:.2f}",
-        f"{record['realised']:.2f}",
-        f"{record['padding_efficiency']:.2f}",
-        "?" if memory is None else f"{memory / 1e9:.2f}",
-        f"{record['compile_seconds']:.1f}",
-    )
+def print_headings() -> None:
+    """Prints the first line of the table."""
+    print("".join(f"{heading:>{width}}" for heading, width, _, _ in _COLUMNS))
+
+
+def print_row(record: dict[str, Any]) -> None:
+    """Prints a record as a line of the table, with a dash for what it does not have."""
+    cells = []
+    for _, width, key, kind in _COLUMNS:
+        value = record.get(key)
+        cells.append(f"{'-' if value is None else format(value, kind):>{width}}")
+    print("".join(cells), flush=True)

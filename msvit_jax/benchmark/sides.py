@@ -148,17 +148,20 @@ def _forward_side(
         key = tuple(size.attributes.values())
         if key not in programs:
             model = build(side_name(layout, options), options, size.attributes)
-            programs[key] = compiled(_forward(model), *arguments)
+            programs[key] = compiled(forward(model), *arguments)
         check_fits(programs[key].run(*arguments).get("fits"), size)
         calls.append(timed(programs[key].run, *arguments))
         sizes.append(size)
     return make_side(layout, options, work, calls, list(programs.values()), sizes)
 
 
-def _forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
-    """A forward pass with forced decisions. The gate's logits are returned, so that it is run."""
+def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
+    """A function of variables, images and forced decisions, if the model is not dense.
 
-    def forward(variables: Any, images: jax.Array, *coarse: jax.Array) -> dict[str, jax.Array]:
+    The gate decides nothing then, but its logits are returned, so that it is run.
+    """
+
+    def run(variables: Any, images: jax.Array, *coarse: jax.Array) -> dict[str, jax.Array]:
         options = {"coarse": coarse[0]} if coarse else {}
         output = model.apply(variables, images, train=False, **options)
         if output.gate is None:
@@ -166,7 +169,7 @@ def _forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
         fits = {} if output.fits is None else {"fits": output.fits}
         return {"logits": output.logits, "gate": output.gate.logits, **fits}
 
-    return forward
+    return run
 
 
 def side_name(layout: str, options: Options) -> str:
