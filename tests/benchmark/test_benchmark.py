@@ -39,10 +39,9 @@ def _options(**changes):
 
 
 @functools.cache
-def _report(train=False):
+def _report(train):
     if train:
-        layouts = ("slots", "trimmed", "budget", "rows")
-        return benchmark.run(_options(train=True, batches=(6,), layouts=layouts))
+        return benchmark.run(_options(train=True, layouts=("trimmed", "rows")))
     return benchmark.run(_options(batches=(1, 4)))
 
 
@@ -79,19 +78,19 @@ def test_records_add_up(train):
 
 
 def test_one_record_for_each_batch_and_layout():
-    assert [(r["batch"], r["layout"]) for r in _report()["records"]] == [
+    assert [(r["batch"], r["layout"]) for r in _report(False)["records"]] == [
         (batch, layout) for batch in (1, 4) for layout in ("dense", "slots", "budget", "rows")
     ]
 
 
 def test_sizes_hold_what_is_active():
-    single, batch = (r for r in _report()["records"] if r["layout"] == "budget")
+    single, batch = (r for r in _report(False)["records"] if r["layout"] == "budget")
     assert single["images_per_round"] == 16
     assert single["sizes"] == [{"budget": (16,)}]  # 16 tokens are one bucket
     counts = np.sort(forced.token_counts(4, 4, tokens=9.0, spread=3.0))
     assert batch["sizes"] == [{"budget": tuple(int(8 * np.ceil(c / 8)) for c in counts)}]
     assert batch["padding_efficiency"] == counts.sum() / sum(batch["sizes"][0]["budget"])
-    rows = _report()["records"][-1]
+    rows = _report(False)["records"][-1]
     (size,) = rows["sizes"]
     assert rows["padding_efficiency"] == (counts.sum() + 4) / (size["rows"] * size["row_width"])
 
@@ -100,11 +99,9 @@ def test_the_gate_is_run():
     """Its multiply-accumulates are in the program although its decisions are not used."""
     work = sides.draw(_options(), 2)
     wide = work.model.clone(gate_hidden=512)
-    images = jnp.zeros((2, 16, 16, 3))
-    variables = wide.init(jax.random.key(0), images)
-    counted = flops.xla_macs(
-        sides.forward(wide), variables, images, jnp.asarray(work.coarse[0][:2])
-    )
+    images, coarse = jnp.zeros((2, 16, 16, 3)), jnp.asarray(work.coarse[0])
+    variables = jax.eval_shape(wide.init, jax.random.key(0), images)
+    counted = flops.xla_macs(sides.forward(wide), variables, images, coarse)
     gate_alone = 2 * (wide.macs(0) - wide.backbone.macs(0))
     assert counted > gate_alone > 2 * work.model.macs(16)
 
@@ -112,11 +109,13 @@ def test_the_gate_is_run():
 def test_logits_are_those_of_the_dense_model_where_all_is_fine():
     options = _options(tokens=16.0, spread=0.0)
     work = sides.draw(options, 2)
-    variables = work.model.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+    variables = jax.jit(work.model.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     dense = {"params": variables["params"]["backbone"]}
-    expected = sides.forward(work.model.backbone)(dense, images)["logits"]
-    found = sides.forward(work.model)(variables, images, jnp.asarray(work.coarse[0]))["logits"]
+    expected = jax.jit(sides.forward(work.model.backbone))(dense, images)["logits"]
+    found = jax.jit(sides.forward(work.model))(variables, images, jnp.asarray(work.coarse[0]))[
+        "logits"
+    ]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
