@@ -106,7 +106,8 @@ def make_config(
     attributes = attributes or {}
     config.model.update(attributes)
     config.data.image_size = config.model.get("image_size", 224)
-    if attributes.get("layout") in FROZEN_GATE:
+    learned = config.model.get("gate", "mlp") == "mlp"
+    if learned and attributes.get("layout") in FROZEN_GATE:
         config.optimizer.freeze = ("gate_mlp/",)
     else:
         config.loss.gate.kind = "gbas"

@@ -47,6 +47,7 @@ class Side:
       sizes: of the layout, for each batch.
       tokens: [n, B] active patch tokens.
       macs: [n, B] multiply-accumulates of a forward pass.
+      unfit: share of the images that found no places.
     """
 
     layout: str
@@ -56,6 +57,7 @@ class Side:
     sizes: list[Sizes]
     tokens: np.ndarray
     macs: np.ndarray
+    unfit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +86,15 @@ def draw(options: Options, batch: int) -> Work:
     return Work(model, counts, forced.decisions(counts, regions, options.seed))
 
 
-def compiled(
-    function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
-) -> Program:
-    """Compiles a function for its arguments.
+def compiled(function: Any, *arguments: Any) -> Program:
+    """Compiles a jitted function for its arguments.
 
     Raises:
       UserError: the model does not take them.
     """
     start = time.perf_counter()
     try:
-        lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+        lowered = function.lower(*arguments)
     except ValueError as error:
         raise UserError(f"The model cannot be run: {error}") from error
     program = lowered.compile()
@@ -148,7 +148,7 @@ def _forward_side(
         key = tuple(size.attributes.values())
         if key not in programs:
             model = build(side_name(layout, options), options, size.attributes)
-            programs[key] = compiled(forward(model), *arguments)
+            programs[key] = compiled(jax.jit(forward(model)), *arguments)
         check_fits(programs[key].run(*arguments).get("fits"), size)
         calls.append(timed(programs[key].run, *arguments))
         sizes.append(size)
@@ -199,6 +199,7 @@ def make_side(
     calls: list[Timed],
     programs: list[Program],
     sizes: list[Sizes],
+    unfit: float = 0.0,
 ) -> Side:
     """Puts a side together and counts its multiply-accumulates."""
     name, model, tokens = side_name(layout, options), work.model, work.counts
@@ -206,4 +207,4 @@ def make_side(
         model = model.backbone
         tokens = np.full_like(tokens, model.grid_size**2)
     macs = flops.macs_per_image(model, tokens)
-    return Side(layout, name, calls, programs, sizes, tokens, macs)
+    return Side(layout, name, calls, programs, sizes, tokens, macs, unfit)

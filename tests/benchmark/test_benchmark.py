@@ -21,7 +21,15 @@ KEYS = {
     *("what", "model", "layout", "batch", "dtype", "images_per_second", "gmacs", "speedup"),
     *("mac_ratio", "realised", "images_per_second_quartiles", "images_per_second_range"),
     *("speedup_quartiles", "speedup_range", "tokens_mean", "tokens_std", "padding_efficiency"),
-    *("sizes", "memory_bytes", "compile_seconds", "programs", "images_per_round", "rounds"),
+    *(
+        "sizes",
+        "memory_bytes",
+        "compile_seconds",
+        "unfit",
+        "programs",
+        "images_per_round",
+        "rounds",
+    ),
 }
 
 
@@ -150,7 +158,10 @@ def test_sides_take_turns():
         ({"layouts": ("rows",), "row_width": 16}, "row_width=16 is too small.* need 17 places"),
         ({"layouts": ("rows",), "row_width": 17, "rows": 1}, "3 of 4 images do not fit"),
         ({"layouts": ("rows",), "rows": 1}, "--rows goes with --row_width"),
-        ({"train": True, "layouts": ("trimmed",), "budget": (4,)}, "Some images do not fit"),
+        (
+            {"train": True, "layouts": ("trimmed",), "budget": (4,)},
+            r"\d+% of the images do not fit",
+        ),
     ],
 )
 def test_bad_input(changes, message):
