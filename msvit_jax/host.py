@@ -6,6 +6,8 @@ import os
 
 import jax
 
+from msvit_jax.errors import UserError
+
 # Parameters of glibc's mallopt (malloc.h) and what they are set to.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _KEEP = {
@@ -32,6 +34,33 @@ def keep_freed_memory() -> bool:
         return False
     taken = [mallopt(parameter, value) for parameter, value in _KEEP.items()]
     return all(taken)
+
+
+def keep_freed_memory_environment() -> dict[str, str]:
+    """Variables that make a program started with them do as `keep_freed_memory` says."""
+    names = {
+        _MMAP_MAX: "MALLOC_MMAP_MAX_",
+        _ARENA_MAX: "MALLOC_ARENA_MAX",
+        _TRIM_THRESHOLD: "MALLOC_TRIM_THRESHOLD_",
+        _TOP_PAD: "MALLOC_TOP_PAD_",
+    }
+    return {name: str(_KEEP[parameter]) for parameter, name in names.items()}
+
+
+def use_cores(count: int) -> None:
+    """Confines this process, and those that it starts, to so many of its cores.
+
+    Call it before threads start. Does nothing on systems that cannot.
+
+    Raises:
+      UserError: there are not so many.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(cores):
+        raise UserError(f"{count} cores are asked for; this process has 1 to {len(cores)}.")
+    os.sched_setaffinity(0, cores[:count])
 
 
 def make_devices_of_cores() -> int:

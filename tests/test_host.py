@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-PROGRAM = """
-import ctypes, json, resource
-import jax
 from msvit_jax import host
+from msvit_jax.errors import UserError
+
+FAULTS = """
+import ctypes, json, resource
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -24,6 +25,13 @@ def faults(size=2**28):
         libc.free(memory)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+"""
+PROGRAM = (
+    FAULTS
+    + """
+import jax
+from msvit_jax import host
+
 told = {"usual": faults(), "kept": host.keep_freed_memory()}
 faults()
 told["reusing"] = faults()
@@ -35,6 +43,7 @@ told["sum"] = float(jax.jit(jax.numpy.sum, in_shardings=rows)(ones))
 told["seen"] = jax.device_count()
 print(json.dumps(told))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,26 @@ def test_freed_memory_is_not_fetched_from_the_kernel_again(told):
         pytest.skip("this C library is not glibc")
     assert told["reusing"] < 100
     assert told["usual"] > 400  # four times 256 MiB, even where pages are 2 MiB large
+
+
+def test_programs_can_be_started_so(told):
+    if not told["kept"]:
+        pytest.skip("this C library is not glibc")
+    environment = {**os.environ, **host.keep_freed_memory_environment()}
+    command = [sys.executable, "-c", FAULTS + "faults(); print(faults())"]
+    assert int(subprocess.check_output(command, text=True, env=environment)) < 100
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot")
+def test_a_process_keeps_to_its_cores():
+    there = os.sched_getaffinity(0)
+    try:
+        host.use_cores(1)
+        assert len(os.sched_getaffinity(0)) == 1
+        with pytest.raises(UserError, match="2 cores are asked for; this process has 1 to 1"):
+            host.use_cores(2)
+    finally:
+        os.sched_setaffinity(0, there)
 
 
 def test_cores_are_devices_and_work_together(told):

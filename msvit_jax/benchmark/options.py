@@ -1,0 +1,119 @@
+"""What to measure, and the models that it is measured on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from ml_collections import config_dict
+
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.registry import MIXED_SCALE, model_options
+
+DENSE = "dense"
+LAYOUTS = {
+    "forward": ("slots", "budget", "rows"),
+    "train": ("slots", "trimmed", "budget", "rows"),
+}
+# In training these give a gate no gradient: they are for gates that are frozen.
+FROZEN_GATE = ("budget", "rows")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+      model: a mixed-scale model's name; its backbone is the dense side.
+      batches: batch sizes.
+      layouts: of the dynamic sides.
+      train: whether training steps are measured, not forward passes.
+      dtype: of the computation.
+      tokens: mean of the forced numbers of active patch tokens.
+      spread: their standard deviation.
+      rounds: how often everything is measured.
+      overrides: attributes of both models, 'key=value'; the dense one takes those that it has.
+      budget: instead of the ladder that the counts give ("budget", "trimmed").
+      rows: instead of the number that the counts give ("rows").
+      row_width: instead of the cheapest ("rows").
+      seed: of token counts and decisions.
+
+    Raises:
+      UserError: a value that is not possible.
+    """
+
+    model: str
+    batches: tuple[int, ...] = (1, 32, 128)
+    layouts: tuple[str, ...] = ("slots",)
+    train: bool = False
+    dtype: str = "float32"
+    tokens: float = 128.0
+    spread: float = 30.0
+    rounds: int = 10
+    overrides: tuple[str, ...] = ()
+    budget: tuple[int, ...] | None = None
+    rows: int | None = None
+    row_width: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        model_options(self.model)
+        if self.model not in MIXED_SCALE:
+            over = [f"{name!r}" for name, dense in MIXED_SCALE.items() if dense == self.model]
+            hint = f"; give {over[0]}, which is built over it" if over else ""
+            raise UserError(f"{self.model!r} is not a mixed-scale model{hint}.")
+        for layout in self.layouts:
+            if layout not in LAYOUTS[self.what]:
+                known = LAYOUTS[self.what]
+                raise UserError(
+                    f"Unknown layout {layout!r} of {self.what}; there are {', '.join(known)}."
+                    f"{nearest(layout, known)}"
+                )
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}.")
+        if not self.batches or min(self.batches) < 1 or self.rounds < 1:
+            raise UserError("batch and rounds must be 1 or more.")
+
+    @property
+    def what(self) -> str:
+        """'forward' or 'train'."""
+        return "train" if self.train else "forward"
+
+    @property
+    def dense(self) -> str:
+        """The dense model's name."""
+        return MIXED_SCALE[self.model]
+
+
+def make_config(
+    name: str, options: Options, attributes: Mapping[str, Any] | None = None
+) -> config_dict.ConfigDict:
+    """The training config of a side; forward passes take their model from it, too.
+
+    Args:
+      name: of the side's model.
+      options: what to measure.
+      attributes: the layout's.
+    """
+    config = configs.base()
+    config.model = {"name": name}
+    config.dtype = options.dtype
+    for key, value in map(configs.split_override, options.overrides):
+        if name in MIXED_SCALE or key in model_options(name):
+            configs.set_key(config, f"model.{key}", value)
+    attributes = attributes or {}
+    config.model.update(attributes)
+    config.data.image_size = config.model.get("image_size", 224)
+    learned = config.model.get("gate", "mlp") == "mlp"
+    if learned and attributes.get("layout") in FROZEN_GATE:
+        config.optimizer.freeze = ("gate_mlp/",)
+    else:
+        config.loss.gate.kind = "gbas"
+    return configs.resolve(config, num_classes=1000)
+
+
+def build(name: str, options: Options, attributes: Mapping[str, Any] | None = None) -> nn.Module:
+    """A side's model; `attributes` are its layout's."""
+    return configs.build_model(make_config(name, options, attributes))

@@ -1,0 +1,122 @@
+"""Measurements as records, and as a table for people."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from msvit_jax.benchmark import machine
+from msvit_jax.benchmark.options import Options
+from msvit_jax.benchmark.sides import Side, draw, forward_sides
+from msvit_jax.benchmark.training import train_sides
+from msvit_jax.benchmark.turns import spread, take_turns
+
+# What a table for people shows: heading, width, key in the record, and how it is written.
+_COLUMNS = (
+    ("batch", 6, "batch", "d"),
+    ("layout", 14, "layout", "s"),
+    ("images/s", 10, "images_per_second", ".1f"),
+    ("GMACs", 8, "gmacs", ".3f"),
+    ("speed-up", 9, "speedup", ".3f"),
+    ("MAC ratio", 10, "mac_ratio", ".3f"),
+    ("realised", 9, "realised", ".3f"),
+    ("used places", 12, "padding_efficiency", ".3f"),
+    ("bytes", 9, "memory_bytes", ".2e"),
+    ("compile s", 10, "compile_seconds", ".1f"),
+)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measures everything that the options ask for, and prints a table on the way.
+
+    Returns:
+      The machine, versions and commit, and under "records" one record for each batch and layout,
+      the dense side first; ready for JSON. Multiply-accumulates are those of a forward pass; a
+      training step does about three times as many, on every side alike.
+
+    Raises:
+      UserError: something that the model or the machine cannot do.
+    """
+    about = machine.describe()
+    print_headings()
+    records = []
+    for batch in options.batches:
+        for each in measure(options, batch):
+            print_row(each)
+            records.append(each)
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = {"device_peak_bytes": stats.get("peak_bytes_in_use")}
+    return {**about, **peak, "records": records}
+
+
+def measure(options: Options, batch: int) -> list[dict[str, Any]]:
+    """Measures one batch size in all layouts."""
+    work = draw(options, batch)
+    sides = train_sides(options, work) if options.train else forward_sides(options, work)
+    seconds = take_turns([side.calls for side in sides], options.rounds)
+    return [
+        record(options, side, sides[0], seconds[:, index], seconds[:, 0])
+        for index, side in enumerate(sides)
+    ]
+
+
+def record(
+    options: Options, side: Side, dense: Side, seconds: np.ndarray, dense_seconds: np.ndarray
+) -> dict[str, Any]:
+    """What was measured of a side.
+
+    Args:
+      options: what was to be measured.
+      side: what was measured.
+      dense: the side that it is compared with.
+      seconds: [rounds] of the side.
+      dense_seconds: [rounds] of the other one, pair by pair.
+    """
+    speedup = spread("speedup", dense_seconds / seconds)
+    mac_ratio = float(dense.macs.mean() / side.macs.mean())
+    places = sum(size.places for size in side.sizes)
+    memory = [program.memory_bytes for program in side.programs if program.memory_bytes]
+    return {
+        "what": options.what,
+        "model": side.model,
+        "layout": side.layout,
+        "batch": side.tokens.shape[1],
+        "dtype": options.dtype,
+        "overrides": list(options.overrides),
+        **spread("images_per_second", side.tokens.size / seconds),
+        "gmacs": float(side.macs.mean() / 1e9),
+        **speedup,
+        "mac_ratio": mac_ratio,
+        "realised": speedup["speedup"] / mac_ratio,
+        "tokens_mean": float(side.tokens.mean()),
+        "tokens_std": float(side.tokens.std()),
+        "padding_efficiency": sum(size.active for size in side.sizes) / places,
+        "unfit": side.unfit,
+        "sizes": _distinct(side),
+        "memory_bytes": max(memory, default=None),
+        "compile_seconds": sum(program.compile_seconds for program in side.programs),
+        "programs": len(side.programs),
+        "images_per_round": side.tokens.size,
+        "rounds": options.rounds,
+    }
+
+
+def _distinct(side: Side) -> list[dict[str, Any]]:
+    """The sizes that a side's programs were compiled for; none for dense and slots."""
+    given = {tuple(size.attributes.items()) for size in side.sizes}
+    plain = [{k: v for k, v in sorted(each) if k != "layout"} for each in sorted(given)]
+    return [sizes for sizes in plain if sizes]
+
+
+def print_headings() -> None:
+    """Prints the first line of the table."""
+    print("".join(f"{heading:>{width}}" for heading, width, _, _ in _COLUMNS))
+
+
+def print_row(record: dict[str, Any]) -> None:
+    """Prints a record as a line of the table, with a dash for what it does not have."""
+    cells = []
+    for _, width, key, kind in _COLUMNS:
+        value = record.get(key)
+        cells.append(f"{'-' if value is None else format(value, kind):>{width}}")
+    print("".join(cells), flush=True)

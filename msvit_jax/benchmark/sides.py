@@ -1,0 +1,210 @@
+"""The sides of a comparison: compiled programs, ready to be timed, and what they cost."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from msvit_jax import flops
+from msvit_jax.benchmark import forced
+from msvit_jax.benchmark.options import DENSE, Options, build
+from msvit_jax.benchmark.sizes import Sizes, size_layout
+from msvit_jax.benchmark.turns import Timed
+from msvit_jax.errors import UserError
+
+SINGLES = 16  # images that take turns where the batch is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function.
+
+    Attributes:
+      run: takes the arguments.
+      compile_seconds: tracing, lowering and compilation.
+      memory_bytes: arguments, outputs and temporaries; None where the compiler does not tell.
+    """
+
+    run: Callable[..., Any]
+    compile_seconds: float
+    memory_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+      layout: "dense" or a layout.
+      model: its name.
+      calls: one for each batch.
+      programs: that the calls use.
+      sizes: of the layout, for each batch.
+      tokens: [n, B] active patch tokens.
+      macs: [n, B] multiply-accumulates of a forward pass.
+      unfit: share of the images that found no places.
+    """
+
+    layout: str
+    model: str
+    calls: list[Timed]
+    programs: list[Program]
+    sizes: list[Sizes]
+    tokens: np.ndarray
+    macs: np.ndarray
+    unfit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What all sides are given.
+
+    Attributes:
+      model: the mixed-scale model, in slots.
+      counts: [n, B] active patch tokens, for n batches that are run one after the other.
+      coarse: [n, B, R] float32 decisions, 1 = coarse.
+    """
+
+    model: nn.Module
+    counts: np.ndarray
+    coarse: np.ndarray
+
+
+def draw(options: Options, batch: int) -> Work:
+    """Draws token counts and decisions for the options' model."""
+    model = build(options.model, options)
+    regions = model.gate_grid[0] * model.gate_grid[1]
+    number = SINGLES if batch == 1 and not options.train else 1
+    counts = forced.token_counts(
+        number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
+    ).reshape(number, batch)
+    return Work(model, counts, forced.decisions(counts, regions, options.seed))
+
+
+def compiled(function: Any, *arguments: Any) -> Program:
+    """Compiles a jitted function for its arguments.
+
+    Raises:
+      UserError: the model does not take them.
+    """
+    start = time.perf_counter()
+    try:
+        lowered = function.lower(*arguments)
+    except ValueError as error:
+        raise UserError(f"The model cannot be run: {error}") from error
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    use = program.memory_analysis()
+    total = use and (
+        use.argument_size_in_bytes
+        + use.output_size_in_bytes
+        + use.temp_size_in_bytes
+        - use.alias_size_in_bytes
+    )
+    return Program(program, seconds, total)
+
+
+def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
+    """A call that waits for its result and returns its seconds."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        return time.perf_counter() - start
+
+    return once
+
+
+def forward_sides(options: Options, work: Work) -> list[Side]:
+    """The dense model's and each layout's forward passes, with the same weights and images."""
+    key = jax.random.key(options.seed)
+    shape = (work.model.image_size, work.model.image_size, 3)
+    variables = jax.jit(work.model.init)(key, jnp.zeros((1, *shape), jnp.float32))
+    images = [
+        jax.random.normal(jax.random.fold_in(key, index), (work.counts.shape[1], *shape))
+        for index in range(work.counts.shape[0])
+    ]
+    dense = {"params": variables["params"]["backbone"]}
+    return [
+        _forward_side(layout, options, work, dense if layout == DENSE else variables, images)
+        for layout in (DENSE, *options.layouts)
+    ]
+
+
+def _forward_side(
+    layout: str, options: Options, work: Work, variables: Any, images: list[jax.Array]
+) -> Side:
+    programs: dict[Any, Program] = {}
+    calls, sizes = [], []
+    for counts, coarse, pixels in zip(work.counts, work.coarse, images, strict=True):
+        size = size_layout(layout, work.model, counts, options)
+        forced_decisions = () if layout == DENSE else (jnp.asarray(coarse),)
+        arguments = (variables, pixels, *forced_decisions)
+        key = tuple(size.attributes.values())
+        if key not in programs:
+            model = build(side_name(layout, options), options, size.attributes)
+            programs[key] = compiled(jax.jit(forward(model)), *arguments)
+        check_fits(programs[key].run(*arguments).get("fits"), size)
+        calls.append(timed(programs[key].run, *arguments))
+        sizes.append(size)
+    return make_side(layout, options, work, calls, list(programs.values()), sizes)
+
+
+def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
+    """A function of variables, images and forced decisions, if the model is not dense.
+
+    The gate decides nothing then, but its logits are returned, so that it is run.
+    """
+
+    def run(variables: Any, images: jax.Array, *coarse: jax.Array) -> dict[str, jax.Array]:
+        options = {"coarse": coarse[0]} if coarse else {}
+        output = model.apply(variables, images, train=False, **options)
+        if output.gate is None:
+            return {"logits": output.logits}
+        fits = {} if output.fits is None else {"fits": output.fits}
+        return {"logits": output.logits, "gate": output.gate.logits, **fits}
+
+    return run
+
+
+def side_name(layout: str, options: Options) -> str:
+    """The name of a side's model."""
+    return options.dense if layout == DENSE else options.model
+
+
+def check_fits(fits: jax.Array | None, size: Sizes) -> None:
+    """Raises UserError unless all images found their places."""
+    if fits is not None and not (held := np.asarray(fits)).all():
+        raise no_room(f"{(~held).sum()} of {held.size} images", size)
+
+
+def no_room(images: str, size: Sizes) -> UserError:
+    """The error that images do not fit the sizes."""
+    given = ", ".join(f"{key}={value}" for key, value in size.attributes.items())
+    return UserError(
+        f"{images} do not fit {given}; give more places, or leave the sizes to be chosen from the "
+        "token counts."
+    )
+
+
+def make_side(
+    layout: str,
+    options: Options,
+    work: Work,
+    calls: list[Timed],
+    programs: list[Program],
+    sizes: list[Sizes],
+    unfit: float = 0.0,
+) -> Side:
+    """Puts a side together and counts its multiply-accumulates."""
+    name, model, tokens = side_name(layout, options), work.model, work.counts
+    if layout == DENSE:
+        model = model.backbone
+        tokens = np.full_like(tokens, model.grid_size**2)
+    macs = flops.macs_per_image(model, tokens)
+    return Side(layout, name, calls, programs, sizes, tokens, macs, unfit)

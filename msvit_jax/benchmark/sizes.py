@@ -1,0 +1,119 @@
+"""Sizes of layouts for the token counts of a batch: everything fits, with little room left over."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+
+from msvit_jax import flops
+from msvit_jax.benchmark import forced
+from msvit_jax.benchmark.options import DENSE, Options
+from msvit_jax.errors import UserError
+from msvit_jax.tokens import grid, plan
+from msvit_jax.train import trim
+
+_BUDGETS = 8  # different ones in a batch, at most
+_MULTIPLE = 8  # budgets and widths of rows are multiples of this,
+_BUCKET = 16  # and of this where each is a program of its own, at batch 1
+_SEEN = 8192  # images whose counts the trainer's schedule is shown
+_WIDTHS = np.arange(1.5, 4.01, 0.25)  # of rows that are tried, in mean lengths of an image
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A layout's sizes for one batch.
+
+    Attributes:
+      attributes: of the model.
+      places: tokens that are computed, for the whole batch.
+      active: of those, how many are active.
+    """
+
+    attributes: Mapping[str, Any]
+    places: int
+    active: int
+
+
+def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Options) -> Sizes:
+    """Chooses a layout's sizes; those that the options give come first.
+
+    "budget" and "rows" hold just what the counts need; "trimmed" gets what the trainer would use,
+    which does not know the next batch: a few images may find no places.
+
+    Args:
+      layout: "dense" or a layout.
+      model: the mixed-scale model.
+      counts: [B] active patch tokens.
+      options: may give sizes.
+
+    Raises:
+      UserError: the given sizes are not possible.
+    """
+    batch, active = counts.size, int(counts.sum())
+    most = _most(model)
+    if layout == DENSE:
+        return Sizes({}, batch * most, batch * most)
+    if layout == "slots":
+        return Sizes({"layout": layout}, batch * most, active)
+    if layout == "rows":
+        rows = _rows(model, counts, options)
+        attributes = {"layout": layout, "rows": rows.rows, "row_width": rows.width}
+        active += batch * model.backbone.prefix_length
+        return Sizes(attributes, rows.rows * rows.width, active)
+    budget = options.budget
+    if layout == "trimmed":
+        budget = budget or _scheduled(model, batch, options)
+    elif not budget:
+        multiple = _BUCKET if batch == 1 else _MULTIPLE
+        budget = plan.ladder(counts, plan.largest_part(batch, _BUDGETS), multiple, most)
+    if batch % len(budget):
+        raise UserError(
+            f"A batch of {batch} cannot be cut into {len(budget)} equal parts, one for each of "
+            f"the budgets {budget}; give a number of budgets that divides the batch."
+        )
+    return Sizes({"layout": layout, "budget": budget}, batch * sum(budget) // len(budget), active)
+
+
+def _most(model: nn.Module) -> int:
+    """Patch tokens of an image that is all fine."""
+    return grid.REGION**2 * model.gate_grid[0] * model.gate_grid[1]
+
+
+def _scheduled(model: nn.Module, batch: int, options: Options) -> tuple[int, ...]:
+    """What the trainer's schedule of budgets arrives at when counts are spread like this."""
+    most = _most(model)
+    regions = most // grid.REGION**2
+    seen = forced.token_counts(
+        _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
+    )
+    histogram = np.bincount(seen, minlength=most + 1)
+    parts = math.gcd(batch, trim.default_config()["parts"])
+    return trim.ladder(histogram, smallest=regions, parts=parts, images=batch)
+
+
+def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPlan:
+    vit = model.backbone
+    least = _most(model) + vit.prefix_length
+    if options.row_width is None:
+        mean = counts.mean() + vit.prefix_length
+        tried = {plan.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}
+        widths = {least, *(width for width in tried if width > least)}
+    elif options.row_width < least:
+        raise UserError(
+            f"row_width={options.row_width} is too small: an image can need {least} places (all "
+            "fine, prefix included); give that or more."
+        )
+    else:
+        widths = {options.row_width}
+    if options.rows is not None:
+        if options.row_width is None:
+            raise UserError("--rows goes with --row_width.")
+        return plan.RowPlan(options.rows, options.row_width)
+
+    def cost(width: int) -> float:
+        return float(flops.block(width, vit.width, vit.mlp_hidden))
+
+    return plan.cheapest_rows(counts, vit.prefix_length, widths, cost)
