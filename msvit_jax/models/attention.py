@@ -4,8 +4,11 @@ It has interchangeable implementations with one meaning: plain XLA, `jax.nn.dot_
 with a fused kernel where the platform has one, and JAX's Pallas kernel for TPUs.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,13 @@ from jax import Array, lax
 
 from msvit_jax.tokens.packing import NOBODY
 
+Marks = tuple[Array, Array]
+
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
 # An inactive key may score far above every active one. Its exponential never reaches the output,
 # but must stay finite, because the gradient to its weight is a multiple of it.
 _LARGEST_EXPONENT = 30.0
+_FAR = 30_000.0  # no two scores of a row lie so far apart
 _PALLAS_BLOCK = 128  # the kernel wants whole blocks of this many tokens
 _PALLAS_FROM = 1024  # tokens from which on scores cost more memory traffic than padding to blocks
 
@@ -34,6 +40,7 @@ class Mask:
       shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
         of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
       alone: whether each row holds one image at most, its first token in its first place.
+      most: runs of equal segments in a row, at most, if it is not `alone`.
       images: of the batch, if there are segments.
     """
 
@@ -41,6 +48,7 @@ class Mask:
     segments: Array | None = None
     shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
+    most: int = struct.field(pytree_node=False, default=2)
     images: int = struct.field(pytree_node=False, default=0)
 
 
@@ -79,23 +87,22 @@ def attention(
     mask = mask or Mask()
     if not mask.shelves:
         return _attend(query, key, value, mask, implementation)
-    parts, offset = [], 0
-    for rows, length in mask.shelves:
-        cut = functools.partial(_shelf, offset=offset, rows=rows, length=length)
-        own = Mask(
-            None if mask.weights is None else cut(mask.weights),
-            None if mask.segments is None else cut(mask.segments),
-            alone=mask.alone,
+    ends = list(itertools.accumulate(rows * length for rows, length in mask.shelves))[:-1]
+    # Split, not sliced: the gradient of slices is a sum of arrays as large as the whole.
+    split = lambda x: (  # noqa: E731
+        [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
+    )
+    parts = []
+    for (rows, length), *arrays in zip(
+        mask.shelves, *map(split, (query, key, value, mask.weights, mask.segments)), strict=True
+    ):
+        q, k, v, weights, segments = (
+            None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in arrays
         )
-        mixed = _attend(cut(query), cut(key), cut(value), own, implementation)
+        own = dataclasses.replace(mask, weights=weights, segments=segments, shelves=())
+        mixed = _attend(q, k, v, own, implementation)
         parts.append(mixed.reshape(query.shape[0], rows * length, *query.shape[2:]))
-        offset += rows * length
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def _shelf(x: Array, offset: int, rows: int, length: int) -> Array:
-    """Rows of one shelf: [G, T, ...] -> [G * rows, length, ...]."""
-    return x[:, offset : offset + rows * length].reshape(-1, length, *x.shape[2:])
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: str) -> Array:
@@ -105,45 +112,120 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 f"attention_impl={implementation!r} gives no gradient to the weights of the slots "
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
-        return _weighted(query, key, value, mask.weights)
+        weights = mask.weights.astype(jnp.float32)
+        return _plain(query, key, value, weights, _hiding(weights < 0.5))
     if mask.segments is not None:
-        # Zero times NaN is NaN: what empty places hold must not meet the weights' zeros.
-        value = jnp.where((mask.segments == NOBODY)[:, :, None, None], 0, value)
+        # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
+        empty = (mask.segments == NOBODY)[:, :, None, None]
+        key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
-        return _auto(query, key, value, mask.segments, alone=mask.alone)
+        return _auto(query, key, value, mask)
     attend = {"xla": _xla, "fused": _fused, "pallas": _pallas}[implementation]
-    return attend(query, key, value, mask.segments, alone=mask.alone)
+    return attend(query, key, value, mask)
 
 
-def _auto(query: Array, key: Array, value: Array, segments: Array | None, *, alone: bool) -> Array:
+def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """The implementation that pays on the platform that the program is compiled for."""
-    plain = functools.partial(_xla, alone=alone)
     if query.shape[1] < _PALLAS_FROM:
-        return plain(query, key, value, segments)
-    blocks = functools.partial(_pallas, alone=alone)
-    return lax.platform_dependent(query, key, value, segments, default=plain, tpu=blocks)
+        return _xla(query, key, value, mask)
+    return lax.platform_dependent(query, key, value, mask, default=_xla, tpu=_pallas)
 
 
-def _weighted(query: Array, key: Array, value: Array, key_weights: Array) -> Array:
-    """Attention with weights, folded into the values: no other array of the size of the scores."""
-    scores = _scores(query, key)
-    weights = key_weights.astype(jnp.float32)
-    hidden = lax.stop_gradient(weights[:, None, None, :]) == 0
-    largest = jnp.where(hidden, -jnp.inf, lax.stop_gradient(scores)).max(-1, keepdims=True)
-    exponentials = jnp.exp(jnp.minimum(scores - largest, _LARGEST_EXPONENT))
-    total = jnp.einsum("bhqk,bk->bhq", exponentials, weights)
-    value = value * key_weights.astype(value.dtype)[:, :, None, None]
-    return _mix(exponentials, total, value)
+def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    marks = None
+    if mask.segments is not None and mask.alone:
+        marks = _hiding(mask.segments != mask.segments[:, :1])
+    elif mask.segments is not None:
+        marks = _parting(mask.segments, mask.most)
+    return _plain(query, key, value, None, marks)
 
 
-def _xla(query: Array, key: Array, value: Array, segments: Array | None, *, alone: bool) -> Array:
-    scores = _scores(query, key)
-    if segments is not None:
-        scores = jnp.where(_visible(segments, alone), scores, -jnp.inf)
+@jax.custom_vjp
+def _plain(
+    query: Array, key: Array, value: Array, weights: Array | None, marks: Marks | None
+) -> Array:
+    """Attention in plain products, with a backward pass that keeps no scores.
+
+    Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
+    Gradient reaches the weights [B, N], if there are any: that to w_j is sum_i p_ij (g_i v_j -
+    g_i out_i), where p_ij = exp(s_ij) / total_i is what a hidden token would have got.
+    """
+    return _forward(query, key, value, weights, marks)[0]
+
+
+def _forward(
+    query: Array, key: Array, value: Array, weights: Array | None, marks: Marks | None
+) -> tuple[Array, tuple[Any, ...]]:
+    scores = _scores(query, key, marks)
     # The largest score only steadies the exponential: the quotient does not depend on it.
-    largest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    exponentials = jnp.exp(scores - largest)
-    return _mix(exponentials, exponentials.sum(axis=-1), value)
+    largest = scores.max(axis=-1)
+    exponentials = jnp.exp(scores - largest[..., None])
+    total = exponentials.sum(axis=-1)
+    mixed = _product("bhqk,bhkd->bhqd", exponentials.astype(value.dtype), _heads_first(value))
+    out = _heads_first((mixed / total[..., None]).astype(value.dtype))
+    return out, (query, key, value, weights, marks, out, largest + jnp.log(total))
+
+
+def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    query, key, value, weights, marks, out, log_total = kept
+    # Of hidden tokens too, if they have weights: then they are hidden at the end.
+    scores = _scores(query, key, marks if weights is None else None)
+    shares = jnp.exp(jnp.minimum(scores - log_total[..., None], _LARGEST_EXPONENT))
+    mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
+    slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
+    narrow, scale = slope.astype(query.dtype), query.shape[-1] ** -0.5
+    seen = lambda x: x if weights is None else jnp.where(weights[:, :, None, None] < 0.5, 0, x)  # noqa: E731
+    to_query = _product("bhqk,bhkd->bhqd", narrow, _heads_first(seen(key * scale)))
+    to_key = _product("bhqk,bhqd->bhkd", narrow, _heads_first(query * scale))
+    to_value = _product("bhqk,bhqd->bhkd", shares.astype(value.dtype), _heads_first(cotangent))
+    return (
+        _heads_first(to_query).astype(query.dtype),
+        seen(_heads_first(to_key)).astype(key.dtype),
+        seen(_heads_first(to_value)).astype(value.dtype),
+        None if weights is None else slope.sum(axis=(1, 2)),
+        None if marks is None else tuple(map(jnp.zeros_like, marks)),
+    )
+
+
+_plain.defvjp(_forward, _backward)
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+# A mask as further channels of queries and keys, whose product is 0 where a key is seen and -_FAR
+# where not, exactly: the product of queries and keys then is the masked scores. A mask applied to
+# the scores would cut one pass over them into three, on a TPU nearly a third of a block.
+def _hiding(hidden: Array) -> Marks:
+    """Marks that hide keys from all queries: [B, N] bool -> two of [B, N, 1]."""
+    return jnp.ones((*hidden.shape, 1), jnp.float32), jnp.where(hidden, -_FAR, 0.0)[:, :, None]
+
+
+def _parting(segments: Array, most: int) -> Marks:
+    """Marks that hide runs of equal segments from each other: [B, N] -> two of [B, N, most]."""
+    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    run = jax.nn.one_hot(jnp.cumsum(new, axis=1), most, dtype=jnp.float32)
+    return run - 1, _FAR * run
+
+
+def _heads_first(x: Array) -> Array:
+    """[B, N, H, d] <-> [B, H, N, d]: XLA's batched products on CPU want it so."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def _scores(query: Array, key: Array, marks: Marks | None) -> Array:
+    """[B, N, H, d] twice, and marks [B, N, C] -> [B, H, N, N] float32."""
+    pair = [query * query.shape[-1] ** -0.5, key]
+    if marks is not None:
+        spread = [
+            jnp.broadcast_to(m[:, :, None], (*x.shape[:3], m.shape[-1]))
+            for m, x in zip(marks, pair, strict=True)
+        ]
+        pair = [
+            jnp.concatenate([x, m.astype(x.dtype)], axis=-1)
+            for x, m in zip(pair, spread, strict=True)
+        ]
+    query, key = map(_heads_first, pair)
+    return _product("bhqd,bhkd->bhqk", query, key)
 
 
 def _visible(segments: Array, alone: bool) -> Array:
@@ -153,47 +235,24 @@ def _visible(segments: Array, alone: bool) -> Array:
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
-def _scores(query: Array, key: Array) -> Array:
-    """[B, N, H, d] twice -> [B, H, N, N] float32."""
-    # Heads first before the products: XLA's batched products on CPU want it so.
-    query, key = (x.transpose(0, 2, 1, 3) for x in (query, key))
-    scale = query.shape[-1] ** -0.5
-    return jnp.einsum("bhqd,bhkd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-
-
-def _mix(exponentials: Array, total: Array, value: Array) -> Array:
-    """Values [B, N, H, d] in the shares [B, H, N, N] over their totals [B, H, N]."""
-    summed = jnp.einsum(
-        "bhqk,bhkd->bhqd",
-        exponentials.astype(value.dtype),
-        value.transpose(0, 2, 1, 3),
-        preferred_element_type=jnp.float32,
-    )
-    return (summed / total[..., None]).astype(value.dtype).transpose(0, 2, 1, 3)
-
-
-def _fused(query: Array, key: Array, value: Array, segments: Array | None, *, alone: bool) -> Array:
+def _fused(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """`jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere."""
     on_gpu = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
-    mask = None if segments is None else _visible(segments, alone)
+    visible = None if mask.segments is None else _visible(mask.segments, mask.alone)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, implementation="cudnn" if on_gpu else "xla"
+        query, key, value, mask=visible, implementation="cudnn" if on_gpu else "xla"
     )
 
 
-def _pallas(
-    query: Array, key: Array, value: Array, segments: Array | None, *, alone: bool
-) -> Array:
+def _pallas(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """JAX's flash attention for TPUs, on sequences padded to whole blocks."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    del alone
     length = query.shape[1]
     padding = -length % _PALLAS_BLOCK
+    segments = mask.segments
     if segments is None:
         segments = jnp.zeros(query.shape[:2], jnp.int32)
-    # The kernel adds its mask to the scores, where NaN would remain NaN.
-    key = jnp.where((segments == NOBODY)[:, :, None, None], 0, key)
     ids = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=NOBODY)
     spread = ((0, 0), (0, 0), (0, padding), (0, 0))
     padded = [jnp.pad(x.transpose(0, 2, 1, 3), spread) for x in (query, key, value)]

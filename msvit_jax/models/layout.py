@@ -129,7 +129,13 @@ def images_per_group(batch: int, layout: Layout) -> int:
 
 
 def pack(
-    tokens: Array, active: Array, layout: Layout, weights: Array, priority: Array | None = None
+    tokens: Array,
+    active: Array,
+    layout: Layout,
+    weights: Array,
+    priority: Array | None = None,
+    *,
+    shortest: int,
 ) -> Packed:
     """Packs a batch.
 
@@ -139,6 +145,7 @@ def pack(
       layout: any but slots; budgets without the prefix are made longer by it.
       weights: [B, N] straight-through weights of the tokens, for "trimmed".
       priority: [B, N], which inactive tokens "trimmed" takes first.
+      shortest: tokens that every image has at least, prefix included.
 
     Raises:
       ValueError: the batch cannot be cut into the layout's parts.
@@ -165,6 +172,7 @@ def pack(
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
         shelves=shelves,
         alone=layout.kind != "rows",
+        most=layout.row_width // shortest + 1,  # and the empty places behind them
         images=images * layout.groups,
     )
     return _in_tiles(Packed(packed.gather(tokens), mask, packed))

@@ -286,7 +286,8 @@ class MSViT(nn.Module):
         # A region close to becoming fine first; its slots stay together.
         priority = jnp.repeat(-logits, grid.REGION**2, axis=1)
         priority = jnp.pad(priority, ((0, 0), (prefix, 0)))
-        packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority)
+        shortest = prefix + logits.shape[1]
+        packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority, shortest=shortest)
         x = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix
         return packed.restore(x, count=needed), packed.packing.fits

@@ -14,14 +14,14 @@ from ml_collections import config_dict
 
 # A part's budget covers the count that this many standard deviations more images than the part's
 # share would need: batches differ.
-_DEVIATIONS = 1.5
+_DEVIATIONS = 1.0
 _STEP = 8  # budgets are multiples of this, or the whole grid
 
 
 def default_config() -> dict[str, Any]:
     """The config's `trim` section."""
     return {
-        "parts": 4,  # of a device's share of the batch, each with its own budget
+        "parts": 8,  # of a device's share of the batch, each with its own budget
         "every_steps": 200,  # between looks at the counts
         "shrink": 0.08,  # places that new budgets must save to be worth a compilation
         "unfit": 0.02,  # share of images without places above which budgets grow

@@ -54,7 +54,7 @@ def test_segments_see_themselves_only_and_poison_stays_where_it_is(implementatio
     query, key, value = random_qkv(1, 2, 10)
     empty = jnp.asarray(segments == NOBODY)[:, :, None, None]
     poisoned = [jnp.where(empty, jnp.nan, x) for x in (query, key, value)]
-    mask = Mask(segments=jnp.asarray(segments, jnp.int32), alone=alone)
+    mask = Mask(segments=jnp.asarray(segments, jnp.int32), alone=alone, most=3)
     with runs(implementation):
         found = attention(*poisoned, mask, implementation=implementation)
     visible = segments[:, :, None] == segments[:, None, :]
@@ -124,3 +124,26 @@ def test_what_is_not_possible_is_told():
         attention(query, key, value, implementation="flash")
     with pytest.raises(ValueError, match="no gradient to the weights"):
         attention(query, key, value, Mask(weights=jnp.ones((1, 4))), implementation="pallas")
+
+
+@pytest.mark.parametrize("masked", ["segments", "nothing"])
+def test_gradients_are_those_of_softmax_attention(masked):
+    query, key, value = random_qkv(5, 2, 6)
+    segments = np.asarray([[0, 0, 1, 1, 1, NOBODY], [2, 2, 2, 3, 3, 3]])
+    mask = None if masked == "nothing" else Mask(segments=jnp.asarray(segments), most=3)
+    same = segments[:, :, None] == segments[:, None, :]
+    visible = jnp.asarray(np.ones((2, 1, 6, 6), bool) if mask is None else same[:, None])
+    held = jnp.asarray(segments != NOBODY)[:, :, None, None]
+
+    def literal(query, key, value):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.float32(np.sqrt(CHANNELS))
+        shares = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", shares, value)
+
+    def gradients(function):
+        loss = lambda *qkv: jnp.sum(jnp.where(held, jnp.sin(function(*qkv)), 0))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    ours = gradients(lambda *qkv: attention(*qkv, mask))
+    for a, b in zip(ours, gradients(literal), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
