@@ -114,6 +114,16 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     return builder
 
 
+def prepared_classes(name: str, data_dir: str = "") -> int | None:
+    """Number of labels of a data set if it is there; prepares nothing."""
+    try:
+        folder = _find(name, data_root(data_dir))
+    except UserError:
+        return None
+    label = tfds.builder_from_directory(folder).info.features.get("label")
+    return getattr(label, "num_classes", None)
+
+
 def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     """Opens a split, for instance 'train' or 'train[:90%]'; images stay encoded."""
     num_examples(builder, split)

@@ -148,10 +148,9 @@ class _Run:
 
     def teacher(self) -> Teacher | None:
         """The model to distil from, on every device."""
-        options = self.config.loss.distillation
-        if not options.teacher:
+        teacher = teacher_of(self.config)
+        if teacher is None:
             return None
-        teacher = load_teacher(options.teacher, options.model, self.config)
         whole = sharding.replicated(self.mesh)
         return dataclasses.replace(teacher, variables=jax.device_put(teacher.variables, whole))
 
@@ -352,6 +351,12 @@ class Reporter:
         self._logger.report("train", step, step / run.plan.steps_per_epoch, figures)
         self._sums, self._scalars = None, []
         self._clock, self._clock_step = now, step
+
+
+def teacher_of(config: config_dict.ConfigDict) -> Teacher | None:
+    """Loads the teacher that a config names, if it does."""
+    options = config.loss.distillation
+    return load_teacher(options.teacher, options.model, config) if options.teacher else None
 
 
 def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teacher:

@@ -20,7 +20,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
 from msvit_jax.train import optimizer
 from msvit_jax.train.state import Params, TrainState, state_maker
-from msvit_jax.train.step import StepMetrics, make_train_step
+from msvit_jax.train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,8 @@ class Program:
         make = jax.jit(self.make_state, out_shardings=self.shardings)
         return make(jax.random.key(self.config.seed), loaded)
 
-    def jit_step(
-        self, budgets: tuple[int, ...] | None = None
-    ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """The jitted (state, batch, teacher) -> (state, metrics); the state is donated.
+    def jit_step(self, budgets: tuple[int, ...] | None = None) -> jax.stages.Wrapped:
+        """The jitted step (state, batch, teacher) -> (state, metrics); the state is donated.
 
         Args:
           budgets: of the trimmed layout, instead of the model's own.

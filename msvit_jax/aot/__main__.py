@@ -1,0 +1,72 @@
+"""What a TPU would do with a run, without a TPU.
+
+    python -m msvit_jax.aot --config=configs/imagenet/msvit_deit_small.py --topology=v5e:16x16
+
+Compiles the step that train.py runs (--what=train) or the forward pass (--what=predict), prints a
+table and then one JSON object. Needs no data set. Config keys are given as --config.key=value.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from msvit_jax import config as configs
+from msvit_jax import errors
+from msvit_jax.aot import compiling, report, topology, variants
+from msvit_jax.data import sources
+from msvit_jax.errors import UserError
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Config file, e.g. configs/digits_msvit.py.", required=True
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips to compile for, e.g. v5e:2x2, v4:2x2x4.", required=True
+)
+_WHAT = flags.DEFINE_enum("what", "train", compiling.WHAT, "Training step, or forward pass.")
+_LAYOUTS = flags.DEFINE_list(
+    "layouts", None, "Of dense, slots, budget, trimmed, rows, ladder; the first is compared with."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Mean active patch tokens that layouts are made for.")
+_SPREAD = flags.DEFINE_float("spread", 30.0, "Their standard deviation, for rows and ladder.")
+_WIDTH = flags.DEFINE_integer("row_width", 512, "Tokens of a row, for rows.")
+
+DOES_NOT_FIT = 3  # the exit code
+CLASSES = 1000  # where neither config nor data set says
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compiles all variants asked for."""
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}; keys are written --config.key=value.")
+    topology.without_a_tpu()
+    chips = topology.find(_TOPOLOGY.value)
+    config = _config()
+    sizes = variants.Sizes(_TOKENS.value, _SPREAD.value, _WIDTH.value)
+    batch_size, _ = compiling.batch_of(config, _WHAT.value)
+    made = [
+        variants.variant(config, name, batch_size=batch_size, chips=len(chips.devices), sizes=sizes)
+        for name in _LAYOUTS.value or variants.default_names(config)
+    ]
+    records = [compiling.compile_variant(v, _WHAT.value, chips) for v in made]
+    if not report.show(records, chips):
+        sys.exit(DOES_NOT_FIT)
+
+
+def _config() -> Any:
+    """The config with the data set's classes, or with what is assumed said."""
+    config = configs.load(_CONFIG.value, overrides)
+    classes = sources.prepared_classes(config.data.name, config.data.data_dir)
+    if classes is None and "num_classes" not in config.model:
+        print(
+            f"Data set {config.data.name!r} is not there: {CLASSES} classes taken "
+            "(--config.model.num_classes=N says otherwise).",
+            flush=True,
+        )
+    return configs.resolve(config, classes or CLASSES)
+
+
+if __name__ == "__main__":
+    overrides = configs.take_overrides(sys.argv)
+    errors.run(main)

@@ -1,0 +1,176 @@
+"""Compiles one variant of a run and says what the compiler knows of it."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import config_dict
+
+from msvit_jax import sharding
+from msvit_jax.aot import hlo
+from msvit_jax.aot.topology import GIB, Topology
+from msvit_jax.aot.variants import Variant
+from msvit_jax.train import optimizer
+from msvit_jax.train.loop import teacher_of
+from msvit_jax.train.program import Program
+from msvit_jax.train.step import normalise
+
+TRAIN, PREDICT = WHAT = ("train", "predict")
+# The schedule's length is a constant in the step and changes nothing else.
+_STEPS_PER_EPOCH = 1000
+# The two forms in which XLA says that a program needs more memory than there is.
+_TOO_LARGE = (
+    re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
+    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
+)
+_UNITS = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+      arguments: state or parameters, and the batch.
+      temporaries: what a step needs besides.
+      outputs: results that take no argument's place.
+      code: the program.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    code: int
+
+    @classmethod
+    def of(cls, stats: Any) -> "Memory":
+        """Reads `compiled.memory_analysis()`."""
+        return cls(
+            stats.argument_size_in_bytes,
+            stats.temp_size_in_bytes,
+            stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            stats.generated_code_size_in_bytes,
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+
+def too_large(message: str) -> tuple[float, float] | None:
+    """Bytes needed and bytes there are, of a compiler's message that a program does not fit."""
+    for pattern in _TOO_LARGE:
+        if found := pattern.search(message):
+            return float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
+    return None
+
+
+def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered:
+    """Traces a variant's step, the one that train.py runs, or its forward pass.
+
+    Raises:
+      UserError: the config cannot be run on that many chips.
+    """
+    config = variant.config
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology.devices)
+    schedule = optimizer.schedule(
+        config.optimizer, round(config.epochs * _STEPS_PER_EPOCH), _STEPS_PER_EPOCH
+    )
+    program = Program.of(config, mesh, schedule)
+    size, name = batch_of(config, what)
+    pieces = config.optimizer.accumulation if what == TRAIN else 1
+    sharding.check_batch(size, mesh, name, pieces)
+    place = sharding.batch_sharding(mesh)
+    side = config.data.image_size
+    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)
+    labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=place)
+    with jax.set_mesh(mesh):
+        if what == PREDICT:
+            return _forward(program).lower(program.like.params["model"], images)
+        batch = {"image": images, "label": labels}
+        return program.jit_step().lower(program.like, batch, _teacher_shapes(config, mesh))
+
+
+def batch_of(config: config_dict.ConfigDict, what: str) -> tuple[int, str]:
+    """Global batch size, and the config key that says it."""
+    if what == PREDICT and config.eval_batch_size:
+        return config.eval_batch_size, "eval_batch_size"
+    return config.batch_size, "batch_size"
+
+
+def _forward(program: Program) -> jax.stages.Wrapped:
+    model = program.model
+
+    def forward(params: Any, images: Array) -> Any:
+        pixels = normalise(images, model.mean, model.std)
+        output = model.apply({"params": params}, pixels, train=False)
+        return output.logits, output.tokens, output.fits
+
+    return jax.jit(forward, out_shardings=sharding.batch_sharding(program.mesh))
+
+
+def _teacher_shapes(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> Any:
+    teacher = teacher_of(config)
+    whole = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), teacher)
+
+
+def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str, Any]:
+    """Compiles and measures one variant.
+
+    Returns:
+      A record; every figure is of one chip, MACs also of one image. `fits` says whether the chip's
+      memory is enough; where it is not, only `needs_gib` and `has_gib` are known.
+    """
+    size, _ = batch_of(variant.config, what)
+    record: dict[str, Any] = {
+        "layout": variant.name,
+        "places": variant.places,
+        "model": variant.config.model.name,
+        "what": what,
+        "batch": size,
+        "chip_gib": topology.chip.memory,
+    }
+    lowered = lower(variant, what, topology)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = too_large(str(error))
+        if sizes is None:
+            raise
+        needs, has = (round(s / GIB, 2) for s in sizes)
+        return {**record, "fits": False, "needs_gib": needs, "has_gib": has}
+    record["compile_seconds"] = round(time.perf_counter() - start, 1)
+    return {**record, "fits": True, **figures(compiled, size // len(topology.devices))}
+
+
+def figures(compiled: Any, images: int) -> dict[str, Any]:
+    """What a compiled program says of itself.
+
+    Args:
+      compiled: of `jax.stages`.
+      images: that a chip works on.
+    """
+    memory = Memory.of(compiled.memory_analysis())
+    cost = compiled.cost_analysis()
+    module = hlo.parse(compiled.as_text())
+    cycles = hlo.cycles(module)
+    macs = cost["flops"] / 2
+    return {
+        "memory_gib": round(memory.total / GIB, 3),
+        "memory_bytes": dataclasses.asdict(memory),
+        "gmacs": round(macs / 1e9, 2),
+        "gmacs_per_image": round(macs / 1e9 / images, 3),
+        "gbytes_accessed": round(cost["bytes accessed"] / 1e9, 3),
+        "mcycles": round(cycles.total / 1e6, 3),
+        "kernels_not_estimated": cycles.kernels,
+        "loops": cycles.loops,
+        "loops_of_unknown_length": cycles.unknown,
+        "collectives": {k: dataclasses.asdict(c) for k, c in hlo.collectives(module).items()},
+    }

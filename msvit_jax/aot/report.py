@@ -1,0 +1,94 @@
+"""Shows what was compiled: a table for people, then one JSON object."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from msvit_jax.aot.topology import Topology
+from msvit_jax.evaluate import table
+
+COLUMNS = (
+    "layout",
+    "places",
+    "GiB",
+    "GMACs/image",
+    "GB moved",
+    "Mcycles",
+    "ratio",
+    "not estimated",
+    "collectives",
+    "compile s",
+)
+_SMALLER = {
+    "train": "a smaller batch_size, optimizer.accumulation, model.remat=True, mesh.data=1 with "
+    "mesh.fsdp=-1, or more chips",
+    "predict": "a smaller eval_batch_size, or more chips",
+}
+
+
+def show(records: Sequence[dict[str, Any]], topology: Topology) -> bool:
+    """Prints records of `compiling.compile_variant`, and on stderr those that do not fit.
+
+    Returns:
+      Whether all fit.
+    """
+    first, count = records[0], len(topology.devices)
+    print(
+        f"{first['what']}, {count} x {topology.chip.name} ({topology.name}), batch "
+        f"{first['batch']} ({first['batch'] // count} a chip). The compiler's figures of one chip "
+        f"of {topology.chip.memory} GiB; cycles are its estimates, their ratio is to "
+        f"{first['layout']}."
+    )
+    print(table([_row(record, first) for record in records], COLUMNS))
+    for note in _notes(records):
+        print(note)
+    about = {"topology": topology.name, "chips": count, "jax": jax.__version__}
+    print(json.dumps({**about, "records": list(records)}), flush=True)
+    large = [record for record in records if not record["fits"]]
+    for record in large:
+        print(
+            f"error: {record['layout']} does not fit: {record['needs_gib']} GiB of "
+            f"{record['has_gib']} GiB; try {_SMALLER[record['what']]}.",
+            file=sys.stderr,
+        )
+    return not large
+
+
+def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    row = {"layout": record["layout"], "places": record["places"]}
+    if not record["fits"]:
+        return {**row, "GiB": f"{record['needs_gib']} (does not fit)"}
+    if first["fits"]:
+        row["ratio"] = f"{record['mcycles'] / max(first['mcycles'], 1e-9):.3f}"
+    moved = [
+        f"{kind} {c['count']} ({c['bytes'] / 2**20:.1f} MiB)"
+        for kind, c in record["collectives"].items()
+    ]
+    return {
+        **row,
+        "GiB": f"{record['memory_gib']:.2f}",
+        "GMACs/image": record["gmacs_per_image"],
+        "GB moved": record["gbytes_accessed"],
+        "Mcycles": record["mcycles"],
+        "not estimated": record["kernels_not_estimated"],
+        "collectives": ", ".join(moved) or "none",
+        "compile s": record["compile_seconds"],
+    }
+
+
+def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What the figures leave out, where they leave something out."""
+    notes = []
+    if any(r.get("loops") for r in records):
+        notes.append(
+            "Loops: cycles are times their trips; GMACs, GB and collectives count a body once, as "
+            "XLA does. Without model.scan_layers and optimizer.accumulation they are whole."
+        )
+    if any(r.get("loops_of_unknown_length") for r in records):
+        notes.append("Some loops do not say how often they run: their cycles are counted once.")
+    if any(r.get("kernels_not_estimated") for r in records):
+        notes.append("Pallas kernels are not estimated: the cycles are those of all the rest.")
+    return notes

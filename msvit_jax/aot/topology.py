@@ -1,0 +1,130 @@
+"""TPUs that are not there: JAX's compiler for them runs on any Linux machine that has libtpu."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+
+from msvit_jax.errors import UserError
+
+GIB = 2.0**30
+# Read by libtpu when it starts: no metadata server, no lock held on chips, no other hosts, no logs.
+# The accelerator named here only lets it start; what is compiled for is the topology asked for.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+_HOST = (2, 2, 1)  # chips of one host along each axis; smaller slices are smaller hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU.
+
+    Attributes:
+      name: Google's, in lower case.
+      memory: GiB that a chip has, as its maker states.
+      axes: of a slice of such chips.
+      example: a topology.
+      options: for the compiler. A v4 chip's two cores are compiled for as one device, as JAX
+        shows them on the machine.
+    """
+
+    name: str
+    memory: int
+    axes: int
+    example: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32, 3, "v4:2x2x1", {"chip_config_name": "megacore"}),
+        Chip("v5e", 16, 2, "v5e:2x2"),
+        Chip("v5p", 95, 3, "v5p:2x2x1"),
+        Chip("v6e", 32, 2, "v6e:2x2"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice to compile for.
+
+    Attributes:
+      name: as asked for, e.g. 'v5e:16x16'.
+      chip: its kind.
+      devices: one a chip.
+    """
+
+    name: str
+    chip: Chip
+    devices: list[Any]
+
+
+def without_a_tpu() -> None:
+    """Sets this process up to compile for TPUs and to use none; call it before JAX is used.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "The TPU compiler, libtpu, is not installed; it needs no TPU. "
+            f"Install it with: pip install 'jax[tpu]=={jax.__version__}'"
+        )
+    os.environ.update(_ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    # Programs for chips that are not there cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def find(name: str) -> Topology:
+    """Returns the slice of that name.
+
+    Args:
+      name: kind of chip and number of chips along each axis: 'v5e:2x2', 'v4:2x2x4'.
+
+    Raises:
+      UserError: it is no topology; the message names the forms.
+    """
+    from jax.experimental import topologies
+
+    chip, sides = _parse(name)
+    padded = (*sides, 1)[:3]
+    bounds = tuple(min(side, most) for side, most in zip(padded, _HOST, strict=True))
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, chips_per_host_bounds=bounds, **chip.options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"There is no topology {name!r}: {error} {_forms()}") from error
+    return Topology(name, chip, list(found.devices))
+
+
+def _parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """Splits 'v5e:2x2'."""
+    kind, _, shape = name.partition(":")
+    sides = (
+        tuple(int(side) for side in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
+    )
+    chip = CHIPS.get(kind)
+    if chip is None or len(sides) != chip.axes or 0 in sides:
+        raise UserError(f"Unknown topology {name!r}. {_forms()}")
+    return chip, sides
+
+
+def _forms() -> str:
+    examples = ", ".join(chip.example for chip in CHIPS.values())
+    return (
+        f"Write <chip>:<chips along each axis>, e.g. v5e:16x16, v5e:1x1, {examples}; "
+        "v5e and v6e have two axes, v4 and v5p three."
+    )

@@ -1,0 +1,150 @@
+"""What is compiled side by side: a config's model dense, and in layouts of given sizes."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import config_dict
+
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError, nearest
+from msvit_jax.models import registry
+from msvit_jax.models.layout import LAYOUTS
+from msvit_jax.tokens import packing
+
+DENSE = "dense"
+LADDER = "ladder"
+KNOWN = (DENSE, *LAYOUTS, LADDER)
+_STEPS = 8  # budgets of a ladder
+_SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many tokens the layouts are made for.
+
+    Attributes:
+      tokens: mean of the active patch tokens of an image.
+      spread: their standard deviation, for rows and ladders; a budget takes the mean for all.
+      row_width: tokens of a row, prefix included.
+    """
+
+    tokens: int = 128
+    spread: float = 30.0
+    row_width: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A config to compile.
+
+    Attributes:
+      name: of `KNOWN`.
+      places: what the transformer works on, in words.
+      config: the config.
+    """
+
+    name: str
+    places: str
+    config: config_dict.ConfigDict
+
+
+def default_names(config: config_dict.ConfigDict) -> list[str]:
+    """Dense and what the config says."""
+    if config.model.name not in registry.MIXED_SCALE:
+        return [DENSE]
+    return [DENSE, config.model.get("layout", "slots")]
+
+
+def variant(
+    config: config_dict.ConfigDict, name: str, *, batch_size: int, chips: int, sizes: Sizes
+) -> Variant:
+    """Returns a config's variant of that name; a layout that the config itself has stays as it is.
+
+    Args:
+      config: resolved.
+      name: 'dense' (the backbone alone), one of `LAYOUTS`, or 'ladder', budgets of several sizes.
+      batch_size: global.
+      chips: that the batch is spread over.
+      sizes: of the layouts.
+
+    Raises:
+      UserError: unknown name, or the model has no layouts.
+    """
+    if name not in KNOWN:
+        raise UserError(
+            f"Unknown layout {name!r}.{nearest(name, KNOWN)} There is {', '.join(KNOWN)}."
+        )
+    mixed = config.model.name in registry.MIXED_SCALE
+    if not mixed and name != DENSE:
+        raise UserError(
+            f"{config.model.name} is dense and has no layout {name!r}; give a config of a "
+            "mixed-scale model, e.g. configs/imagenet/msvit_deit_small.py, or --layouts=dense."
+        )
+    made = config.copy_and_resolve_references()
+    with made.unlocked():
+        if name == DENSE:
+            return Variant(name, _to_dense(made), made)
+        if name == config.model.get("layout", "slots"):
+            return Variant(name, "as configured", made)
+        _forget_layout(made)
+        made.model.layout = "budget" if name == LADDER else name
+        if name != "slots":
+            made.model.row_groups = chips
+        places = _size(made, name, batch_size // chips, chips, sizes)
+    return Variant(name, places, made)
+
+
+def _to_dense(config: config_dict.ConfigDict) -> str:
+    """Turns a config into that of its model's backbone."""
+    config.model.name = registry.MIXED_SCALE.get(config.model.name, config.model.name)
+    for key in set(config.model) - {"name"} - registry.model_options(config.model.name):
+        del config.model[key]
+    return "whole grid"
+
+
+def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, sizes: Sizes) -> str:
+    """Sets a layout's sizes for `images` images on each chip and says them."""
+    options = config.model
+    if name == "slots":
+        return "whole grid"
+    if name in ("budget", "trimmed"):
+        options.budget = sizes.tokens
+        return f"{sizes.tokens} each"
+    plain = config.copy_and_resolve_references()
+    with plain.unlocked():
+        _forget_layout(plain)
+    model = configs.build_model(plain)
+    counts = draw_counts(model, images, sizes)
+    if name == LADDER:
+        steps = max(s for s in range(1, _STEPS + 1) if images % s == 0)
+        options.budget = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
+        return "/".join(map(str, options.budget))
+    options.row_width = sizes.row_width
+    rows = rows_needed(counts + model.backbone.prefix_length, sizes.row_width)
+    options.rows = rows * chips
+    return f"{rows} x {sizes.row_width} a chip"
+
+
+def _forget_layout(config: config_dict.ConfigDict) -> None:
+    for key in set(config.model) & set(_SIZES):
+        del config.model[key]
+
+
+def draw_counts(model: registry.MSViT, images: int, sizes: Sizes) -> np.ndarray:
+    """Active patch tokens of a batch of images, ascending: a normal distribution's quantiles."""
+    rows, columns = model.gate_grid
+    regions = rows * columns
+    normal = statistics.NormalDist(sizes.tokens, max(sizes.spread, 1e-9))
+    drawn = [normal.inv_cdf((i + 0.5) / images) for i in range(images)]
+    fine = np.clip(np.round((np.asarray(drawn) - regions) / 3), 0, regions)
+    return (regions + 3 * fine).astype(np.int32)
+
+
+def rows_needed(lengths: Sequence[int] | np.ndarray, width: int) -> int:
+    """Rows of a width that images of those lengths are packed into."""
+    count = len(lengths)
+    runs = packing.rows(jnp.asarray(lengths)[None], count, width)
+    return int(jnp.where(runs.fits, runs.start // width, 0).max()) + 1
