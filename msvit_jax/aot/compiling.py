@@ -13,7 +13,7 @@ from ml_collections import config_dict
 from msvit_jax import sharding
 from msvit_jax.aot import hlo
 from msvit_jax.aot.topology import GIB, Topology
-from msvit_jax.aot.variants import Variant
+from msvit_jax.aot.variants import Variant, with_frozen_gate
 from msvit_jax.train import optimizer
 from msvit_jax.train.loop import teacher_of
 from msvit_jax.train.program import Program
@@ -76,7 +76,8 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     Raises:
       UserError: the config cannot be run on that many chips.
     """
-    config = variant.config
+    # A forward pass is the same whatever is trained, and no layout is refused then.
+    config = variant.config if what == TRAIN else with_frozen_gate(variant.config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology.devices)
     schedule = optimizer.schedule(
         config.optimizer, round(config.epochs * _STEPS_PER_EPOCH), _STEPS_PER_EPOCH

@@ -94,7 +94,17 @@ def variant(
         if name != "slots":
             made.model.row_groups = chips
         places = _size(made, name, batch_size // chips, chips, sizes)
-    return Variant(name, places, made)
+    return Variant(name, places, made if name in ("slots", "trimmed") else with_frozen_gate(made))
+
+
+def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """Returns a copy that leaves a learned gate as it is: budgets and rows do not train one."""
+    made = config.copy_and_resolve_references()
+    learned = made.model.name in registry.MIXED_SCALE and made.model.get("gate", "mlp") == "mlp"
+    if learned and "gate" not in made.optimizer.freeze:
+        with made.unlocked():
+            made.optimizer.freeze = (*made.optimizer.freeze, "gate")
+    return made
 
 
 def _to_dense(config: config_dict.ConfigDict) -> str:

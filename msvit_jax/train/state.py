@@ -46,8 +46,6 @@ def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
       UserError: the model's sizes do not fit together.
     """
     keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
-    # Parameters are the same in every layout, and slots take a batch of any size.
-    model = model.clone(layout="slots") if hasattr(model, "layout") else model
     images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
     try:
         output, variables = in_slots(model).init_with_output(keys, images, train=False)
