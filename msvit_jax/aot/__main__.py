@@ -30,7 +30,7 @@ _LAYOUTS = flags.DEFINE_list(
 )
 _TOKENS = flags.DEFINE_integer("tokens", 128, "Mean active patch tokens that layouts are made for.")
 _SPREAD = flags.DEFINE_float("spread", 30.0, "Their standard deviation, for rows and ladder.")
-_WIDTH = flags.DEFINE_integer("row_width", 512, "Tokens of a row, for rows.")
+_WIDTH = flags.DEFINE_integer("row_width", None, "Tokens of a row; by default whole TPU tiles.")
 
 DOES_NOT_FIT = 3  # the exit code
 CLASSES = 1000  # where neither config nor data set says

@@ -18,6 +18,7 @@ DENSE = "dense"
 LADDER = "ladder"
 KNOWN = (DENSE, *LAYOUTS, LADDER)
 _STEPS = 8  # budgets of a ladder
+_TILE = 128  # lanes of a TPU's registers
 _SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
 
 
@@ -28,12 +29,13 @@ class Sizes:
     Attributes:
       tokens: mean of the active patch tokens of an image.
       spread: their standard deviation, for rows and ladders; a budget takes the mean for all.
-      row_width: tokens of a row, prefix included.
+      row_width: tokens of a row, prefix included; None: the fewest whole tiles of a TPU that hold
+        any image.
     """
 
     tokens: int = 128
     spread: float = 30.0
-    row_width: int = 512
+    row_width: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +134,11 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
         steps = max(s for s in range(1, _STEPS + 1) if images % s == 0)
         options.budget = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
         return "/".join(map(str, options.budget))
-    options.row_width = sizes.row_width
-    rows = rows_needed(counts + model.backbone.prefix_length, sizes.row_width)
+    prefix, grid = model.backbone.prefix_length, model.backbone.grid_size**2
+    options.row_width = sizes.row_width or -(-(grid + prefix) // _TILE) * _TILE
+    rows = rows_needed(counts + prefix, options.row_width)
     options.rows = rows * chips
-    return f"{rows} x {sizes.row_width} a chip"
+    return f"{rows} x {options.row_width} a chip"
 
 
 def _forget_layout(config: config_dict.ConfigDict) -> None:

@@ -74,6 +74,7 @@ def test_rows_and_ladders_hold_the_batch_and_no_more_than_needed():
     lengths = jnp.asarray(counts + 1)[None]
     assert packing.rows(lengths, rows, 512).fits.all()
     assert not packing.rows(lengths, rows - 1, 512).fits.all()
+    assert _variant("rows", sizes=Sizes(128, 30.0)).config.model.row_width == 256
     ladder = _variant("ladder", sizes=sizes).config.model.budget
     assert packing.ladder(lengths, [b + 1 for b in ladder]).fits.all()
     assert max(ladder) == counts.max()

@@ -1,0 +1,106 @@
+"""What the TPU compiler makes of DeiT-S and MSViT in its layouts: docs/results/tpu_compile.md.
+
+    python studies/tpu_compile.py [--only=predict:v5e:1x1,...]
+
+Needs libtpu (pip install 'jax[tpu]') and no TPU. Each command is one process; what an interrupted
+study has finished stays in the JSON file and `--only` adds to it.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from msvit_jax import errors
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULT = ROOT / "docs" / "results" / "tpu_compile.json"
+BATCH = 128  # a chip
+TOKENS = 127  # and the class token: a whole tile
+RUNS = {
+    "predict:v5e:1x1": "dense,slots,budget,rows,ladder",
+    "train:v5e:1x1": "dense,slots,trimmed,budget,rows",
+    "predict:v5e:16x16": "dense,slots,budget,rows",
+    "train:v5e:16x16": "dense,slots,trimmed,budget,rows",
+}
+_ONLY = flags.DEFINE_list("only", list(RUNS), "Which of the runs.")
+HEAD = f"""# Compiled for TPUs
+
+What the TPU compiler says of `msvit_deit_small_patch16_224` and its dense backbone at 224 px in
+bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and they say
+nothing of waiting for other chips. Layouts have places for a mean of {TOKENS} of 196 patch tokens
+(with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts spread by 30. All
+figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is in
+tpu_compile.json.
+"""
+
+
+def command(run: str) -> list[str]:
+    """The command of a run."""
+    what, _, topology = run.partition(":")
+    chips = 1
+    for side in topology.partition(":")[2].split("x"):
+        chips *= int(side)
+    return [
+        *("python", "-m", "msvit_jax.aot", "--config=configs/imagenet/msvit_deit_small.py"),
+        f"--what={what}",
+        f"--topology={topology}",
+        f"--layouts={RUNS[run]}",
+        f"--tokens={TOKENS}",
+        f"--config.batch_size={BATCH * chips}",
+    ]
+
+
+def execute(run: str) -> dict[str, Any]:
+    """Runs one command and returns its JSON."""
+    words = command(run)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return {"command": " ".join(words), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def section(run: str, result: dict[str, Any]) -> str:
+    """One table."""
+    what = {"train": "Training step", "predict": "Forward pass"}[run.partition(":")[0]]
+    lines = [
+        f"## {what}, {result['topology']}",
+        "",
+        f"    {result['command']}",
+        "",
+        "| layout | places | GiB | GMACs an image | GB moved | M cycles | to dense | collectives |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    dense = result["records"][0]["mcycles"]
+    for r in result["records"]:
+        moved = ", ".join(
+            f"{c['count']} {kind}, {c['bytes'] / 2**20:.1f} MiB"
+            for kind, c in r["collectives"].items()
+        )
+        lines.append(
+            f"| {r['layout']} | {r['places']} | {r['memory_gib']:.2f} | "
+            f"{r['gmacs_per_image']:.2f} | {r['gbytes_accessed']:.1f} | {r['mcycles']:.1f} | "
+            f"{r['mcycles'] / dense:.2f} | {moved or 'none'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is asked for and writes both files."""
+    del argv
+    done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for run in _ONLY.value:
+        if run not in RUNS:
+            raise errors.UserError(f"Unknown run {run!r}; there is {', '.join(RUNS)}.")
+        done[run] = execute(run)
+        RESULT.write_text(json.dumps(done, indent=1) + "\n")
+        sections = [section(run, done[run]) for run in RUNS if run in done]
+        RESULT.with_suffix(".md").write_text("\n".join([HEAD, *sections]))
+
+
+if __name__ == "__main__":
+    errors.run(main)
