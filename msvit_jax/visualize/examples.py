@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
-from PIL import UnidentifiedImageError
 
 from msvit_jax import checkpoint
 from msvit_jax.data import decode, pipeline, sources
@@ -72,7 +71,7 @@ def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
       UserError: a file is missing or cannot be decoded; names it.
     """
     return [
-        Example(_read(path, config.image_size, config.eval_crop), pathlib.Path(path).name)
+        Example(decode.read_file(path, config.image_size, config.eval_crop), pathlib.Path(path).name)
         for path in paths
     ]
 
@@ -153,18 +152,6 @@ def predictions(model: Any, variables: Any, images: np.ndarray) -> Iterator[Outp
         outputs = jax.device_get(apply(variables, padded))
         for row in range(len(batch)):
             yield jax.tree.map(lambda x, row=row: x[row], outputs)
-
-
-def _read(path: str, size: int, crop: float) -> np.ndarray:
-    try:
-        image = decode.open_image(pathlib.Path(path).read_bytes())
-        return decode.resized_crop(image, decode.centre_box(*image.size, crop), size)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no image file {path!r}.") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path!r} is no image, or one of a format that is not known.") from error
-    except decode.DECODE_ERRORS as error:
-        raise UserError(f"The image {path!r} cannot be read: {error}.") from error
 
 
 def _gate_strip(

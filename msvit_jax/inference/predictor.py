@@ -1,0 +1,218 @@
+"""Running a trained model on any number of images: static shapes inside, plain arrays outside."""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from msvit_jax import checkpoint, data, sharding
+from msvit_jax.errors import UserError
+from msvit_jax.inference import shapes
+from msvit_jax.inference.calibrate import Calibration, threshold_for
+from msvit_jax.inference.images import Images, Source, open_images
+from msvit_jax.inference.programs import Answers, Decisions, Programs
+from msvit_jax.inference.schedule import PADDING, Call, Queue
+from msvit_jax.tokens import grid
+from msvit_jax.train.step import max_tokens
+
+_ON_THE_WAY = 2  # calls that the devices are given ahead of the answers that are read
+_PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Answers for N images, in the order of the images.
+
+    Attributes:
+      logits: [N, classes] float32.
+      tokens: [N] int32, active patch tokens that were spent on each image.
+      coarse: [N, rows, columns] bool, the regions that got one coarse token instead of four fine
+        ones; None of a model without a gate.
+      coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
+      class_names: of the classes; empty where they are not known.
+    """
+
+    logits: np.ndarray
+    tokens: np.ndarray
+    coarse: np.ndarray | None = None
+    coarse_probability: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """[N, classes] float32, the softmax of the logits."""
+        exponentials = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N], the most probable class of each image."""
+        return self.logits.argmax(axis=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the labels; their numbers where the classes have no names."""
+        return [self.class_name(label) for label in self.labels]
+
+    def class_name(self, label: int) -> str:
+        """A class by its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
+class Predictor:
+    """Runs a model on any number of images and spends time only on the tokens that its gate keeps.
+
+    A gated model runs in two steps. Its gate looks at batches as they come; then images wait with
+    the number of their tokens until enough of them can share a static shape (see `schedule`).
+    What does not fit is run again where everything fits, until all images have their answers.
+    Answers depend neither on the batch size nor on devices, layout and order, up to rounding.
+
+    Calls may come from several threads; each has its own queue.
+
+    Attributes:
+      model: in the slots layout.
+      threshold: of the gate; None for a model without one. A call uses the one at its start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        *,
+        batch_size: int = 32,
+        layout: str = "auto",
+        buckets: Sequence[int] | None = None,
+        row_width: int | None = None,
+        threshold: float | None = None,
+        class_names: Sequence[str] | None = None,
+        crop: float = 1.0,
+        mesh: Mesh | None = None,
+        max_programs: int = 24,
+    ) -> None:
+        """Prepares; programs are compiled when they are first needed, or by `warm_up`.
+
+        Args:
+          model: of the registry.
+          variables: for `model.apply`.
+          batch_size: images run at a time; rounded up to a multiple of the devices.
+          layout: "slots" computes all tokens, "budget" as many for each image of a batch, "rows"
+            packs several images into rows; "auto" uses budgets for full batches and for the last
+            ones what costs less. A model without a gate has no such choice.
+          buckets: budgets in patch tokens per image; None: about ten.
+          row_width: tokens of a row; None: the smallest multiple of 128 that holds any image.
+          threshold: of the gate, instead of the model's own; see also `calibrate`.
+          class_names: in the order of the labels.
+          crop: share of the short side of image files that is kept, as the data's `eval_crop`.
+          mesh: devices to spread batches over; None: all of them.
+          max_programs: of different shapes that may ever be compiled.
+
+        Raises:
+          UserError: options that do not fit the model or each other.
+        """
+        self._mesh = mesh or sharding.make_mesh()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
+        self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._gated = shapes.has_gate(model)
+        self.model: Any = model.clone(layout="slots") if self._gated else model
+        self.threshold = _own_threshold(model, threshold, self._gated)
+        self._policy = shapes.make_policy(
+            self.model,
+            layout=layout,
+            batch=self._batch,
+            groups=self._mesh.size,
+            buckets=buckets,
+            row_width=row_width,
+            most_shapes=max_programs - len(_PREPARATION),
+        )
+        self._programs = Programs(self.model, variables, self._batch, self._mesh)
+        self.class_names = _checked_names(class_names, self.model.num_classes)
+        self._crop = crop
+
+    @classmethod
+    def load(
+        cls, path: str | pathlib.Path, which: str = "best", **options: Any
+    ) -> "Predictor":
+        """Loads a trained run with its class names and the crop of its evaluation.
+
+        Args:
+          path: workdir of the run.
+          which: 'best', 'latest', or a step.
+          **options: of the Predictor.
+
+        Raises:
+          UserError: see `checkpoint.load_run`.
+        """
+        run = checkpoint.load_run(path, which)
+        about = checkpoint.read_about(path, which)
+        known = {"class_names": about.get("class_names"), "crop": run.config.data.eval_crop}
+        return cls(run.model, run.variables, **{**known, **options})
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Names of all programs that may be compiled: never more than `max_programs`."""
+        preparation = _PREPARATION if self._gated else _PREPARATION[:1]
+        return (*preparation, *(shape.name for shape in self._policy.shapes))
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the programs that have been compiled."""
+        return self._programs.compiled
+
+    def warm_up(self) -> "Predictor":
+        """Compiles and runs every program, so that no later call waits for a compilation."""
+        side = self.model.image_size
+        images = self._programs.normalised(np.zeros((self._batch, side, side, 3), np.uint8))
+        coarse = None
+        if self._gated:
+            coarse = np.ones_like(self._programs.decide(images, 0.5).coarse)
+        for shape in self._policy.shapes:
+            jax.block_until_ready(self._programs.answer(shape, images, coarse))
+        return self
+
+    def __call__(
+        self, images: Images, *, progress: Callable[[int], Any] | None = None
+    ) -> Predictions:
+        """Classifies images.
+
+        Args:
+          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or float32, normalised already with the
+            model's mean and std), a sequence of [S, S, 3], or paths of image files, of which the
+            central square is cut and resized. S is the model's image size.
+          progress: told how many more images have their answers, now and then.
+
+        Raises:
+          UserError: no images, images of a wrong size, shape or type, NaN pixels, or a file that
+            cannot be read.
+        """
+        source = open_images(images, size=self.model.image_size, crop=self._crop)
+        job = _Job(self._programs, Queue(self._policy), source.count, self.threshold)
+        return job.run(self._chunks(source), progress, self._describe)
+
+    def calibrate(self, images: Images, tokens: float = 100.0) -> Calibration:
+        """Sets the gate's threshold so that a sample's images have that many tokens on average.
+
+        Of the thresholds that stay within the budget the one that comes closest to it. Only the
+        gate runs.
+
+        Args:
+          images: a sample, see `__call__`.
+          tokens: mean number of active patch tokens per image.
+
+        Returns:
+          The threshold and the mean that it gave on the sample.
+
+        Raises:
+          UserError: a budget out of reach (names the range), or a model without such a gate.
+        """
+        ...
