@@ -4,6 +4,7 @@ The batch is cut over both axes. Parameters and optimiser state are copied along
 along `fsdp`, each at its largest axis that divides evenly.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,13 +17,18 @@ from msvit_jax.errors import UserError
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Arranges all devices of all processes as data x fsdp; -1 takes what the other leaves.
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as data x fsdp; -1 takes what the other leaves.
+
+    Args:
+      data: number of devices along this axis.
+      fsdp: likewise.
+      devices: None: all of all processes.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if data == -1:
         data = count // max(fsdp, 1)
     elif fsdp == -1:
@@ -32,7 +38,8 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
             f"mesh.data={data} x mesh.fsdp={fsdp} does not use the {count} devices there are; "
             "set one of the two to -1, and the other to a divisor of that number."
         )
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    axes = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=axes, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -56,7 +56,7 @@ def threshold_for(probability: np.ndarray, tokens: float) -> Calibration:
 
 
 def _between(ordered: np.ndarray, count: int) -> np.float32:
-    """A threshold that at most `count` of the sorted numbers do not exceed, and no more than ties cost."""
+    """A threshold that `count` of the sorted numbers do not exceed; fewer, where there are ties."""
     if count == ordered.size:
         return np.float32((ordered[-1] + 1) / 2)
     above = ordered[count]

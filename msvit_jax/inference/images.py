@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax import Array
@@ -11,8 +11,8 @@ from jax import Array
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
 
-File = str | pathlib.Path
-Images = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
+File: TypeAlias = str | pathlib.Path
+Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _NAMED = 8  # indices or sizes that a message names

@@ -1,10 +1,9 @@
 """Running a trained model on any number of images: static shapes inside, plain arrays outside."""
 
-import collections
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +11,14 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from msvit_jax import checkpoint, data, sharding
+from msvit_jax import checkpoint, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import shapes
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.images import Images, Source, open_images
-from msvit_jax.inference.programs import Answers, Decisions, Programs
-from msvit_jax.inference.schedule import PADDING, Call, Queue
-from msvit_jax.tokens import grid
-from msvit_jax.train.step import max_tokens
+from msvit_jax.inference.job import Job, decide
+from msvit_jax.inference.programs import Programs
 
-_ON_THE_WAY = 2  # calls that the devices are given ahead of the answers that are read
 _PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
 
 
@@ -81,7 +77,8 @@ class Predictor:
 
     Attributes:
       model: in the slots layout.
-      threshold: of the gate; None for a model without one. A call uses the one at its start.
+      class_names: of its classes, if they are known.
+      crop: see `__init__`.
     """
 
     def __init__(
@@ -119,13 +116,15 @@ class Predictor:
         Raises:
           UserError: options that do not fit the model or each other.
         """
-        self._mesh = mesh or sharding.make_mesh()
+        self._mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
         self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
-        self._gated = shapes.has_gate(model)
-        self.model: Any = model.clone(layout="slots") if self._gated else model
-        self.threshold = _own_threshold(model, threshold, self._gated)
+        gated = shapes.has_gate(model)
+        self.model: Any = model.clone(layout="slots") if gated else model
+        self._threshold = model.threshold if gated and model.fine_share is None else None
+        if threshold is not None:
+            self.threshold = threshold
         self._policy = shapes.make_policy(
             self.model,
             layout=layout,
@@ -137,12 +136,10 @@ class Predictor:
         )
         self._programs = Programs(self.model, variables, self._batch, self._mesh)
         self.class_names = _checked_names(class_names, self.model.num_classes)
-        self._crop = crop
+        self.crop = crop
 
     @classmethod
-    def load(
-        cls, path: str | pathlib.Path, which: str = "best", **options: Any
-    ) -> "Predictor":
+    def load(cls, path: str | pathlib.Path, which: str = "best", **options: Any) -> "Predictor":
         """Loads a trained run with its class names and the crop of its evaluation.
 
         Args:
@@ -159,9 +156,28 @@ class Predictor:
         return cls(run.model, run.variables, **{**known, **options})
 
     @property
+    def threshold(self) -> float | None:
+        """A region is coarse where its probability exceeds this; None for a model without.
+
+        A call that runs goes on with the one it started with.
+        """
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._check_adjustable()
+        self._threshold = float(value)
+
+    def _check_adjustable(self) -> None:
+        if self._threshold is None:
+            raise UserError(
+                "This model has no gate with a threshold: all images get the same number of tokens."
+            )
+
+    @property
     def programs(self) -> tuple[str, ...]:
         """Names of all programs that may be compiled: never more than `max_programs`."""
-        preparation = _PREPARATION if self._gated else _PREPARATION[:1]
+        preparation = _PREPARATION if self._programs.gated else _PREPARATION[:1]
         return (*preparation, *(shape.name for shape in self._policy.shapes))
 
     @property
@@ -172,10 +188,10 @@ class Predictor:
     def warm_up(self) -> "Predictor":
         """Compiles and runs every program, so that no later call waits for a compilation."""
         side = self.model.image_size
-        images = self._programs.normalised(np.zeros((self._batch, side, side, 3), np.uint8))
+        images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
         coarse = None
-        if self._gated:
-            coarse = np.ones_like(self._programs.decide(images, 0.5).coarse)
+        if self._programs.gated:
+            coarse = np.asarray(self._programs.decide(images, self.threshold).coarse)
         for shape in self._policy.shapes:
             jax.block_until_ready(self._programs.answer(shape, images, coarse))
         return self
@@ -186,33 +202,60 @@ class Predictor:
         """Classifies images.
 
         Args:
-          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or float32, normalised already with the
-            model's mean and std), a sequence of [S, S, 3], or paths of image files, of which the
-            central square is cut and resized. S is the model's image size.
+          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or floats, normalised already with the
+            model's mean and std); a sequence of [S, S, 3]; or paths of image files, whose central
+            square is cut and resized. S is the model's image size.
           progress: told how many more images have their answers, now and then.
 
         Raises:
           UserError: no images, images of a wrong size, shape or type, NaN pixels, or a file that
             cannot be read.
         """
-        source = open_images(images, size=self.model.image_size, crop=self._crop)
-        job = _Job(self._programs, Queue(self._policy), source.count, self.threshold)
-        return job.run(self._chunks(source), progress, self._describe)
+        source = self._open(images)
+        job = Job(self._programs, self._policy, source.count)
+        job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
+        answers = Predictions(job.logits, job.tokens, class_names=self.class_names)
+        if job.coarse is None or job.probability is None:
+            return answers
+        shape = (source.count, *self.model.gate_grid)
+        return dataclasses.replace(
+            answers,
+            coarse=job.coarse.reshape(shape) > 0.5,
+            coarse_probability=job.probability.reshape(shape),
+        )
+
+    def _open(self, images: Images) -> Source:
+        return open_images(images, size=self.model.image_size, crop=self.crop)
 
     def calibrate(self, images: Images, tokens: float = 100.0) -> Calibration:
         """Sets the gate's threshold so that a sample's images have that many tokens on average.
 
-        Of the thresholds that stay within the budget the one that comes closest to it. Only the
-        gate runs.
+        Of the thresholds that stay within the budget it takes the one that comes closest to it.
+        Only the gate runs.
 
         Args:
           images: a sample, see `__call__`.
           tokens: mean number of active patch tokens per image.
 
         Returns:
-          The threshold and the mean that it gave on the sample.
+          The threshold and the mean that it gives on the sample.
 
         Raises:
-          UserError: a budget out of reach (names the range), or a model without such a gate.
+          UserError: a budget out of reach (names the range), or a model without a threshold.
         """
-        ...
+        self._check_adjustable()
+        batches = decide(self._programs, self._open(images), self.threshold)
+        probability = [
+            np.asarray(batch.decisions.probability)[: len(batch.numbers)]
+            for batch in batches
+            if batch.decisions is not None
+        ]
+        calibration = threshold_for(np.concatenate(probability), tokens)
+        self.threshold = calibration.threshold
+        return calibration
+
+
+def _checked_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if names and len(names) != classes:
+        raise UserError(f"{len(names)} class names were given; the model has {classes} classes.")
+    return tuple(names or ())

@@ -1,14 +1,14 @@
 """The compiled programs of one model: each static shape once, ahead of its first batch."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from flax import linen as nn
+from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
@@ -61,11 +61,17 @@ class Programs:
           variables: for `model.apply`.
           batch: images of every call, a multiple of the devices.
           mesh: the devices.
+
+        Attributes:
+          batch: see above.
+          classes: of the model.
+          gated: whether the model has a gate.
         """
         self._model, self._mesh = model, mesh
+        self.gated = has_gate(model)
         self._split, self._whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._variables = jax.device_put(variables, self._whole)
-        self._images = (batch, model.image_size, model.image_size, 3)
+        self.batch, self.classes = batch, model.num_classes
         self._compiled: dict[str, Callable[..., Any]] = {}
         # Also around each start: devices must see the programs of all threads in one order.
         self._lock = threading.Lock()
@@ -75,37 +81,46 @@ class Programs:
         """Names of the programs compiled so far."""
         return tuple(self._compiled)
 
-    def normalised(self, images: np.ndarray) -> Array:
-        """A batch on the devices, float32 normalised; bytes are normalised there."""
-        assert images.shape == self._images
-        if images.dtype != np.uint8:
-            return jax.device_put(images, self._split)
+    def put(self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]) -> Array:
+        """Puts images into a batch on the devices: [B, S, S, 3] float32 normalised.
+
+        Args:
+          images: uint8 pixels, which are normalised on the devices, or float32.
+          places: of the images in the batch; the others are zero.
+        """
+        batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
+        batch[list(places)] = images
+        placed = jax.device_put(batch, self._split)
+        if batch.dtype != np.uint8:
+            return placed
         model = self._model
         program = lambda images: normalise(images, model.mean, model.std)  # noqa: E731
-        return self._start("normalise", program, jax.device_put(images, self._split))
+        return self._start("normalise", program, placed)
 
-    def decide(self, images: Array, threshold: float) -> Decisions:
+    def decide(self, images: Array, threshold: float | None) -> Decisions:
         """Runs the gate alone.
 
         Args:
-          images: as `normalised` returns them.
-          threshold: a region is coarse where its probability exceeds it.
+          images: as `put` returns them.
+          threshold: a region is coarse where its probability exceeds it; None for a gate that
+            decides otherwise, then in all calls.
         """
         model = self._model
 
-        def program(variables: Any, images: Array, threshold: Array) -> Decisions:
+        def program(variables: Any, images: Array, threshold: Array | None) -> Decisions:
             gate = model.apply(variables, images, threshold=threshold, method="gate_only")
             return Decisions(gate.coarse, jax.nn.sigmoid(gate.logits))
 
-        value = jax.device_put(np.float32(threshold), self._whole)
-        return self._start("gate", program, self._variables, images, value)
+        if threshold is not None:
+            threshold = jax.device_put(np.float32(threshold), self._whole)
+        return self._start("gate", program, self._variables, images, threshold)
 
     def answer(self, shape: Shape, images: Array, coarse: np.ndarray | None) -> Answers:
         """Runs the model in a static shape.
 
         Args:
           shape: for the batch.
-          images: as `normalised` returns them.
+          images: as `put` returns them.
           coarse: [B, R] float32 decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)

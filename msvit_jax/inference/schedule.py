@@ -65,7 +65,10 @@ class Call:
 class Policy(Protocol):
     """Decides what runs next."""
 
-    shapes: Sequence[Shape]  # any batch of images fits into the last one
+    @property
+    def shapes(self) -> Sequence[Shape]:
+        """All that it uses; any batch of images fits into the last one."""
+        ...
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
         """Returns the next call.

@@ -86,7 +86,7 @@ def _budget_shapes(
 
 
 def default_buckets(least: int, most: int, prefix: int = 0) -> list[int]:
-    """Budgets in even steps, in which a whole sequence is a multiple of 16 tokens (4 on small grids).
+    """Budgets in even steps; a whole sequence is a multiple of 16 tokens, on small grids of 4.
 
     Args:
       least: patch tokens of an image that is coarse all over.
