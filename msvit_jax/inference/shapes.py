@@ -55,10 +55,11 @@ def make_policy(
     if layout != "rows":
         by_budget = _budget_shapes(model, batch, groups, buckets)
     room = most_shapes - len(by_budget)
-    if room < (layout != "budget"):
+    missing = (layout != "budget") - room
+    if missing > 0:
         raise UserError(
-            f"layout={layout!r} needs {1 - room} programs more than max_programs allows; raise it "
-            f"or give fewer buckets than {len(by_budget)}."
+            f"max_programs is too small by {missing} for layout={layout!r} with "
+            f"{len(by_budget)} buckets; raise it or give fewer buckets."
         )
     if layout == "budget":
         return Buckets(by_budget)
