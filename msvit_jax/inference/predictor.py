@@ -150,8 +150,9 @@ class Predictor:
         Raises:
           UserError: see `checkpoint.load_run`.
         """
-        run = checkpoint.load_run(path, which)
-        about = checkpoint.read_about(path, which)
+        step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
+        run = checkpoint.load_run(path, step)
+        about = checkpoint.read_about(path, step)
         known = {"class_names": about.get("class_names"), "crop": run.config.data.eval_crop}
         return cls(run.model, run.variables, **{**known, **options})
 
