@@ -1,7 +1,9 @@
 """Running a trained model on any number of images: static shapes inside, plain arrays outside."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -187,14 +189,18 @@ class Predictor:
         return self._programs.compiled
 
     def warm_up(self) -> "Predictor":
-        """Compiles and runs every program, so that no later call waits for a compilation."""
+        """Compiles and runs every program, so that no later call waits for a compilation.
+
+        Several are compiled at a time where there are cores for it.
+        """
         side = self.model.image_size
         images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
         coarse = None
         if self._programs.gated:
             coarse = np.asarray(self._programs.decide(images, self.threshold).coarse)
-        for shape in self._policy.shapes:
-            jax.block_until_ready(self._programs.answer(shape, images, coarse))
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            start = lambda shape: self._programs.answer(shape, images, coarse)  # noqa: E731
+            jax.block_until_ready(list(threads.map(start, self._policy.shapes)))
         return self
 
     def __call__(

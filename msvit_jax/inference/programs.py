@@ -1,5 +1,6 @@
 """The compiled programs of one model: each static shape once, ahead of its first batch."""
 
+import collections
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,8 +74,10 @@ class Programs:
         self._variables = jax.device_put(variables, self._whole)
         self.batch, self.classes = batch, model.num_classes
         self._compiled: dict[str, Callable[..., Any]] = {}
-        # Also around each start: devices must see the programs of all threads in one order.
-        self._lock = threading.Lock()
+        # Devices must see the programs of all threads in one order.
+        self._starting = threading.Lock()
+        # One for each program: others run, or compile, while it compiles.
+        self._compiling: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -136,11 +139,14 @@ class Programs:
         return self._start(shape.name, program, self._variables, images, coarse)
 
     def _start(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        with self._lock:
+        with self._starting:
+            compiling = self._compiling[name]
+        with compiling:
             if name not in self._compiled:
                 with jax.set_mesh(self._mesh):
                     jitted = jax.jit(function, out_shardings=self._split)
                     self._compiled[name] = jitted.lower(*arguments).compile()
+        with self._starting:
             return self._compiled[name](*arguments)
 
 
