@@ -20,6 +20,7 @@ from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.images import Images, Source, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Programs
+from msvit_jax.models.layout import in_slots
 
 _PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
 
@@ -123,7 +124,7 @@ class Predictor:
             raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
         self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
         gated = shapes.has_gate(model)
-        self.model: Any = model.clone(layout="slots") if gated else model
+        self.model: Any = in_slots(model)
         self._threshold = model.threshold if gated and model.fine_share is None else None
         if threshold is not None:
             self.threshold = threshold

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from msvit_jax.tokens.plan import first_fit
+
 PADDING = -1
 
 Waiting = Mapping[int, int]  # number of an image -> its active patch tokens, in order of arrival
@@ -114,10 +116,10 @@ def _call(shape: Shape, images: Sequence[int]) -> Call:
 
 
 class Rows:
-    """A batch of images as they come, in the fewest rows of a compiled shape that hold them."""
+    """A batch of images as they come, in the compiled shape with the fewest rows that hold them."""
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
-        """Takes shapes that grow in `rows`."""
+        """Takes shapes that grow in `rows` and are alike in all else."""
         self.shapes = shapes
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
@@ -126,12 +128,19 @@ class Rows:
         if len(waiting) < batch and not last:
             return None
         images = list(waiting)[:batch]
-        tokens = [waiting[image] for image in images]
-        for shape in self.shapes:
-            order = pack(tokens, shape)
-            if order is not None:
-                return Call(shape, tuple(i if i == PADDING else images[i] for i in order))
-        raise AssertionError("Any batch of images fits into the last shape.")
+        largest = self.shapes[-1]
+        lengths = np.asarray([waiting[image] for image in images]) + largest.prefix
+        order = deal(lengths, largest.groups, batch // largest.groups)
+        held = [first_fit(lengths[group], largest.row_width) for group in order if group]
+        rows = largest.groups * (1 + max(int(row.max()) for row in held))
+        shape = next(shape for shape in self.shapes if shape.rows >= rows)
+        return Call(shape, tuple(self._places(images, order)))
+
+    def _places(self, images: Sequence[int], order: Sequence[Sequence[int]]) -> Iterator[int]:
+        """Group by group the images, then padding, which may remain without room in the rows."""
+        for group in order:
+            yield from (images[position] for position in group)
+            yield from [PADDING] * (self.shapes[-1].batch // len(order) - len(group))
 
 
 class Cheapest:
@@ -165,30 +174,24 @@ def plan(policy: Policy, waiting: Waiting) -> Iterator[Call]:
         yield call
 
 
-def pack(tokens: Sequence[int], shape: Shape) -> list[int] | None:
-    """Places images, the largest first, in the emptiest group, there in the first row with room.
+def deal(lengths: np.ndarray, groups: int, room: int) -> list[list[int]]:
+    """Deals images to groups, the longest first, each to the least loaded one with room.
 
     Args:
-      tokens: active patch tokens of each image, at most as many images as the shape's batch.
-      shape: of layout "rows".
+      lengths: [n] tokens of the images.
+      groups: number of groups.
+      room: images that a group takes at most.
 
     Returns:
-      For each place of the batch the position of an image in `tokens`, or `PADDING`, which comes
-      last in its group; None where they do not fit.
+      For each group the positions of its images in `lengths`.
     """
-    groups, room = shape.groups, shape.batch // shape.groups
-    free = np.full((groups, shape.rows // groups), shape.row_width)
     order: list[list[int]] = [[] for _ in range(groups)]
-    need = np.asarray(tokens) + shape.prefix
-    for image in np.argsort(-need, kind="stable").tolist():
-        fits = free >= need[image]
-        with_room = [g for g in range(groups) if len(order[g]) < room and fits[g].any()]
-        if not with_room:
-            return None
-        group = max(with_room, key=lambda g: int(free[g].sum()))
-        free[group, fits[group].argmax()] -= need[image]
+    load = np.zeros(groups, int)
+    for image in np.argsort(-lengths, kind="stable").tolist():
+        group = min((g for g in range(groups) if len(order[g]) < room), key=load.__getitem__)
+        load[group] += lengths[image]
         order[group].append(image)
-    return [image for group in order for image in [*group, *[PADDING] * (room - len(group))]]
+    return order
 
 
 class Queue:

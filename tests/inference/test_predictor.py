@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +216,14 @@ def test_programs_are_bounded_and_warm_up_leaves_nothing_to_compile():
         predictor(_pool()[:count].astype(np.float32))
     predictor.calibrate(_pool(), 40)
     assert Counting.traces == len(predictor.programs) - 1
+
+
+def test_devices_do_not_wait_for_each_other():
+    predictor = _predictor("auto").warm_up()
+    for name in predictor.programs:
+        text = predictor._programs._compiled[name].as_text()
+        assert "num_partitions=2" in text
+        assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text), name
 
 
 def test_threads_share_a_predictor():

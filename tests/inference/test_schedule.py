@@ -13,7 +13,6 @@ from msvit_jax.inference.schedule import (
     Queue,
     Rows,
     Shape,
-    pack,
     plan,
 )
 
@@ -114,15 +113,10 @@ def test_what_is_left_runs_in_the_cheaper_way():
     assert policy.call({0: 60}, last=False) is None
 
 
-@given(st.lists(st.integers(16, GRID), min_size=8, max_size=8), st.sampled_from([65, 129, 140]))
-def test_any_batch_fits_into_the_last_shape_of_rows(tokens, width):
-    assert pack(tokens, _rows(8, 2, width)[-1]) is not None
-
-
-def test_padding_comes_last_in_each_group_and_what_does_not_fit_is_said():
+def test_padding_comes_last_in_each_group():
     shape = Shape("rows", 6, GRID, 1.0, rows=2, row_width=100, groups=2, prefix=1)
-    assert pack([30, 60, 20], shape) == [1, PADDING, PADDING, 0, 2, PADDING]
-    assert pack([60, 60, 60], shape) is None
+    call = Rows([shape]).call({7: 30, 8: 60, 9: 20}, last=True)
+    assert call.places == (8, PADDING, PADDING, 7, 9, PADDING)
 
 
 def test_what_did_not_fit_runs_in_the_last_shape_after_all_others():
