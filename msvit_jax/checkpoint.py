@@ -271,6 +271,18 @@ def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, A
         ) from error
 
 
+def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, Any]:
+    """Reads what a checkpoint says of its model: `config`, `class_names`, `mean`, `std`.
+
+    Args:
+      workdir: of the run.
+      which: 'best', 'latest', or a step.
+    """
+    step = find_step(workdir, which)
+    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "about"
+    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
+
+
 def _steps(workdir: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(workdir) / CHECKPOINTS
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())

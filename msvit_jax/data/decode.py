@@ -8,11 +8,12 @@ the pipelines that published ImageNet figures come from.
 import functools
 import io
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from msvit_jax.errors import UserError
 
@@ -161,3 +162,26 @@ def unreadable(example: dict[str, Any], error: Exception) -> UserError:
 
 # What Pillow raises on truncated, damaged and unknown data.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_file(path: str | pathlib.Path, size: int, fraction: float) -> np.ndarray:
+    """Reads an image file as evaluation does: its central square, resized to uint8 [S, S, 3].
+
+    Args:
+        path: of the file.
+        size: side of the result.
+        fraction: see `centre_box`.
+
+    Raises:
+        UserError: it is missing or cannot be decoded; names it.
+    """
+    name = str(path)
+    try:
+        image = open_image(pathlib.Path(path).read_bytes())
+        return resized_crop(image, centre_box(*image.size, fraction), size)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no image file {name!r}.") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name!r} is no image, or one of a format that is not known.") from error
+    except DECODE_ERRORS as error:
+        raise UserError(f"The image {name!r} cannot be read: {error}.") from error

@@ -335,7 +335,7 @@ def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
 
 
 def device_batches(
-    batches: Iterable[Batch], put: Callable[[Batch], Any], depth: int = 2
+    batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2
 ) -> Iterator[Any]:
     """Yields `put(batch)`, started `depth` batches early so that transfers overlap with compute.
 

@@ -2,20 +2,18 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from jax import Array
 from ml_collections import ConfigDict
-from PIL import UnidentifiedImageError
 
 from msvit_jax import checkpoint
 from msvit_jax.data import decode, pipeline, sources
 from msvit_jax.errors import UserError
-from msvit_jax.models.output import Output
-from msvit_jax.train.step import max_tokens, normalise
+from msvit_jax.inference import Predictions, Predictor
+from msvit_jax.inference.shapes import has_gate
+from msvit_jax.tokens.grid import REGION
 from msvit_jax.visualize.maps import GATE_COLUMNS, gate_strip
 from msvit_jax.visualize.sheet import Strip, panel, save
 
@@ -72,7 +70,9 @@ def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
       UserError: a file is missing or cannot be decoded; names it.
     """
     return [
-        Example(_read(path, config.image_size, config.eval_crop), pathlib.Path(path).name)
+        Example(
+            decode.read_file(path, config.image_size, config.eval_crop), pathlib.Path(path).name
+        )
         for path in paths
     ]
 
@@ -109,17 +109,38 @@ def draw_gate(
     Raises:
       UserError: the model has no gate.
     """
-    grid = getattr(model, "gate_grid", None)
-    if grid is None:
+    if not has_gate(model):
         raise UserError(
             "The model has no gate: every image gets all of its tokens, so there is nothing to "
             "draw. Choose the workdir of a mixed-scale model (msvit_...)."
         )
-    images = np.stack([example.image for example in examples])
-    outputs = predictions(model, variables, images)
+    predictor = Predictor(
+        model,
+        variables,
+        batch_size=min(BATCH, len(examples)),
+        layout="slots",  # a few images: one program is compiled
+        class_names=class_names,
+    )
+    return gate_strips(examples, predictor(np.stack([example.image for example in examples])))
+
+
+def gate_strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:
+    """Draws what a gate decided about examples that a Predictor has run."""
+    coarse, probability = predictions.coarse, predictions.coarse_probability
+    assert coarse is not None
+    assert probability is not None
+    _, rows, columns = coarse.shape
+    most = REGION**2 * rows * columns
     return [
-        _gate_strip(example, output, grid, class_names, max_tokens(model))
-        for example, output in zip(examples, outputs, strict=True)
+        gate_strip(
+            example.image,
+            coarse[index].reshape(-1),
+            probability[index].reshape(-1),
+            (rows, columns),
+            caption=_caption(example, predictions, index, most),
+            wrong=example.label not in (None, int(predictions.labels[index])),
+        )
+        for index, example in enumerate(examples)
     ]
 
 
@@ -136,52 +157,6 @@ def write(strips: Sequence[Strip], names: Sequence[str], out: pathlib.Path | str
     return save(panel(strips[:ON_SHEET], GATE_COLUMNS, columns=columns), out / SHEET)
 
 
-def predictions(model: Any, variables: Any, images: np.ndarray) -> Iterator[Output]:
-    """Yields the model's output for each of uint8 images [N, S, S, 3], as NumPy arrays.
-
-    Batches have one size, the last one padded, so the model compiles once.
-    """
-
-    @jax.jit
-    def apply(variables: Any, batch: Array) -> Output:
-        return model.apply(variables, normalise(batch, model.mean, model.std), train=False)
-
-    size = min(BATCH, len(images))
-    for start in range(0, len(images), size):
-        batch = images[start : start + size]
-        padded = np.concatenate([batch, np.zeros_like(images[: size - len(batch)])])
-        outputs = jax.device_get(apply(variables, padded))
-        for row in range(len(batch)):
-            yield jax.tree.map(lambda x, row=row: x[row], outputs)
-
-
-def _read(path: str, size: int, crop: float) -> np.ndarray:
-    try:
-        image = decode.open_image(pathlib.Path(path).read_bytes())
-        return decode.resized_crop(image, decode.centre_box(*image.size, crop), size)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no image file {path!r}.") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path!r} is no image, or one of a format that is not known.") from error
-    except decode.DECODE_ERRORS as error:
-        raise UserError(f"The image {path!r} cannot be read: {error}.") from error
-
-
-def _gate_strip(
-    example: Example, output: Output, grid: tuple[int, int], class_names: Sequence[str], most: int
-) -> Strip:
-    gate = output.gate
-    assert gate is not None  # the model has a grid of regions
-    return gate_strip(
-        example.image,
-        gate.coarse,
-        1 / (1 + np.exp(-gate.logits)),
-        grid,
-        caption=_caption(example, output, class_names, most),
-        wrong=example.label not in (None, int(output.logits.argmax())),
-    )
-
-
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
     """The classes' names; none where the run's data set is not on this machine."""
     try:
@@ -190,14 +165,13 @@ def _class_names(config: ConfigDict) -> tuple[str, ...]:
         return ()
 
 
-def _caption(example: Example, output: Output, class_names: Sequence[str], most: int) -> str:
-    def called(label: int) -> str:
-        return class_names[label] if class_names else str(label)
-
-    predicted = int(output.logits.argmax())
-    logits = output.logits - output.logits.max()
-    sure = 1 / np.exp(logits).sum()  # the softmax of the largest logit, which is 0 now
-    shown = example.name if example.label is None else f"label {called(example.label)}"
+def _caption(example: Example, predictions: Predictions, index: int, most: int) -> str:
+    predicted = int(predictions.labels[index])
+    sure = predictions.probabilities[index, predicted]
+    shown = example.name
+    if example.label is not None:
+        shown = f"label {predictions.class_name(example.label)}"
     return (
-        f"{shown} · predicted {called(predicted)} ({sure:.0%}) · {output.tokens} of {most} tokens"
+        f"{shown} · predicted {predictions.class_name(predicted)} ({sure:.0%})"
+        f" · {predictions.tokens[index]} of {most} tokens"
     )

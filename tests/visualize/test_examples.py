@@ -49,16 +49,6 @@ def test_examples_are_spread_over_the_split_and_carry_their_labels(gated):
         examples.from_dataset(gated.config.data, 0)
 
 
-def test_predictions_do_not_depend_on_batches(gated, monkeypatch):
-    monkeypatch.setattr(examples, "BATCH", 4)
-    images = np.stack([e.image for e in examples.from_dataset(gated.config.data, 7)])
-    together = _outputs(gated, images)
-    alone = list(examples.predictions(gated.model, gated.variables, images))
-    np.testing.assert_allclose([o.logits for o in alone], together.logits, atol=1e-5)
-    np.testing.assert_array_equal([o.tokens for o in alone], together.tokens)
-    np.testing.assert_array_equal([o.gate.coarse for o in alone], together.gate.coarse)
-
-
 def test_captions_say_what_the_model_said(gated):
     chosen = examples.from_dataset(gated.config.data, 5)
     output = _outputs(gated, np.stack([example.image for example in chosen]))

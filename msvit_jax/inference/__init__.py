@@ -1,0 +1,6 @@
+"""Running trained models: any number of images in, answers in the same order out."""
+
+from msvit_jax.inference.calibrate import Calibration
+from msvit_jax.inference.predictor import Predictions, Predictor
+
+__all__ = ["Calibration", "Predictions", "Predictor"]

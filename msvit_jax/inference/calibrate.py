@@ -1,0 +1,67 @@
+"""One model, any budget: the gate's threshold that meets a mean number of tokens on a sample."""
+
+import dataclasses
+
+import numpy as np
+
+from msvit_jax.errors import UserError
+from msvit_jax.tokens import grid
+
+_EXTRA = grid.REGION**2 - 1  # tokens that a fine region has more than a coarse one
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it gave on the sample.
+
+    Attributes:
+      threshold: a region is coarse where its probability of that exceeds it.
+      tokens: mean number of active patch tokens of the sample's images with it.
+      images: number of images in the sample.
+    """
+
+    threshold: float
+    tokens: float
+    images: int
+
+
+def threshold_for(probability: np.ndarray, tokens: float) -> Calibration:
+    """The threshold with which a sample's images have the most tokens that the budget allows.
+
+    A region is fine where its probability of staying coarse does not exceed the threshold, so the
+    mean follows from the order of all the sample's probabilities: no sweep, no forward pass of the
+    transformer. Between two of them the threshold lies halfway, so that rounding on other devices
+    changes no decision.
+
+    Args:
+      probability: [N, R] float32 of staying coarse.
+      tokens: mean number of active patch tokens per image that is not to be exceeded.
+
+    Raises:
+      UserError: a target that no threshold reaches; names the range.
+    """
+    images, regions = probability.shape
+    least, most = regions, (1 + _EXTRA) * regions
+    if not least <= tokens <= most:
+        raise UserError(
+            f"A mean of {tokens:g} tokens per image is out of reach: an image of this model has "
+            f"{least} tokens if it is coarse all over and {most} if it is fine all over."
+        )
+    ordered = np.sort(probability.astype(np.float32), axis=None)
+    # A small allowance: 100 tokens on 3 images are 51 fine regions, whatever floats say.
+    fine = int(np.floor(images * (tokens - least) / _EXTRA + 1e-6))
+    threshold = _between(ordered, fine)
+    reached = least + _EXTRA * np.count_nonzero(ordered <= threshold) / images
+    return Calibration(float(threshold), float(reached), images)
+
+
+def _between(ordered: np.ndarray, count: int) -> np.float32:
+    """A threshold that `count` of the sorted numbers do not exceed; fewer, where there are ties."""
+    if count == ordered.size:
+        return np.float32((ordered[-1] + 1) / 2)
+    above = ordered[count]
+    below = ordered[:count][ordered[:count] < above]
+    if not below.size:
+        return np.nextafter(above, np.float32(-1)) if above <= 0 else np.float32(above / 2)
+    middle = below[-1] + (above - below[-1]) / np.float32(2)
+    return np.float32(middle if middle < above else below[-1])

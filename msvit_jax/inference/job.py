@@ -1,0 +1,147 @@
+"""One call of a Predictor: images in, calls of compiled shapes, answers at their images' places."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from msvit_jax import data
+from msvit_jax.inference.images import Source
+from msvit_jax.inference.programs import Answers, Decisions, Programs
+from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
+from msvit_jax.tokens import grid
+
+_ON_THE_WAY = 2  # calls given to the devices before the answers of the first are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """Some images and what the gate says of them, for the whole batch that they were padded to."""
+
+    numbers: range
+    images: np.ndarray
+    decisions: Decisions | None
+
+
+def decide(programs: Programs, source: Source, threshold: float | None) -> Iterator[Decided]:
+    """Reads images batch by batch and runs the gate, if any, on them, a batch ahead of its use.
+
+    Args:
+      programs: of the model.
+      source: of the images.
+      threshold: of the gate; None for a model without one.
+    """
+
+    def start(chunk: tuple[range, np.ndarray]) -> Decided:
+        numbers, images = chunk
+        if not programs.gated:
+            return Decided(numbers, images, None)
+        batch = programs.put(images, range(len(images)))
+        return Decided(numbers, images, programs.decide(batch, threshold))
+
+    return data.device_batches(source.chunks(programs.batch), start, depth=1)
+
+
+class Job:
+    """The images of one call: those that wait, those on their way, and the answers."""
+
+    def __init__(self, programs: Programs, policy: Policy, count: int) -> None:
+        """Starts without images.
+
+        Args:
+          programs: of the model.
+          policy: decides which images run together.
+          count: of images that will come.
+        """
+        self._programs, self._queue = programs, Queue(policy)
+        self._grid = policy.shapes[-1].tokens
+        self._images: dict[int, np.ndarray] = {}  # until they are answered
+        self._on_the_way: collections.deque[tuple[Call, Answers]] = collections.deque()
+        self._again: set[int] = set()
+        self._count = count
+        self.logits = np.zeros((count, programs.classes), np.float32)
+        self.tokens = np.zeros(count, np.int32)
+        self.coarse: np.ndarray | None = None
+        self.probability: np.ndarray | None = None
+
+    def run(self, decided: Iterator[Decided], progress: Callable[[int], Any]) -> None:
+        """Answers all images.
+
+        Args:
+          decided: batches of images, in order.
+          progress: told how many more images have their answers.
+        """
+        more = True
+        while True:
+            call = self._queue.next(last=not more)
+            if call is not None:
+                self._start(call)
+                if len(self._on_the_way) > _ON_THE_WAY:
+                    progress(self._finish())
+            elif more:
+                batch = next(decided, None)
+                if batch is None:
+                    more = False
+                else:
+                    self._take_in(batch)
+            elif self._on_the_way:
+                progress(self._finish())
+            else:
+                return
+
+    def _take_in(self, batch: Decided) -> None:
+        """Lets images wait with the number of their tokens."""
+        tokens = np.full(len(batch.numbers), self._grid)
+        if batch.decisions is not None:
+            tokens = self._keep(batch.numbers, jax.device_get(batch.decisions))
+        for number, image, count in zip(batch.numbers, batch.images, tokens, strict=True):
+            self._images[number] = image
+            self._queue.add(number, int(count))
+
+    def _keep(self, numbers: range, decisions: Decisions) -> np.ndarray:
+        """Writes down decisions; returns tokens."""
+        own = slice(numbers.start, numbers.stop)
+        coarse = np.asarray(decisions.coarse)[: len(numbers)]
+        if self.coarse is None or self.probability is None:
+            self.coarse = np.ones((self._count, coarse.shape[1]), np.float32)
+            self.probability = np.ones_like(self.coarse)
+        self.coarse[own] = coarse
+        self.probability[own] = np.asarray(decisions.probability)[: len(numbers)]
+        return np.where(coarse > 0.5, 1, grid.REGION**2).sum(axis=1)
+
+    def _start(self, call: Call) -> None:
+        """Gives the devices a call; its answers are read later."""
+        places = [place for place, image in enumerate(call.places) if image != PADDING]
+        images = self._programs.put([self._images[number] for number in call.images], places)
+        coarse = None
+        if self.coarse is not None:
+            coarse = np.ones((len(call.places), self.coarse.shape[1]), np.float32)
+            coarse[places] = self.coarse[call.images]
+        self._on_the_way.append((call, self._programs.answer(call.shape, images, coarse)))
+
+    def _finish(self) -> int:
+        """Reads the answers of the oldest call; returns how many there are."""
+        call, answers = self._on_the_way.popleft()
+        logits, tokens, fits = jax.device_get((answers.logits, answers.tokens, answers.fits))
+        answered = 0
+        for place, image in enumerate(call.places):
+            if image == PADDING:
+                continue
+            if fits[place]:
+                self.logits[image], self.tokens[image] = logits[place], tokens[place]
+                del self._images[image]
+                answered += 1
+            else:
+                self._put_back(image, call)
+        return answered
+
+    def _put_back(self, image: int, call: Call) -> None:
+        if image in self._again:
+            raise RuntimeError(
+                f"Image {image} was run in {call.shape.name}, where any image fits, and did not."
+            )
+        self._again.add(image)
+        self._queue.put_back(image)

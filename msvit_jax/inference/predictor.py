@@ -1,0 +1,269 @@
+"""Running a trained model on any number of images: static shapes inside, plain arrays outside."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from msvit_jax import checkpoint, sharding
+from msvit_jax.errors import UserError
+from msvit_jax.inference import shapes
+from msvit_jax.inference.calibrate import Calibration, threshold_for
+from msvit_jax.inference.images import Images, Source, open_images
+from msvit_jax.inference.job import Job, decide
+from msvit_jax.inference.programs import Programs
+from msvit_jax.models.layout import in_slots
+
+_PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Answers for N images, in the order of the images.
+
+    Attributes:
+      logits: [N, classes] float32.
+      tokens: [N] int32, active patch tokens that were spent on each image.
+      coarse: [N, rows, columns] bool, the regions that got one coarse token instead of four fine
+        ones; None of a model without a gate.
+      coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
+      class_names: of the classes; empty where they are not known.
+    """
+
+    logits: np.ndarray
+    tokens: np.ndarray
+    coarse: np.ndarray | None = None
+    coarse_probability: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """[N, classes] float32, the softmax of the logits."""
+        exponentials = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N], the most probable class of each image."""
+        return self.logits.argmax(axis=1)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the labels; their numbers where the classes have no names."""
+        return [self.class_name(label) for label in self.labels]
+
+    def class_name(self, label: int) -> str:
+        """A class by its number."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
+class Predictor:
+    """Runs a model on any number of images and spends time only on the tokens that its gate keeps.
+
+    A gated model runs in two steps. Its gate looks at batches as they come; then images wait with
+    the number of their tokens until enough of them can share a static shape (see `schedule`).
+    What does not fit is run again where everything fits, until all images have their answers.
+    Answers depend neither on the batch size nor on devices, layout and order, up to rounding.
+
+    Calls may come from several threads; each has its own queue.
+
+    Attributes:
+      model: in the slots layout.
+      class_names: of its classes, if they are known.
+      crop: see `__init__`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Any,
+        *,
+        batch_size: int = 32,
+        layout: str = "auto",
+        buckets: Sequence[int] | None = None,
+        row_width: int | None = None,
+        threshold: float | None = None,
+        class_names: Sequence[str] | None = None,
+        crop: float = 1.0,
+        mesh: Mesh | None = None,
+        max_programs: int = 24,
+    ) -> None:
+        """Prepares; programs are compiled when they are first needed, or by `warm_up`.
+
+        Args:
+          model: of the registry.
+          variables: for `model.apply`.
+          batch_size: images run at a time; rounded up to a multiple of the devices.
+          layout: "slots" computes all tokens, "budget" as many for each image of a batch, "rows"
+            packs several images into rows; "auto" uses budgets for full batches and for the last
+            ones what costs less. A model without a gate has no such choice.
+          buckets: budgets in patch tokens per image; None: about ten.
+          row_width: tokens of a row; None: the smallest multiple of 128 that holds any image.
+          threshold: of the gate, instead of the model's own; see also `calibrate`.
+          class_names: in the order of the labels.
+          crop: share of the short side of image files that is kept, as the data's `eval_crop`.
+          mesh: devices to spread batches over; None: all of them.
+          max_programs: of different shapes that may ever be compiled.
+
+        Raises:
+          UserError: options that do not fit the model or each other.
+        """
+        self._mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
+        self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
+        gated = shapes.has_gate(model)
+        self.model: Any = in_slots(model)
+        self._threshold = model.threshold if gated and model.fine_share is None else None
+        if threshold is not None:
+            self.threshold = threshold
+        self._policy = shapes.make_policy(
+            self.model,
+            layout=layout,
+            batch=self._batch,
+            groups=self._mesh.size,
+            buckets=buckets,
+            row_width=row_width,
+            most_shapes=max_programs - len(_PREPARATION),
+        )
+        self._programs = Programs(self.model, variables, self._batch, self._mesh)
+        self.class_names = _checked_names(class_names, self.model.num_classes)
+        self.crop = crop
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, which: str = "best", **options: Any) -> "Predictor":
+        """Loads a trained run with its class names and the crop of its evaluation.
+
+        Args:
+          path: workdir of the run.
+          which: 'best', 'latest', or a step.
+          **options: of the Predictor.
+
+        Raises:
+          UserError: see `checkpoint.load_run`.
+        """
+        step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
+        run = checkpoint.load_run(path, step)
+        about = checkpoint.read_about(path, step)
+        known = {"class_names": about.get("class_names"), "crop": run.config.data.eval_crop}
+        return cls(run.model, run.variables, **{**known, **options})
+
+    @property
+    def threshold(self) -> float | None:
+        """A region is coarse where its probability exceeds this; None for a model without.
+
+        A call that runs goes on with the one it started with.
+        """
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._check_adjustable()
+        self._threshold = float(value)
+
+    def _check_adjustable(self) -> None:
+        if self._threshold is None:
+            raise UserError(
+                "This model has no gate with a threshold: all images get the same number of tokens."
+            )
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Names of all programs that may be compiled: never more than `max_programs`."""
+        preparation = _PREPARATION if self._programs.gated else _PREPARATION[:1]
+        return (*preparation, *(shape.name for shape in self._policy.shapes))
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the programs that have been compiled."""
+        return self._programs.compiled
+
+    def warm_up(self) -> "Predictor":
+        """Compiles and runs every program, so that no later call waits for a compilation.
+
+        Several are compiled at a time where there are cores for it.
+        """
+        side = self.model.image_size
+        images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
+        coarse = None
+        if self._programs.gated:
+            coarse = np.asarray(self._programs.decide(images, self.threshold).coarse)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            start = lambda shape: self._programs.answer(shape, images, coarse)  # noqa: E731
+            jax.block_until_ready(list(threads.map(start, self._policy.shapes)))
+        return self
+
+    def __call__(
+        self, images: Images, *, progress: Callable[[int], Any] | None = None
+    ) -> Predictions:
+        """Classifies images.
+
+        Args:
+          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or floats, normalised already with the
+            model's mean and std); a sequence of [S, S, 3]; or paths of image files, whose central
+            square is cut and resized. S is the model's image size.
+          progress: told how many more images have their answers, now and then.
+
+        Raises:
+          UserError: no images, images of a wrong size, shape or type, NaN pixels, or a file that
+            cannot be read.
+        """
+        source = self._open(images)
+        job = Job(self._programs, self._policy, source.count)
+        job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
+        answers = Predictions(job.logits, job.tokens, class_names=self.class_names)
+        if job.coarse is None or job.probability is None:
+            return answers
+        shape = (source.count, *self.model.gate_grid)
+        return dataclasses.replace(
+            answers,
+            coarse=job.coarse.reshape(shape) > 0.5,
+            coarse_probability=job.probability.reshape(shape),
+        )
+
+    def _open(self, images: Images) -> Source:
+        return open_images(images, size=self.model.image_size, crop=self.crop)
+
+    def calibrate(self, images: Images, tokens: float = 100.0) -> Calibration:
+        """Sets the gate's threshold so that a sample's images have that many tokens on average.
+
+        Of the thresholds that stay within the budget it takes the one that comes closest to it.
+        Only the gate runs.
+
+        Args:
+          images: a sample, see `__call__`.
+          tokens: mean number of active patch tokens per image.
+
+        Returns:
+          The threshold and the mean that it gives on the sample.
+
+        Raises:
+          UserError: a budget out of reach (names the range), or a model without a threshold.
+        """
+        self._check_adjustable()
+        batches = decide(self._programs, self._open(images), self.threshold)
+        probability = [
+            np.asarray(batch.decisions.probability)[: len(batch.numbers)]
+            for batch in batches
+            if batch.decisions is not None
+        ]
+        calibration = threshold_for(np.concatenate(probability), tokens)
+        self.threshold = calibration.threshold
+        return calibration
+
+
+def _checked_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:
+    if names and len(names) != classes:
+        raise UserError(f"{len(names)} class names were given; the model has {classes} classes.")
+    return tuple(names or ())

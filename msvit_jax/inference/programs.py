@@ -1,0 +1,162 @@
+"""The compiled programs of one model: each static shape once, ahead of its first batch."""
+
+import collections
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from msvit_jax import sharding
+from msvit_jax.inference.schedule import Shape
+from msvit_jax.inference.shapes import has_gate
+from msvit_jax.train.step import normalise
+
+
+@struct.dataclass
+class Decisions:
+    """What the gate says of a batch.
+
+    Attributes:
+      coarse: [B, R], 1 where a region is coarse.
+      probability: [B, R] of staying coarse.
+    """
+
+    coarse: Array
+    probability: Array
+
+
+@struct.dataclass
+class Answers:
+    """What the model says of a batch.
+
+    Attributes:
+      logits: [B, classes] float32.
+      tokens: [B] int32.
+      fits: [B] bool; false where there is no answer.
+    """
+
+    logits: Array
+    tokens: Array
+    fits: Array
+
+
+class Programs:
+    """Compiles and starts a model's programs; several threads may do so at a time.
+
+    Everything starts without waiting for the devices: results are on their way when a method
+    returns.
+    """
+
+    def __init__(self, model: nn.Module, variables: Any, batch: int, mesh: Mesh) -> None:
+        """Puts the variables on every device.
+
+        Args:
+          model: of the registry, in the slots layout if it has a gate.
+          variables: for `model.apply`.
+          batch: images of every call, a multiple of the devices.
+          mesh: the devices.
+
+        Attributes:
+          batch: see above.
+          classes: of the model.
+          gated: whether the model has a gate.
+        """
+        self._model, self._mesh = model, mesh
+        self.gated = has_gate(model)
+        self._split, self._whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._variables = jax.device_put(variables, self._whole)
+        self.batch, self.classes = batch, model.num_classes
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        # Devices must see the programs of all threads in one order.
+        self._starting = threading.Lock()
+        # One for each program: others run, or compile, while it compiles.
+        self._compiling: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """Names of the programs compiled so far."""
+        return tuple(self._compiled)
+
+    def put(self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]) -> Array:
+        """Puts images into a batch on the devices: [B, S, S, 3] float32 normalised.
+
+        Args:
+          images: uint8 pixels, which are normalised on the devices, or float32.
+          places: of the images in the batch; the others are zero.
+        """
+        batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
+        batch[list(places)] = images
+        placed = jax.device_put(batch, self._split)
+        if batch.dtype != np.uint8:
+            return placed
+        model = self._model
+        program = lambda images: normalise(images, model.mean, model.std)  # noqa: E731
+        return self._start("normalise", program, placed)
+
+    def decide(self, images: Array, threshold: float | None) -> Decisions:
+        """Runs the gate alone.
+
+        Args:
+          images: as `put` returns them.
+          threshold: a region is coarse where its probability exceeds it; None for a gate that
+            decides otherwise, then in all calls.
+        """
+        model = self._model
+
+        def program(variables: Any, images: Array, threshold: Array | None) -> Decisions:
+            gate = model.apply(variables, images, threshold=threshold, method="gate_only")
+            return Decisions(gate.coarse, jax.nn.sigmoid(gate.logits))
+
+        if threshold is not None:
+            threshold = jax.device_put(np.float32(threshold), self._whole)
+        return self._start("gate", program, self._variables, images, threshold)
+
+    def answer(self, shape: Shape, images: Array, coarse: np.ndarray | None) -> Answers:
+        """Runs the model in a static shape.
+
+        Args:
+          shape: for the batch.
+          images: as `put` returns them.
+          coarse: [B, R] float32 decisions; None for a model without a gate.
+        """
+        model = in_shape(self._model, shape)
+
+        def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
+            decided = {} if coarse is None else {"coarse": coarse}
+            output = model.apply(variables, images, train=False, **decided)
+            fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
+            return Answers(output.logits, output.tokens, fits)
+
+        if coarse is not None:
+            coarse = jax.device_put(coarse, self._split)
+        return self._start(shape.name, program, self._variables, images, coarse)
+
+    def _start(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._starting:
+            compiling = self._compiling[name]
+        with compiling:
+            if name not in self._compiled:
+                with jax.set_mesh(self._mesh):
+                    jitted = jax.jit(function, out_shardings=self._split)
+                    self._compiled[name] = jitted.lower(*arguments).compile()
+        with self._starting:
+            return self._compiled[name](*arguments)
+
+
+def in_shape(model: Any, shape: Shape) -> Any:
+    """The same model, for the same variables, in a layout of that shape."""
+    if shape.layout == "dense":
+        return model
+    sizes: dict[str, Any] = {"row_groups": shape.groups}
+    if shape.layout == "budget":
+        sizes["budget"] = shape.tokens
+    if shape.layout == "rows":
+        sizes |= {"rows": shape.rows, "row_width": shape.row_width}
+    return model.clone(layout=shape.layout, **sizes)
