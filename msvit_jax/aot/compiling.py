@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import time
 from typing import Any
 
@@ -138,6 +139,7 @@ def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str
         "chip_gib": topology.chip.memory,
     }
     lowered = lower(variant, what, topology)
+    print(f"compiling {variant.name}: {variant.places}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
