@@ -195,7 +195,7 @@ class _Run:
             looking = self.trim is not None and self.trim.due(step) and not last
             if evaluating or periodic or stopping or looking:
                 reporter.flush()
-            if self.trim is not None and looking and (change := self.trim.look()):
+            if self.trim is not None and looking and (change := self.trim.look(step)):
                 logger.say(f"step {step}: {change}")
                 train_step = self.train_step()
             if evaluating:

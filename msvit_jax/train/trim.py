@@ -22,7 +22,7 @@ def default_config() -> dict[str, Any]:
     """The config's `trim` section."""
     return {
         "parts": 8,  # of a device's share of the batch, each with its own budget
-        "every_steps": 200,  # between looks at the counts
+        "every_steps": 200,  # between changes to smaller budgets; to larger ones, an eighth of it
         "shrink": 0.08,  # places that new budgets must save to be worth a compilation
         "unfit": 0.02,  # share of images without places above which budgets grow
         "changes": 8,  # of the budgets in a run, each a compilation; then the whole grid
@@ -95,10 +95,10 @@ class Trim:
         self.unfit += float(unfit)
 
     def due(self, step: int) -> bool:
-        """Whether to look after this step."""
-        return step % self.options.every_steps == 0
+        """Whether to look after this step: often, because a gate can move within few steps."""
+        return step % max(1, self.options.every_steps // 8) == 0
 
-    def look(self) -> str | None:
+    def look(self, step: int) -> str | None:
         """Decides on budgets by the counts since the last look.
 
         Returns:
@@ -111,7 +111,8 @@ class Trim:
             return None
         share = unfit / seen
         saves = 1 - np.mean(wanted) / np.mean(self.budgets)
-        if share <= self.options.unfit and saves < self.options.shrink:
+        may_shrink = step % self.options.every_steps == 0
+        if share <= self.options.unfit and not (may_shrink and saves >= self.options.shrink):
             return None
         old, self.budgets, self.changes = self.budgets, wanted, self.changes + 1
         return (
