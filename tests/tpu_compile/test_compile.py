@@ -32,7 +32,7 @@ from msvit_jax.config import base
 
 def get_config():
     config = base()
-    config.model = {"name": "msvit_tiny_patch16_224", "depth": 2, "width": 128, "heads": 2}
+    config.model = {"name": "msvit_tiny_patch16_224", "depth": 1, "width": 128, "heads": 2}
     config.dtype = "bfloat16"
     config.data.name = "not_there"
     config.data.image_size = 64
@@ -62,7 +62,7 @@ def test_a_small_models_train_step(tmp_path):
     path = tmp_path / "config.py"
     path.write_text(CONFIG)
     command = [sys.executable, "-m", "msvit_jax.aot", f"--config={path}", "--topology=v5e:2x2"]
-    command += ["--layouts=budget", "--tokens=10", "--config.model.num_classes=10"]
+    command += ["--layouts=trimmed", "--tokens=10", "--config.model.num_classes=10"]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -84,9 +84,9 @@ def test_a_small_models_train_step(tmp_path):
     # Parameters and Adam's two moments on every chip, and its eight images; padding on top.
     arguments = 3 * weights + 8 * 64 * 64 * 3
     assert arguments < record["memory_bytes"]["arguments"] < 1.5 * arguments
-    # Gradients are summed over the chips; no layout needs tokens of other chips.
+    # Gradients, some in bfloat16, are summed over the chips; tokens stay where they are.
     assert set(record["collectives"]) <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert record["collectives"]["all-reduce"]["bytes"] > weights
+    assert record["collectives"]["all-reduce"]["bytes"] > 0.4 * weights
     tokens_of_a_chip = 8 * 11 * 128 * 2
     gathered = record["collectives"].get("all-gather", {"bytes": 0})
     assert gathered["bytes"] < tokens_of_a_chip
