@@ -7,7 +7,7 @@
 A mixed-scale model and the dense model it is built over run in one process, in turns, warm. Weights
 and images are random, and the numbers of active tokens are forced: drawn with the given mean and
 spread; the gate runs all the same. A layout's sizes are chosen so that everything fits. At batch 1
-there are 16 images with different counts, one after the other, one program for each 16 tokens. With
+there are 16 images with different counts, one after the other, one program for each 8 tokens. With
 --tokens=196 --spread=0 everything is fine, and what remains is the price of being able to choose.
 
 With --train it is the step that train.py runs, by default in the layouts slots and trimmed:

@@ -17,7 +17,7 @@ from msvit_jax.train import trim
 
 _BUDGETS = 8  # different ones in a batch, at most
 _MULTIPLE = 8  # budgets and widths of rows are multiples of this,
-_BUCKET = 16  # and of this where each is a program of its own, at batch 1
+_BUCKET = 8  # and of this where each is a program of its own, at batch 1
 _SEEN = 8192  # images whose counts the trainer's schedule is shown
 _WIDTHS = np.arange(1.5, 4.01, 0.25)  # of rows that are tried, in mean lengths of an image
 

@@ -104,7 +104,8 @@ class PatchEmbed(nn.Module):
 class QKV(nn.Module):
     """Queries, keys and values by one kernel [D, 3D], applied in three products.
 
-    One product and a cut would copy the whole result: on a TPU that is half of a block's time.
+    One product and a cut would copy the whole result: on a TPU that is half of a block's time. For
+    fewer tokens than channels, cutting the kernel copies more.
     """
 
     heads: int
@@ -118,7 +119,11 @@ class QKV(nn.Module):
         kernel = self.param("kernel", init_weights, (width, 3 * width))
         shape = (3, self.heads, width // self.heads)
         kernel = kernel.astype(self.dtype).reshape(width, *shape)
-        parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
+        if x.shape[0] * x.shape[1] < width:
+            whole = jnp.einsum("bnd,dche->bnche", x, kernel)
+            parts = [whole[:, :, i] for i in range(3)]
+        else:
+            parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
         if not self.bias:
             return parts
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
