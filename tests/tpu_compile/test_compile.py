@@ -85,11 +85,11 @@ def test_a_small_models_train_step(tmp_path):
     arguments = 3 * weights + 8 * 64 * 64 * 3
     assert arguments < record["memory_bytes"]["arguments"] < 1.5 * arguments
     # Gradients, some in bfloat16, are summed over the chips; tokens stay where they are.
-    assert set(record["collectives"]) <= {"all-reduce", "reduce-scatter", "all-gather"}
-    assert record["collectives"]["all-reduce"]["bytes"] > 0.4 * weights
+    # Batch shaping sorts the gate's probabilities over the whole batch.
+    moved = {kind: c["bytes"] for kind, c in record["collectives"].items()}
+    assert moved.pop("all-reduce") > 0.4 * weights
     tokens_of_a_chip = 8 * 11 * 128 * 2
-    gathered = record["collectives"].get("all-gather", {"bytes": 0})
-    assert gathered["bytes"] < tokens_of_a_chip
+    assert sum(moved.values()) < tokens_of_a_chip
     # Three times the forward pass; element-wise operations count in XLA, and not in ours.
     assert 0.9 < record["gmacs_per_image"] * 1e9 / (3 * float(model.macs([10])[0])) < 1.6
     assert record["mcycles"] > 0
