@@ -94,7 +94,7 @@ def test_one_record_for_each_batch_and_layout():
 def test_sizes_hold_what_is_active():
     single, batch = (r for r in _report(False)["records"] if r["layout"] == "budget")
     assert single["images_per_round"] == 16
-    assert single["sizes"] == [{"budget": (16,)}]  # 16 tokens are one bucket
+    assert single["sizes"] == [{"budget": (8,)}, {"budget": (16,)}]  # a program for each 8 tokens
     counts = np.sort(forced.token_counts(4, 4, tokens=9.0, spread=3.0))
     assert batch["sizes"] == [{"budget": tuple(int(8 * np.ceil(c / 8)) for c in counts)}]
     assert batch["padding_efficiency"] == counts.sum() / sum(batch["sizes"][0]["budget"])
