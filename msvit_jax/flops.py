@@ -25,11 +25,20 @@ def dense(rows: ArrayLike, inputs: int, outputs: int) -> Any:
     return np.asarray(rows, np.float64) * inputs * outputs
 
 
+def attention(length: ArrayLike, width: int) -> Any:
+    """MACs of one self-attention with its projections over `length` tokens, prefix included."""
+    length = np.asarray(length, np.float64)
+    return 4 * length * width * width + 2 * length * length * width
+
+
+def mlp(length: ArrayLike, width: int, hidden: int) -> Any:
+    """MACs of one block's MLP over `length` tokens."""
+    return 2 * np.asarray(length, np.float64) * width * hidden
+
+
 def block(length: ArrayLike, width: int, hidden: int) -> Any:
     """MACs of one transformer block over a sequence of `length` tokens, prefix included."""
-    length = np.asarray(length, np.float64)
-    projections = length * (4 * width * width + 2 * width * hidden)
-    return projections + 2 * length * length * width
+    return attention(length, width) + mlp(length, width, hidden)
 
 
 def macs_per_image(model: HasMacs, tokens: ArrayLike) -> np.ndarray:

@@ -37,6 +37,8 @@ class Mask:
         Gradient reaches the weights, of hidden tokens too.
       segments: [B, N] int32, the image that a token belongs to, `NOBODY` for an empty place.
         Tokens see their own image only; what an empty place holds, NaN even, reaches no image.
+      sizes: [B, N] float32, how many tokens each stands for; its key counts so many times (ToMe's
+        proportional attention).
       shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
         of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
       alone: whether each row holds one image at most, its first token in its first place.
@@ -46,6 +48,7 @@ class Mask:
 
     weights: Array | None = None
     segments: Array | None = None
+    sizes: Array | None = None
     shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
     most: int = struct.field(pytree_node=False, default=2)
@@ -93,13 +96,14 @@ def attention(
         [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
     )
     parts = []
-    for (rows, length), *arrays in zip(
-        mask.shelves, *map(split, (query, key, value, mask.weights, mask.segments)), strict=True
-    ):
-        q, k, v, weights, segments = (
-            None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in arrays
+    arrays = (query, key, value, mask.weights, mask.segments, mask.sizes)
+    for (rows, length), *part in zip(mask.shelves, *map(split, arrays), strict=True):
+        q, k, v, weights, segments, sizes = (
+            None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part
         )
-        own = dataclasses.replace(mask, weights=weights, segments=segments, shelves=())
+        own = dataclasses.replace(
+            mask, weights=weights, segments=segments, sizes=sizes, shelves=()
+        )
         mixed = _attend(q, k, v, own, implementation)
         parts.append(mixed.reshape(query.shape[0], rows * length, *query.shape[2:]))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
@@ -113,20 +117,25 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
         weights = mask.weights.astype(jnp.float32)
-        return _plain(query, key, value, weights, _hiding(weights < 0.5))
+        return _plain(query, key, value, weights, _counting(mask.sizes))
     if mask.segments is not None:
         # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
         empty = (mask.segments == NOBODY)[:, :, None, None]
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
         return _auto(query, key, value, mask)
+    if implementation == "pallas" and mask.sizes is not None:
+        raise ValueError(
+            "attention_impl='pallas' cannot count tokens by their sizes, as reducer='tome' wants; "
+            "use 'auto', 'xla' or 'fused' with it."
+        )
     attend = {"xla": _xla, "fused": _fused, "pallas": _pallas}[implementation]
     return attend(query, key, value, mask)
 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """The implementation that pays on the platform that the program is compiled for."""
-    if query.shape[1] < _PALLAS_FROM:
+    if query.shape[1] < _PALLAS_FROM or mask.sizes is not None:
         return _xla(query, key, value, mask)
     return lax.platform_dependent(query, key, value, mask, default=_xla, tpu=_pallas)
 
@@ -137,7 +146,7 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
         marks = _hiding(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
         marks = _parting(mask.segments, mask.most)
-    return _plain(query, key, value, None, marks)
+    return _plain(query, key, value, None, _joined(marks, _counting(mask.sizes)))
 
 
 @jax.custom_vjp
@@ -156,7 +165,8 @@ def _plain(
 def _forward(
     query: Array, key: Array, value: Array, weights: Array | None, marks: Marks | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    scores = _scores(query, key, marks)
+    hidden = None if weights is None else _hiding(weights < 0.5)
+    scores = _scores(query, key, _joined(marks, hidden))
     # The largest score only steadies the exponential: the quotient does not depend on it.
     largest = scores.max(axis=-1)
     exponentials = jnp.exp(scores - largest[..., None])
@@ -169,7 +179,7 @@ def _forward(
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
     query, key, value, weights, marks, out, log_total = kept
     # Of hidden tokens too, if they have weights: then they are hidden at the end.
-    scores = _scores(query, key, marks if weights is None else None)
+    scores = _scores(query, key, marks)
     shares = jnp.exp(jnp.minimum(scores - log_total[..., None], _LARGEST_EXPONENT))
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
@@ -207,6 +217,21 @@ def _parting(segments: Array, most: int) -> Marks:
     return run - 1, _FAR * run
 
 
+def _counting(sizes: Array | None) -> Marks | None:
+    """Marks that add log(size) to the scores of a key: [B, N] -> two of [B, N, 1]."""
+    if sizes is None:
+        return None
+    log = jnp.log(jnp.maximum(sizes, 1.0))[:, :, None]
+    return jnp.ones_like(log), log
+
+
+def _joined(*marks: Marks | None) -> Marks | None:
+    there = [m for m in marks if m is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    return tuple(jnp.concatenate(pair, axis=-1) for pair in zip(*there, strict=True))
+
+
 def _heads_first(x: Array) -> Array:
     """[B, N, H, d] <-> [B, H, N, d]: XLA's batched products on CPU want it so."""
     return x.transpose(0, 2, 1, 3)
@@ -239,8 +264,11 @@ def _fused(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """`jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere."""
     on_gpu = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
     visible = None if mask.segments is None else _visible(mask.segments, mask.alone)
+    bias = None
+    if mask.sizes is not None:
+        bias = jnp.log(jnp.maximum(mask.sizes, 1.0))[:, None, None, :].astype(query.dtype)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=visible, implementation="cudnn" if on_gpu else "xla"
+        query, key, value, bias, visible, implementation="cudnn" if on_gpu else "xla"
     )
 
 

@@ -19,7 +19,7 @@ from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.output import GateOutput, Output
-from msvit_jax.models.vit import PatchEmbed, ViT, check_images
+from msvit_jax.models.vit import PatchEmbed, ViT, check_images, merged_patches
 from msvit_jax.tokens import grid
 
 
@@ -252,10 +252,16 @@ class MSViT(nn.Module):
         elif train:
             coarse = gates.straight_through(coarse, nn.sigmoid(logits))
         tokens, weights, areas = self._tokens(images, coarse)
+        merged, fits = None, None
         if self.layout == "slots":
-            x, fits = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights)), None
+            encoded = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights))
+            merged = merged_patches(encoded, self.backbone.prefix_length)
+            x = encoded.spread() if self.backbone.pool == "mean" else encoded.tokens
+            alive = encoded.alive
         else:
-            x, fits = self._encode_packed(tokens, weights, logits, train)
+            x, alive, fits = self._encode_packed(tokens, weights, logits, train)
+        if alive is not None and self.backbone.pool == "mean":
+            areas = areas * alive[:, self.backbone.prefix_length :]
         class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
         counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - self.backbone.prefix_length
         return Output(
@@ -264,6 +270,7 @@ class MSViT(nn.Module):
             gate=GateOutput(logits=logits, coarse=coarse),
             distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
             fits=fits,
+            merged=merged,
         )
 
     def _tokens(self, images: Array, coarse: Array) -> tuple[Array, Array, Array]:
@@ -277,8 +284,12 @@ class MSViT(nn.Module):
 
     def _encode_packed(
         self, tokens: Array, weights: Array, logits: Array, train: bool
-    ) -> tuple[Array, Array]:
-        """Encodes in the model's layout: what `ViT.classify` needs, and which images fit [B]."""
+    ) -> tuple[Array, Array | None, Array]:
+        """Encodes in the model's layout.
+
+        Returns what `ViT.classify` needs, which of its tokens were not dropped, and which images
+        fit [B].
+        """
         prefix = self.backbone.prefix_length
         layout = dataclasses.replace(
             self.packing_layout, budget=tuple(prefix + b for b in self.packing_layout.budget)
@@ -288,9 +299,12 @@ class MSViT(nn.Module):
         priority = jnp.pad(priority, ((0, 0), (prefix, 0)))
         shortest = prefix + logits.shape[1]
         packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority, shortest=shortest)
-        x = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
+        encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix
-        return packed.restore(x, count=needed), packed.packing.fits
+        alive = encoded.alive
+        if alive is not None:
+            alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]
+        return packed.restore(encoded.spread(), count=needed), alive, packed.packing.fits
 
 
 def _only_fitting(logits: Array, fits: Array | None) -> Array:

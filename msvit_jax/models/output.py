@@ -29,6 +29,9 @@ class Output:
       distilled_logits: [B, classes] float32 of the distillation head, in training only.
       fits: [B] bool, whether an image's tokens found room in a layout with less places than the
         grid; None in the slots layout, where all do.
+      merged: after each reduction of a model that reduces tokens, [B, N] int32: the place in the
+        shortened sequence, prefix included, of the token that each patch of the grid (each slot of
+        a mixed-scale model) now is part of; -1 if it was dropped. None in packed layouts.
     """
 
     logits: Array
@@ -36,3 +39,4 @@ class Output:
     gate: GateOutput | None = None
     distilled_logits: Array | None = None
     fits: Array | None = None
+    merged: tuple[Array, ...] | None = None

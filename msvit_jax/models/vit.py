@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.models import reduction
 from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
 from msvit_jax.models.output import Output
-from msvit_jax.tokens import grid
+from msvit_jax.models.reduction import Carried, Stage
+from msvit_jax.tokens import grid, merging
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -140,12 +143,12 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, mask: Mask | None = None) -> Array:
-        """[B, N, D] -> [B, N, D]; `mask` as in `attention`."""
+    def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
+        """[B, N, D] -> [B, N, D], and its queries and keys; `mask` as in `attention`."""
         query, key, value = QKV(self.heads, self.qkv_bias, self.dtype, name="qkv")(x)
         mixed = attention(query, key, value, mask, implementation=self.implementation)
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
-        return nn.Dense(x.shape[-1], name="proj", **dense)(mixed.reshape(x.shape))
+        return nn.Dense(x.shape[-1], name="proj", **dense)(mixed.reshape(x.shape)), query, key
 
 
 class MLP(nn.Module):
@@ -177,7 +180,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    The two halves are methods of their own, so that tokens can be reduced between them.
+    With a `stage`, tokens are reduced between the halves: see `models.reduction`.
     """
 
     width: int
@@ -188,6 +191,7 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-6
     attention_impl: str = "auto"
     dtype: Any = jnp.float32
+    stage: Stage | None = None
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -199,15 +203,15 @@ class Block(nn.Module):
             self.ls1 = LayerScale(self.layer_scale)
             self.ls2 = LayerScale(self.layer_scale)
 
-    def mix_tokens(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
-        """The attention half: [B, N, D] -> [B, N, D]."""
-        branch = self.attn(self.norm1(x), mask)
+    def _mix_tokens(
+        self, x: Array, drop_rate: Array | None, mask: Mask | None
+    ) -> tuple[Array, Array, Array]:
+        branch, query, key = self.attn(self.norm1(x), mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
-        return x + self._maybe_dropped(branch, drop_rate, mask)
+        return x + self._maybe_dropped(branch, drop_rate, mask), query, key
 
-    def mix_channels(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
-        """The MLP half: [B, N, D] -> [B, N, D]."""
+    def _mix_channels(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
         branch = self.mlp(self.norm2(x))
         if self.layer_scale is not None:
             branch = self.ls2(branch)
@@ -226,8 +230,44 @@ class Block(nn.Module):
           drop_rate: scalar, probability of dropping each branch of an image; None: never.
           mask: which tokens see which, and whose they are; None: a row is an image.
         """
-        x = self.mix_tokens(x, drop_rate, mask)
-        return self.mix_channels(x, drop_rate, mask)
+        x, _, _ = self._mix_tokens(x, drop_rate, mask)
+        return self._mix_channels(x, drop_rate, mask)
+
+    def reducing(
+        self, x: Array, drop_rate: Array | None, mask: Mask | None, carried: Carried
+    ) -> tuple[Array, Mask | None, Carried]:
+        """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
+        assert self.stage is not None
+        x, query, key = self._mix_tokens(x, drop_rate, mask)
+        x, mask, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
+        return self._mix_channels(x, drop_rate, mask), mask, carried
+
+
+@struct.dataclass
+class Encoded:
+    """Tokens after the blocks and the last norm.
+
+    Attributes:
+      tokens: [B, N, D], fewer than went in if layers reduced them.
+      carried: their state, if layers reduced them.
+    """
+
+    tokens: Array
+    carried: Carried | None = None
+
+    def spread(self) -> Array:
+        """For each token that went in the one that it became part of; zeros where it was dropped.
+
+        [B, N, D] in the places of the tokens that went in.
+        """
+        if self.carried is None:
+            return self.tokens
+        return merging.unmerge(self.tokens, self.carried.place)
+
+    @property
+    def alive(self) -> Array | None:
+        """[B, N] bool, which of the tokens that went in were not dropped; None: all."""
+        return None if self.carried is None else self.carried.place >= 0
 
 
 class ViT(nn.Module):
@@ -260,6 +300,12 @@ class ViT(nn.Module):
       attention_impl: implementation of attention, see `models.attention`.
       scan_layers: one compiled block scanned over stacked parameters (`blocks`, layers first):
         compiles faster.
+      reducer: how layers reduce tokens, see `tokens.merging`; "none": they do not.
+      reduce_layers: which, counted from 1; None: after each quarter of the depth, or all for "tome"
+        with `remove`.
+      keep: share of the patch tokens that such a layer keeps, for all or for each of them.
+      remove: patch tokens that each such layer merges ("tome"), instead of `keep`.
+      merge_weights: of "mergence", "similarity" or "size".
       mean: of the pixels, on the scale of 0 to 1, that images are normalised with.
       std: likewise.
     """
@@ -285,6 +331,11 @@ class ViT(nn.Module):
     remat: bool = False
     scan_layers: bool = False
     attention_impl: str = "auto"
+    reducer: str = "none"
+    reduce_layers: tuple[int, ...] | None = None
+    keep: float | tuple[float, ...] = 0.7
+    remove: int = 0
+    merge_weights: str = "similarity"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -303,7 +354,7 @@ class ViT(nn.Module):
         if self.register_tokens:
             shape = (self.register_tokens, self.width)
             self.reg_tokens = self.param("reg_tokens", init_weights, shape)
-        make_block = nn.remat(Block) if self.remat else Block
+        make_block = nn.remat(Block, methods=["__call__", "reducing"]) if self.remat else Block
         block = {
             "width": self.width,
             "heads": self.heads,
@@ -317,7 +368,8 @@ class ViT(nn.Module):
         if self.scan_layers:
             self.blocks = make_block(**block)
         else:
-            self.blocks = [make_block(**block) for _ in range(self.depth)]
+            stages = self.stages
+            self.blocks = [make_block(**block, stage=stages.get(i)) for i in range(self.depth)]
         self.norm = LayerNorm(epsilon=self.norm_epsilon)
         self.head = nn.Dense(self.num_classes, kernel_init=init_weights)
         if self.distilled:
@@ -343,6 +395,33 @@ class ViT(nn.Module):
             raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {self.width}.")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True needs pool='token'.")
+        if self.stages and self.scan_layers:
+            raise ValueError(
+                f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
+            )
+
+    @property
+    def stages(self) -> dict[int, Stage]:
+        """The layers that reduce tokens, counted from 0.
+
+        Raises:
+          ValueError: the attributes do not fit together.
+        """
+        return reduction.stages(
+            reducer=self.reducer,
+            layers=self.reduce_layers,
+            keep=self.keep,
+            remove=self.remove,
+            weights=self.merge_weights,
+            depth=self.depth,
+            patches=self.grid_size**2,
+            prefix=self.prefix_length,
+            mean_question=self.pool == "mean",
+        )
+
+    def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
+        """Patch tokens that go into each layer's MLP: [...] -> [depth, ...]."""
+        return reduction.layer_tokens(self.stages, self.depth, tokens)[1:]
 
     @property
     def _sincos(self) -> bool:
@@ -373,9 +452,15 @@ class ViT(nn.Module):
 
         The patch embedding is counted for the whole grid of a training image.
         """
-        sequence = np.asarray(tokens, np.float64) + self.prefix_length
-        blocks = self.depth * flops.block(sequence, self.width, self.mlp_hidden)
-        return self.embed_macs + blocks + self.head_macs
+        left = reduction.layer_tokens(self.stages, self.depth, tokens) + self.prefix_length
+        blocks = flops.attention(left[:-1], self.width) + flops.mlp(
+            left[1:], self.width, self.mlp_hidden
+        )
+        total = self.embed_macs + blocks.sum(axis=0) + self.head_macs
+        for layer, stage in self.stages.items():
+            key_width = self.width // self.heads
+            total = total + stage.macs(left[layer], left[layer + 1], self.width, key_width)
+        return total
 
     @property
     def embed_macs(self) -> float:
@@ -414,25 +499,30 @@ class ViT(nn.Module):
         """Puts the prefix before patch tokens: [B, N, D] -> [B, P + N, D]."""
         return jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
 
-    def encode(self, x: Array, *, train: bool, mask: Mask | None = None) -> Array:
-        """Runs all blocks and the last norm: [B, N, D] -> [B, N, D].
+    def encode(self, x: Array, *, train: bool, mask: Mask | None = None) -> Encoded:
+        """Runs all blocks and the last norm.
 
         Args:
-          x: tokens with positions, prefix included, in any order and layout.
+          x: [B, N, D] tokens with positions, prefix included, in any order and layout.
           train: whether stochastic depth is on.
           mask: which tokens see which; None: a row is an image, and all its tokens count.
         """
-        return self.norm(self._run_blocks(x, mask, train))
-
-    def _run_blocks(self, x: Array, mask: Mask | None, train: bool) -> Array:
         rates = None
         if train and self.drop_path:
             rates = jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
-        if not self.scan_layers:
-            for layer, block in enumerate(self.blocks):
-                x = block(x, None if rates is None else rates[layer], mask)
-            return x
+        if self.scan_layers:
+            return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
+        stages = self.stages
+        carried = reduction.start(x, stages) if stages else None
+        for layer, block in enumerate(self.blocks):
+            rate = None if rates is None else rates[layer]
+            if carried is not None and layer in stages:
+                x, mask, carried = block.reducing(x, rate, mask, carried)
+            else:
+                x = block(x, rate, mask)
+        return Encoded(self.norm(x), carried)
 
+    def _scan_blocks(self, x: Array, mask: Mask | None, rates: Array | None) -> Array:
         def step(block: Callable[..., Array], x: Array, rate: Array | None) -> tuple[Array, None]:
             return block(x, rate, mask), None
 
@@ -471,6 +561,11 @@ class ViT(nn.Module):
         distilled = self.head_dist(x[:, 1].astype(jnp.float32))
         return (logits, distilled) if train else ((logits + distilled) / 2, None)
 
+    def embed(self, images: Array) -> Array:
+        """Patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D]."""
+        x = self.patch_embed(images)
+        return x + self.positions((x.shape[1], x.shape[2])).astype(x.dtype)[None]
+
     def __call__(self, images: Array, *, train: bool = False) -> Output:
         """Classifies images.
 
@@ -480,13 +575,33 @@ class ViT(nn.Module):
           train: turns stochastic depth on (rng stream "dropout").
         """
         check_images(images, self.patch_size)
-        x = self.patch_embed(images)
-        batch, *size, width = x.shape
-        x = x + self.positions(tuple(size)).astype(x.dtype)[None]
-        x = self.encode(self.with_prefix(x.reshape(batch, -1, width)), train=train)
-        logits, distilled = self.classify(x, train=train)
-        tokens = jnp.full((batch,), size[0] * size[1], jnp.int32)
-        return Output(logits=logits, tokens=tokens, distilled_logits=distilled)
+        return self.answer(self.embed(images), train=train)
+
+    def answer(self, grid_tokens: Array, *, train: bool) -> Output:
+        """Classifies images by their embedded patches [B, h, w, D]."""
+        batch, *size, width = grid_tokens.shape
+        x = self.with_prefix(grid_tokens.reshape(batch, -1, width))
+        encoded = self.encode(x, train=train)
+        areas = None
+        if self.pool == "mean":
+            x, alive = encoded.spread(), encoded.alive
+            areas = None if alive is None else alive[:, self.prefix_length :].astype(jnp.float32)
+        else:
+            x = encoded.tokens
+        logits, distilled = self.classify(x, train=train, areas=areas)
+        return Output(
+            logits=logits,
+            tokens=jnp.full((batch,), size[0] * size[1], jnp.int32),
+            distilled_logits=distilled,
+            merged=merged_patches(encoded, self.prefix_length),
+        )
+
+
+def merged_patches(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
+    """`Output.merged` of images whose tokens are in their own rows."""
+    if encoded.carried is None:
+        return None
+    return tuple(place[:, prefix:] for place in encoded.carried.history)
 
 
 def check_images(images: Array, multiple: int) -> None:
