@@ -16,7 +16,8 @@ from msvit_jax.tokens import packing
 
 DENSE = "dense"
 LADDER = "ladder"
-KNOWN = (DENSE, *LAYOUTS, LADDER)
+REDUCED = "reduced"
+KNOWN = (DENSE, REDUCED, *LAYOUTS, LADDER)
 _STEPS = 8  # budgets of a ladder
 _TILE = 128  # lanes of a TPU's registers
 _SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
@@ -56,7 +57,7 @@ class Variant:
 def default_names(config: config_dict.ConfigDict) -> list[str]:
     """Dense and what the config says."""
     if config.model.name not in registry.MIXED_SCALE:
-        return [DENSE]
+        return [DENSE, REDUCED] if configs.build_model(config).stages else [DENSE]
     return [DENSE, config.model.get("layout", "slots")]
 
 
@@ -67,7 +68,7 @@ def variant(
 
     Args:
       config: resolved.
-      name: 'dense' (the backbone alone), one of `LAYOUTS`, or 'ladder', budgets of several sizes.
+      name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one of `LAYOUTS`, or 'ladder', budgets of several sizes.
       batch_size: global.
       chips: that the batch is spread over.
       sizes: of the layouts.
@@ -80,6 +81,8 @@ def variant(
             f"Unknown layout {name!r}.{nearest(name, KNOWN)} There is {', '.join(KNOWN)}."
         )
     mixed = config.model.name in registry.MIXED_SCALE
+    if name == REDUCED and not mixed and configs.build_model(config).stages:
+        return Variant(name, "layer by layer fewer", config)
     if not mixed and name != DENSE:
         raise UserError(
             f"{config.model.name} is dense and has no layout {name!r}; give a config of a "
@@ -111,8 +114,9 @@ def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
 def _to_dense(config: config_dict.ConfigDict) -> str:
     """Turns a config into that of its model's backbone."""
-    config.model.name = registry.MIXED_SCALE.get(config.model.name, config.model.name)
-    for key in set(config.model) - {"name"} - registry.model_options(config.model.name):
+    taken = {"name"} | registry.dense_options(config.model.name)
+    config.model.name = registry.dense_model(config.model.name)
+    for key in set(config.model) - taken:
         del config.model[key]
     return "whole grid"
 

@@ -4,11 +4,14 @@
         [--tokens=128 --spread=30] [--layouts=slots,budget,rows] [--dtype=bfloat16]
         [--rounds=10] [--set=width=64 --set=depth=4] [--train]
 
-A mixed-scale model and the dense model it is built over run in one process, in turns, warm. Weights
+A model and the dense model it is built over run in one process, in turns, warm. Weights
 and images are random, and the numbers of active tokens are forced: drawn with the given mean and
 spread; the gate runs all the same. A layout's sizes are chosen so that everything fits. At batch 1
 there are 16 images with different counts, one after the other, one program for each 8 tokens. With
 --tokens=196 --spread=0 everything is fine, and what remains is the price of being able to choose.
+
+A model whose layers reduce tokens and that has no gate (mergence_..., or any with
+--set=reducer=...) has one dynamic side, "reduced".
 
 With --train it is the step that train.py runs, by default in the layouts slots and trimmed:
 forward, backward, optimiser and the gate's loss. In budget and rows the gate is frozen.
@@ -24,9 +27,10 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from msvit_jax import benchmark, errors, host
-from msvit_jax.benchmark.options import DTYPES
+from msvit_jax.benchmark.options import DTYPES, REDUCED
+from msvit_jax.models.registry import MIXED_SCALE
 
-_MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "A mixed-scale model.")
+_MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "A model with a gate or with merging.")
 _BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Images in a batch; several sizes.")
 _LAYOUTS = flags.DEFINE_list("layouts", None, "Of the dynamic sides; by default see above.")
 _TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens.")
@@ -55,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     kept = host.keep_freed_memory()
     usual = ("slots", "trimmed") if _TRAIN.value else ("slots", "budget", "rows")
+    if _MODEL.value not in MIXED_SCALE:
+        usual = (REDUCED,)
     options = benchmark.Options(
         model=_MODEL.value,
         batches=_numbers("batch", _BATCH.value),

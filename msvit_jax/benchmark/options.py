@@ -9,9 +9,11 @@ from ml_collections import config_dict
 
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models import registry
 from msvit_jax.models.registry import MIXED_SCALE, model_options
 
 DENSE = "dense"
+REDUCED = "reduced"  # of a model without a gate, whose layers reduce tokens
 LAYOUTS = {
     "forward": ("slots", "budget", "rows"),
     "train": ("slots", "trimmed", "budget", "rows"),
@@ -26,15 +28,17 @@ class Options:
     """What to measure.
 
     Attributes:
-      model: a mixed-scale model's name; its backbone is the dense side.
+      model: a mixed-scale model's name, or one whose layers reduce tokens; the plain model under
+        it is the dense side.
       batches: batch sizes.
-      layouts: of the dynamic sides.
+      layouts: of the dynamic sides; only "reduced" for a model without a gate.
       train: whether training steps are measured, not forward passes.
       dtype: of the computation.
       tokens: mean of the forced numbers of active patch tokens.
       spread: their standard deviation.
       rounds: how often everything is measured.
-      overrides: attributes of both models, 'key=value'; the dense one takes those that it has.
+      overrides: attributes of both models, 'key=value'; the dense one takes those that it has,
+        but for those that reduce tokens.
       budget: instead of the ladder that the counts give ("budget", "trimmed").
       rows: instead of the number that the counts give ("rows").
       row_width: instead of the cheapest ("rows").
@@ -60,13 +64,14 @@ class Options:
 
     def __post_init__(self) -> None:
         model_options(self.model)
-        if self.model not in MIXED_SCALE:
-            over = [f"{name!r}" for name, dense in MIXED_SCALE.items() if dense == self.model]
-            hint = f"; give {over[0]}, which is built over it" if over else ""
-            raise UserError(f"{self.model!r} is not a mixed-scale model{hint}.")
+        if not self.gated and not build(self).stages:
+            raise UserError(
+                f"{self.model!r} is dense: nothing to compare. Give a model with a gate or with "
+                "merging (msvit_..., mergence_...), or --set=reducer=mergence."
+            )
+        known = LAYOUTS[self.what] if self.gated else (REDUCED,)
         for layout in self.layouts:
-            if layout not in LAYOUTS[self.what]:
-                known = LAYOUTS[self.what]
+            if layout not in known:
                 raise UserError(
                     f"Unknown layout {layout!r} of {self.what}; there are {', '.join(known)}."
                     f"{nearest(layout, known)}"
@@ -84,24 +89,30 @@ class Options:
     @property
     def dense(self) -> str:
         """The dense model's name."""
-        return MIXED_SCALE[self.model]
+        return registry.dense_model(self.model)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the model has a gate, and with it layouts."""
+        return self.model in MIXED_SCALE
 
 
 def make_config(
-    name: str, options: Options, attributes: Mapping[str, Any] | None = None
+    options: Options, attributes: Mapping[str, Any] | None = None, *, dense: bool = False
 ) -> config_dict.ConfigDict:
     """The training config of a side; forward passes take their model from it, too.
 
     Args:
-      name: of the side's model.
       options: what to measure.
       attributes: the layout's.
+      dense: whether it is the dense side's.
     """
     config = configs.base()
-    config.model = {"name": name}
+    config.model = {"name": options.dense if dense else options.model}
+    taken = registry.dense_options(options.model) if dense else None
     config.dtype = options.dtype
     for key, value in map(configs.split_override, options.overrides):
-        if name in MIXED_SCALE or key in model_options(name):
+        if taken is None or key in taken:
             configs.set_key(config, f"model.{key}", value)
     attributes = attributes or {}
     config.model.update(attributes)
@@ -109,11 +120,13 @@ def make_config(
     learned = config.model.get("gate", "mlp") == "mlp"
     if learned and attributes.get("layout") in FROZEN_GATE:
         config.optimizer.freeze = ("gate_mlp/",)
-    else:
+    elif options.gated and not dense:
         config.loss.gate.kind = "gbas"
     return configs.resolve(config, num_classes=1000)
 
 
-def build(name: str, options: Options, attributes: Mapping[str, Any] | None = None) -> nn.Module:
+def build(
+    options: Options, attributes: Mapping[str, Any] | None = None, *, dense: bool = False
+) -> nn.Module:
     """A side's model; `attributes` are its layout's."""
-    return configs.build_model(make_config(name, options, attributes))
+    return configs.build_model(make_config(options, attributes, dense=dense))

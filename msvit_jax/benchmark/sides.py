@@ -65,25 +65,29 @@ class Work:
     """What all sides are given.
 
     Attributes:
-      model: the mixed-scale model, in slots.
+      model: the model, in slots if it has layouts.
+      dense: the plain model under it.
       counts: [n, B] active patch tokens, for n batches that are run one after the other.
-      coarse: [n, B, R] float32 decisions, 1 = coarse.
+      coarse: [n, B, R] float32 decisions, 1 = coarse; None without a gate.
     """
 
     model: nn.Module
+    dense: nn.Module
     counts: np.ndarray
-    coarse: np.ndarray
+    coarse: np.ndarray | None
 
 
 def draw(options: Options, batch: int) -> Work:
     """Draws token counts and decisions for the options' model."""
-    model = build(options.model, options)
+    model, dense = build(options), build(options, dense=True)
+    if not options.gated:
+        return Work(model, dense, np.full((1, batch), dense.grid_size**2), None)
     regions = model.gate_grid[0] * model.gate_grid[1]
     number = SINGLES if batch == 1 and not options.train else 1
     counts = forced.token_counts(
         number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
     ).reshape(number, batch)
-    return Work(model, counts, forced.decisions(counts, regions, options.seed))
+    return Work(model, dense, counts, forced.decisions(counts, regions, options.seed))
 
 
 def compiled(function: Any, *arguments: Any) -> Program:
@@ -129,7 +133,8 @@ def forward_sides(options: Options, work: Work) -> list[Side]:
         jax.random.normal(jax.random.fold_in(key, index), (work.counts.shape[1], *shape))
         for index in range(work.counts.shape[0])
     ]
-    dense = {"params": variables["params"]["backbone"]}
+    params = variables["params"]
+    dense = {"params": params.get("backbone", params)}
     return [
         _forward_side(layout, options, work, dense if layout == DENSE else variables, images)
         for layout in (DENSE, *options.layouts)
@@ -141,13 +146,14 @@ def _forward_side(
 ) -> Side:
     programs: dict[Any, Program] = {}
     calls, sizes = [], []
-    for counts, coarse, pixels in zip(work.counts, work.coarse, images, strict=True):
+    for index, (counts, pixels) in enumerate(zip(work.counts, images, strict=True)):
         size = size_layout(layout, work.model, counts, options)
-        forced_decisions = () if layout == DENSE else (jnp.asarray(coarse),)
+        decided = layout != DENSE and work.coarse is not None
+        forced_decisions = (jnp.asarray(work.coarse[index]),) if decided else ()
         arguments = (variables, pixels, *forced_decisions)
         key = tuple(size.attributes.values())
         if key not in programs:
-            model = build(side_name(layout, options), options, size.attributes)
+            model = build(options, size.attributes, dense=layout == DENSE)
             programs[key] = compiled(jax.jit(forward(model)), *arguments)
         check_fits(programs[key].run(*arguments).get("fits"), size)
         calls.append(timed(programs[key].run, *arguments))
@@ -204,7 +210,7 @@ def make_side(
     """Puts a side together and counts its multiply-accumulates."""
     name, model, tokens = side_name(layout, options), work.model, work.counts
     if layout == DENSE:
-        model = model.backbone
+        model = work.dense
         tokens = np.full_like(tokens, model.grid_size**2)
     macs = flops.macs_per_image(model, tokens)
     return Side(layout, name, calls, programs, sizes, tokens, macs, unfit)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from msvit_jax import flops
 from msvit_jax.benchmark import forced
-from msvit_jax.benchmark.options import DENSE, Options
+from msvit_jax.benchmark.options import DENSE, REDUCED, Options
 from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid, plan
 from msvit_jax.train import trim
@@ -53,7 +53,9 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
       UserError: the given sizes are not possible.
     """
     batch, active = counts.size, int(counts.sum())
-    most = _most(model)
+    if layout == REDUCED:
+        return Sizes({}, active, active)
+    most = (model.image_size // model.patch_size) ** 2
     if layout == DENSE:
         return Sizes({}, batch * most, batch * most)
     if layout == "slots":
@@ -77,14 +79,9 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     return Sizes({"layout": layout, "budget": budget}, batch * sum(budget) // len(budget), active)
 
 
-def _most(model: nn.Module) -> int:
-    """Patch tokens of an image that is all fine."""
-    return grid.REGION**2 * model.gate_grid[0] * model.gate_grid[1]
-
-
 def _scheduled(model: nn.Module, batch: int, options: Options) -> tuple[int, ...]:
     """What the trainer's schedule of budgets arrives at when counts are spread like this."""
-    most = _most(model)
+    most = (model.image_size // model.patch_size) ** 2
     regions = most // grid.REGION**2
     seen = forced.token_counts(
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
@@ -96,7 +93,7 @@ def _scheduled(model: nn.Module, batch: int, options: Options) -> tuple[int, ...
 
 def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPlan:
     vit = model.backbone
-    least = _most(model) + vit.prefix_length
+    least = vit.grid_size**2 + vit.prefix_length
     if options.row_width is None:
         mean = counts.mean() + vit.prefix_length
         tried = {plan.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}

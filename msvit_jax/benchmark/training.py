@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.benchmark.options import DENSE, Options, make_config
-from msvit_jax.benchmark.sides import Side, Work, compiled, make_side, no_room, side_name
+from msvit_jax.benchmark.sides import Side, Work, compiled, make_side, no_room
 from msvit_jax.benchmark.sizes import size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.train import optimizer
@@ -35,14 +35,14 @@ def train_sides(options: Options, work: Work) -> list[Side]:
 
 def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Side:
     size = size_layout(layout, work.model, work.counts[0], options)
-    config = make_config(side_name(layout, options), options, size.attributes)
+    config = make_config(options, size.attributes, dense=layout == DENSE)
     config.batch_size = work.counts.shape[1]
     schedule = optimizer.schedule(config.optimizer, _STEPS, _STEPS_PER_EPOCH)
     program = Program.of(config, mesh, schedule)
     state = program.fresh_state({})
     batch = _batch(options, work, configs.build_model(config).num_classes)
-    if layout == DENSE:
-        del batch["coarse"]
+    if layout != DENSE and work.coarse is not None:
+        batch["coarse"] = work.coarse[0]
     batch = sharding.shard_batch(mesh, batch)
     step = compiled(program.jit_step(), state, batch)
     state, reported = step.run(state, batch)
@@ -59,7 +59,6 @@ def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
     return {
         "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
         "label": rng.integers(0, classes, images).astype(np.int32),
-        "coarse": work.coarse[0],
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.models.vit import ViT
 
@@ -43,11 +44,24 @@ MIXED_SCALE = {
         (f"msvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"),
     )
 }
+# Multi-scale features, and tokens merged in layers 4, 7 and 10.
+MERGENCE = {f"mergence_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in _SIZES}
+_REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
 
 
 def list_models() -> list[str]:
     """Names that `create_model` takes, sorted."""
-    return sorted([*BACKBONES, *MIXED_SCALE])
+    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE])
+
+
+def dense_model(name: str) -> str:
+    """The name of the plain model under a model; its own if it is one."""
+    return MIXED_SCALE.get(name, MERGENCE.get(name, name))
+
+
+def dense_options(name: str) -> set[str]:
+    """Overrides of a model that its dense model takes, too, and stays dense with."""
+    return model_options(dense_model(name)) - _REDUCING
 
 
 def _attributes(module: type[nn.Module]) -> set[str]:
@@ -65,6 +79,8 @@ def model_options(name: str) -> set[str]:
         return _attributes(ViT)
     if name in MIXED_SCALE:
         return _attributes(ViT) | _attributes(MSViT)
+    if name in MERGENCE:
+        return _attributes(ViT) | _attributes(Mergence)
     raise UserError(
         f"There is no model {name!r}.{nearest(name, list_models())} "
         "msvit_jax.list_models() names them all."
@@ -87,6 +103,14 @@ def create_model(name: str, **overrides: Any) -> Any:
             raise UserError(f"Model {name!r} has no option {key!r}.{nearest(key, options)}")
     inner = {key: value for key, value in overrides.items() if key in _attributes(ViT)}
     outer = {key: value for key, value in overrides.items() if key not in inner}
-    shape = BACKBONES[MIXED_SCALE.get(name, name)]
+    shape = BACKBONES[dense_model(name)]
+    if name in MERGENCE:
+        shape = {**shape, "reducer": "mergence"}
     backbone = ViT(**{**shape, **inner}, parent=None)
+    try:
+        _ = backbone.stages
+    except ValueError as error:
+        raise UserError(f"Model {name!r}: {error}") from error
+    if name in MERGENCE:
+        return Mergence(backbone=backbone, **outer)
     return MSViT(backbone=backbone, **outer) if name in MIXED_SCALE else backbone

@@ -25,7 +25,7 @@ from msvit_jax.train.optimizer import flat_names, map_names
 Flat = dict[str, np.ndarray]
 HEADS = ("head/", "head_dist/")
 # Parts that a source without them need not have: they start fresh.
-OWN_PARTS = ("gate", "coarse_embed", "scale_embed", "residual")
+OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual")
 
 
 @dataclasses.dataclass(frozen=True)

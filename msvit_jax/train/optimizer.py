@@ -119,7 +119,7 @@ def depth_of(params: Params) -> int:
 
 def _layer(parts: list[str], depth: int) -> int:
     for part in parts:
-        if part in FIRST_LAYER:
+        if part in FIRST_LAYER or part.startswith("scale_"):
             return 0
         if match := re.fullmatch(r"blocks_(\d+)", part):
             return int(match[1]) + 1
