@@ -7,6 +7,7 @@ study has finished stays in the JSON file and `--only` adds to it.
 """
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -26,12 +27,16 @@ RUNS = {
     "train:v5e:1x1": "dense,slots,trimmed,budget,rows",
     "predict:v5e:16x16": "dense,slots,budget,rows",
     "train:v5e:16x16": "dense,slots,trimmed,budget,rows",
+    "predict:v5e:1x1:mergence": "dense,reduced",
+    "train:v5e:1x1:mergence": "dense,reduced",
+    "train:v5e:16x16:mergence": "dense,reduced",
 }
+CONFIGS = {"": "msvit_deit_small", "mergence": "mergence_deit_small"}
 _ONLY = flags.DEFINE_list("only", list(RUNS), "Which of the runs.")
 HEAD = f"""# Compiled for TPUs
 
-What the TPU compiler says of `msvit_deit_small_patch16_224` and its dense backbone at 224 px in
-bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and they say
+What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_small_patch16_224`
+("reduced": 70 % kept in layers 4, 7 and 10) and of their dense backbone at 224 px in bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and they say
 nothing of waiting for other chips. Layouts have places for a mean of {TOKENS} of 196 patch tokens
 (with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts spread by 30. All
 figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is in
@@ -41,12 +46,12 @@ tpu_compile.json.
 
 def command(run: str) -> list[str]:
     """The command of a run."""
-    what, _, topology = run.partition(":")
-    chips = 1
-    for side in topology.partition(":")[2].split("x"):
-        chips *= int(side)
+    what, kind, chips_of, *system = run.split(":")
+    topology = f"{kind}:{chips_of}"
+    chips = math.prod(int(side) for side in chips_of.split("x"))
+    config = CONFIGS["".join(system)]
     return [
-        *("python", "-m", "msvit_jax.aot", "--config=configs/imagenet/msvit_deit_small.py"),
+        *("python", "-m", "msvit_jax.aot", f"--config=configs/imagenet/{config}.py"),
         f"--what={what}",
         f"--topology={topology}",
         f"--layouts={RUNS[run]}",
@@ -67,8 +72,9 @@ def execute(run: str) -> dict[str, Any]:
 def section(run: str, result: dict[str, Any]) -> str:
     """One table."""
     what = {"train": "Training step", "predict": "Forward pass"}[run.partition(":")[0]]
+    title = f"{what}, {result['topology']}" + (", Token Mergence" if "mergence" in run else "")
     lines = [
-        f"## {what}, {result['topology']}",
+        f"## {title}",
         "",
         f"    {result['command']}",
         "",
