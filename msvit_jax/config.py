@@ -72,6 +72,8 @@ def base() -> config_dict.ConfigDict:
     }
     # of the model's layout "trimmed", where model.budget is not given
     config.trim = importlib.import_module("msvit_jax.train.trim").default_config()
+    # of the keep rate of models that reduce tokens, in training from scratch
+    config.fall = importlib.import_module("msvit_jax.train.fall").default_config()
     config.loss = {
         "label_smoothing": 0.0,
         "gate": {"weight": 1.0, **_gate_loss_defaults()},

@@ -102,7 +102,9 @@ class Evaluator:
         self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(
             data_config, batch_size=size, split=split
         )
-        self._macs = flops.macs_per_image(model, np.arange(max_tokens(model) + 1))
+        counts = np.arange(max_tokens(model) + 1)
+        self._macs = flops.macs_per_image(model, counts)
+        self._layer_tokens = _layer_tokens(model, counts)
         self.takes_threshold = "threshold" in inspect.signature(type(model).__call__).parameters
         whole = sharding.replicated(mesh)
         self._step = jax.jit(self._sums, out_shardings=(whole, sharding.batch_sharding(mesh)))
@@ -147,8 +149,14 @@ class Evaluator:
                     total = _plus(total, last)
                 last = sums
         total = _plus(total, last)
-        figures = metrics.summarise(total, self._macs)
+        figures = metrics.summarise(total, self._macs, self._layer_tokens)
         return Evaluation(figures, metrics.coarse_rates(total), samples)
+
+
+def _layer_tokens(model: nn.Module, counts: np.ndarray) -> np.ndarray | None:
+    """Patch tokens into each layer's MLP, for numbers of them at first; None if none is reduced."""
+    backbone = getattr(model, "backbone", model)
+    return backbone.layer_tokens(counts) if getattr(backbone, "stages", None) else None
 
 
 def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
@@ -236,6 +244,8 @@ def evaluate_run(
     about = {"model": config.model.name, "workdir": str(workdir), "step": step}
     figures = {**about, **evaluator(params).figures}
     _print([figures], COLUMNS)
+    if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
+        print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
     if thresholds:
         figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
     return figures

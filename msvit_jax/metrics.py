@@ -130,17 +130,20 @@ def to_host(sums: Sums) -> Sums:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
 
 
-def summarise(sums: Sums, macs: np.ndarray | None = None) -> dict[str, Any]:
+def summarise(
+    sums: Sums, macs: np.ndarray | None = None, layer_tokens: np.ndarray | None = None
+) -> dict[str, Any]:
     """Figures for people and logs.
 
     Args:
       sums: on the host.
       macs: [N + 1], multiply-accumulates of an image by its number of active patch tokens.
+      layer_tokens: [depth, N + 1], patch tokens that go into each layer's MLP, likewise.
 
     Returns:
       examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit, the share
       of examples without an answer, if there are any; with `macs` gmacs_mean, the mean over
-      images; and the gate's figures (`gate_figures`).
+      images; with `layer_tokens` layer_tokens_mean, likewise; and the gate's figures (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
@@ -160,6 +163,8 @@ def summarise(sums: Sums, macs: np.ndarray | None = None) -> dict[str, Any]:
         figures["unfit"] = float(sums.unfit) / count
     if macs is not None:
         figures["gmacs_mean"] = float(images @ macs / count / 1e9)
+    if layer_tokens is not None:
+        figures["layer_tokens_mean"] = (layer_tokens @ images / count).tolist()
     if sums.gate is not None:
         figures.update(gate_figures(sums.gate, count))
     return figures

@@ -44,8 +44,8 @@ MIXED_SCALE = {
         (f"msvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"),
     )
 }
-# Multi-scale features, and tokens merged in layers 4, 7 and 10.
-MERGENCE = {f"mergence_deit_{size}_patch16_224": f"deit_{size}_patch16_224" for size in _SIZES}
+# Multi-scale features, and tokens merged after each quarter of the layers.
+MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
 
 

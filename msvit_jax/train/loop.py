@@ -28,6 +28,7 @@ from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
 from msvit_jax.train import init_from, optimizer
+from msvit_jax.train.fall import Fall
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
@@ -106,7 +107,8 @@ class _Run:
         self.model: nn.Module = self.program.model
         self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
         self.trim = self._schedule_of_budgets()
-        self._steps_by_budgets: dict[tuple[int, ...] | None, Any] = {}
+        self.fall = Fall.of(config.fall, self.model, self.plan.steps_per_epoch)
+        self._compiled_steps: dict[Any, Any] = {}
         self.messages: list[str] = []
         checkpoint.claim_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(
@@ -173,7 +175,7 @@ class _Run:
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
     ) -> dict[str, Any]:
         config, plan = self.config, self.plan
-        train_step = self.train_step()
+        train_step = self.train_step(start)
         teacher = self.teacher()
         evaluate = Evaluator(
             self.model,
@@ -186,6 +188,9 @@ class _Run:
         figures: dict[str, Any] = {}
         batches = self.batches(start)
         for step in range(start + 1, plan.steps + 1):
+            if self.fall is not None and self.fall.at(step - 1) != self.fall.at(step - 2):
+                logger.say(f"step {step}: keeps {self.fall.at(step - 1)} of the tokens")
+                train_step = self.train_step(step - 1)
             state, reported = train_step(state, next(batches), teacher)
             reporter.add(step, reported)
             last = step == plan.steps
@@ -197,7 +202,7 @@ class _Run:
                 reporter.flush()
             if self.trim is not None and looking and (change := self.trim.look(step)):
                 logger.say(f"step {step}: {change}")
-                train_step = self.train_step()
+                train_step = self.train_step(step)
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
@@ -212,12 +217,13 @@ class _Run:
                 return {"step": step, **figures}
         return figures or evaluate(_weights(state)).figures
 
-    def train_step(self) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """The compiled step, with the budgets of now; each set of budgets is compiled once."""
+    def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        """The compiled step with the budgets and keep rates of now, each of them compiled once."""
         budgets = None if self.trim is None else self.trim.budgets
-        if budgets not in self._steps_by_budgets:
-            self._steps_by_budgets[budgets] = self.program.jit_step(budgets)
-        return self._steps_by_budgets[budgets]
+        rates = None if self.fall is None else self.fall.at(step)
+        if (budgets, rates) not in self._compiled_steps:
+            self._compiled_steps[budgets, rates] = self.program.jit_step(budgets, rates)
+        return self._compiled_steps[budgets, rates]
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, a few ahead."""

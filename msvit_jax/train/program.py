@@ -19,6 +19,7 @@ from msvit_jax import sharding
 from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
 from msvit_jax.train import optimizer
+from msvit_jax.train.fall import Rates, with_rates
 from msvit_jax.train.state import Params, TrainState, state_maker
 from msvit_jax.train.step import make_train_step
 
@@ -79,13 +80,17 @@ class Program:
         make = jax.jit(self.make_state, out_shardings=self.shardings)
         return make(jax.random.key(self.config.seed), loaded)
 
-    def jit_step(self, budgets: tuple[int, ...] | None = None) -> jax.stages.Wrapped:
+    def jit_step(
+        self, budgets: tuple[int, ...] | None = None, rates: Rates | None = None
+    ) -> jax.stages.Wrapped:
         """The jitted step (state, batch, teacher) -> (state, metrics); the state is donated.
 
         Args:
           budgets: of the trimmed layout, instead of the model's own.
+          rates: keep rates, instead of the model's own.
         """
         model = self.model if budgets is None else self.model.clone(budget=budgets)
+        model = model if rates is None else with_rates(model, rates)
         return jax.jit(
             make_train_step(model, self.gate_loss, self.optimizer, self.config),
             donate_argnums=0,

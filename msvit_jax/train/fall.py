@@ -1,0 +1,91 @@
+"""The schedule of keep rates for training from scratch: all tokens first, then fewer and fewer.
+
+EViT (Liang et al. 2022) keeps all tokens for 10 epochs and lowers the rate along a cosine over the
+next 100. Under jit a new rate is a new program, so here it falls in a few steps. A function of the
+training step alone: a resumed run goes on where it was.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from msvit_jax.errors import UserError
+
+Rates = tuple[float, ...]
+
+
+def default_config() -> dict[str, Any]:
+    """The config's `fall` section."""
+    return {
+        "hold_epochs": 0.0,  # with all tokens
+        "epochs": 0.0,  # over which the keep rate then falls to the model's; 0: no schedule
+        "programs": 5,  # different rates on the way, each a compilation
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Fall:
+    """Keep rates by training step.
+
+    Attributes:
+      target: of each reducing layer, at the end.
+      hold: steps with all tokens.
+      steps: over which the rates fall.
+      programs: different rates.
+    """
+
+    target: Rates
+    hold: float
+    steps: float
+    programs: int
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Any], model: nn.Module, steps_per_epoch: float
+    ) -> "Fall | None":
+        """The schedule that a config asks for, or None.
+
+        Raises:
+          UserError: the model has no keep rates, or the schedule's values are not possible.
+        """
+        if not options["epochs"] and not options["hold_epochs"]:
+            return None
+        stages = getattr(backbone_of(model), "stages", {})
+        if not stages or any(stage.remove for stage in stages.values()):
+            raise UserError(
+                "fall.epochs is for models that keep a share of their tokens (model.reducer and "
+                "model.keep); this one does not. Set fall.epochs=0 and fall.hold_epochs=0."
+            )
+        if options["hold_epochs"] < 0 or options["epochs"] < 0 or options["programs"] < 1:
+            raise UserError(
+                f"fall.hold_epochs={options['hold_epochs']}, fall.epochs={options['epochs']} and "
+                f"fall.programs={options['programs']}: epochs are not negative, and there is at "
+                "least one program."
+            )
+        return cls(
+            target=tuple(stage.keep for _, stage in sorted(stages.items())),
+            hold=options["hold_epochs"] * steps_per_epoch,
+            steps=options["epochs"] * steps_per_epoch,
+            programs=options["programs"],
+        )
+
+    def at(self, step: int) -> Rates:
+        """The rates of a step, counted from 0: 1 at first, `target` at last."""
+        done = (step - self.hold) / self.steps if self.steps else float(step >= self.hold)
+        part = min(max(math.floor(done * self.programs), 0), self.programs) / self.programs
+        left = (1 + math.cos(math.pi * part)) / 2
+        return tuple(round(rate + (1 - rate) * left, 6) for rate in self.target)
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The `ViT` of a model; a plain model itself."""
+    return getattr(model, "backbone", model)
+
+
+def with_rates(model: nn.Module, rates: Rates) -> nn.Module:
+    """The same model, for the same parameters, with other keep rates."""
+    changed = backbone_of(model).clone(keep=rates)
+    return model.clone(backbone=changed) if hasattr(model, "backbone") else changed
