@@ -30,7 +30,9 @@ from msvit_jax import benchmark, errors, host
 from msvit_jax.benchmark.options import DTYPES, REDUCED
 from msvit_jax.models.registry import MIXED_SCALE
 
-_MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "A model with a gate or with merging.")
+_MODEL = flags.DEFINE_string(
+    "model", "msvit_deit_small_patch16_224", "A model with a gate or with merging."
+)
 _BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Images in a batch; several sizes.")
 _LAYOUTS = flags.DEFINE_list("layouts", None, "Of the dynamic sides; by default see above.")
 _TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens.")

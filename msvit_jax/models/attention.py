@@ -101,9 +101,7 @@ def attention(
         q, k, v, weights, segments, sizes = (
             None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part
         )
-        own = dataclasses.replace(
-            mask, weights=weights, segments=segments, sizes=sizes, shelves=()
-        )
+        own = dataclasses.replace(mask, weights=weights, segments=segments, sizes=sizes, shelves=())
         mixed = _attend(q, k, v, own, implementation)
         parts.append(mixed.reshape(query.shape[0], rows * length, *query.shape[2:]))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)

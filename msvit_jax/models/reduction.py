@@ -207,9 +207,7 @@ def reduce(
         px, pq, pk, weights, segments, sizes, size, luck = (
             None if a is None else a.reshape(-1, length, *a.shape[2:]) for a in part
         )
-        own = dataclasses.replace(
-            mask, weights=weights, segments=segments, sizes=sizes, shelves=()
-        )
+        own = dataclasses.replace(mask, weights=weights, segments=segments, sizes=sizes, shelves=())
         here = start(px, {}).replace(size=size, luck=luck)
         done = _reduce_rows(px, pq, pk, own, here, stage)
         count = done[0].shape[1]
@@ -221,8 +219,12 @@ def reduce(
         first += rows * count
         shelves.append((rows, count))
         parts.append(done)
-    together = lambda *a: (  # noqa: E731
-        None if a[0] is None else jnp.concatenate([b.reshape(groups, -1, *b.shape[2:]) for b in a], 1)
+    together = (
+        lambda *a: (  # noqa: E731
+            None
+            if a[0] is None
+            else jnp.concatenate([b.reshape(groups, -1, *b.shape[2:]) for b in a], 1)
+        )
     )
     masks = [part[1] for part in parts]
     states = [part[2] for part in parts]
@@ -270,9 +272,7 @@ def _reduce_rows(
     return merge.tokens(x), _kept_mask(mask, merge, size, stage), after
 
 
-def _kept_mask(
-    mask: Mask | None, merge: merging.Merge, size: Array, stage: Stage
-) -> Mask | None:
+def _kept_mask(mask: Mask | None, merge: merging.Merge, size: Array, stage: Stage) -> Mask | None:
     proportional = stage.reducer == "tome"
     if mask is None:
         return Mask(sizes=size) if proportional else None

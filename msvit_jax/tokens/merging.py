@@ -357,9 +357,7 @@ def _ranks(score: Array, member: Array) -> Array:
     return (before & same).sum(axis=2, dtype=jnp.int32)
 
 
-def _placed(
-    tokens: Tokens, removed: Array, places: tuple[int, int]
-) -> tuple[Array, Array, Array]:
+def _placed(tokens: Tokens, removed: Array, places: tuple[int, int]) -> tuple[Array, Array, Array]:
     """Gives places to all but the removed, in order: indices of both, and each token's place."""
     active = tokens.member.any(axis=2)
     kept = active & ~removed

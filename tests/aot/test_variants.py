@@ -22,7 +22,7 @@ def _variant(name, config=None, images=64, chips=4, sizes=None):
     return variants.variant(config or _config(), name, batch_size=images, chips=chips, sizes=sizes)
 
 
-@pytest.mark.parametrize("name", variants.KNOWN)
+@pytest.mark.parametrize("name", [n for n in variants.KNOWN if n != "reduced"])
 def test_every_variant_builds_and_runs_its_layout(name):
     made = _variant(name)
     model = configs.build_model(made.config)
@@ -88,3 +88,18 @@ def test_unknown_layout():
 def test_a_dense_model_has_no_layouts():
     with pytest.raises(UserError, match=r"deit_tiny_patch16_224 is dense .*--layouts=dense"):
         _variant("rows", _config("deit_tiny_patch16_224"))
+
+
+def test_a_model_that_merges_is_compiled_beside_its_plain_model():
+    config = _config("mergence_tiny_patch16_224", keep=0.6, scales=(8,), width=96)
+    assert variants.default_names(config) == ["dense", "reduced"]
+    dense = configs.build_model(_variant("dense", config).config)
+    reduced = configs.build_model(_variant("reduced", config).config)
+    assert not dense.stages
+    assert dense.width == reduced.backbone.width == 96
+    assert [stage.keep for stage in reduced.stages.values()] == [0.6] * 3
+
+
+def test_a_dense_model_has_no_reduced_variant():
+    with pytest.raises(UserError, match="no layout 'reduced'"):
+        _variant("reduced", _config("vit_tiny_patch16_224"))

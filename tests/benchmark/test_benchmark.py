@@ -1,5 +1,6 @@
 """The benchmark measures what it says, and what it reports adds up."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -189,3 +190,24 @@ def test_error_without_a_traceback():
     done = _command("--batch=few")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: --batch=few: whole numbers are needed."
+
+
+def test_a_model_that_merges_is_compared_with_its_plain_model():
+    options = _options(model="mergence_deit_tiny_patch16_224", layouts=("reduced",))
+    options = dataclasses.replace(options, overrides=(*options.overrides, "scales=(2,4)"))
+    dense, reduced = benchmark.run(options)["records"]
+    assert (dense["model"], reduced["model"]) == (DENSE, "mergence_deit_tiny_patch16_224")
+    model = msvit_jax.create_model(reduced["model"], **TINY, scales=(2, 4))
+    assert reduced["gmacs"] == pytest.approx(float(model.macs(16)) / 1e9)
+    assert dense["gmacs"] == pytest.approx(float(next(_models()).macs(16)) / 1e9)
+
+
+def test_the_dense_side_never_merges():
+    options = _options(overrides=(*_options().overrides, "reducer=topk", "keep=0.5"))
+    assert sides.build(options).backbone.stages
+    assert not sides.build(options, dense=True).stages
+
+
+def test_a_dense_model_alone_is_refused():
+    with pytest.raises(UserError, match="is dense: nothing to compare"):
+        _options(model=DENSE, layouts=("reduced",))
