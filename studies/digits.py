@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config as configs
-from msvit_jax import errors
+from msvit_jax import errors, host
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REGIONS, FINEST = 16, 64
@@ -69,6 +69,7 @@ class Workers:
                     text=True,
                     stdout=subprocess.PIPE,
                     stderr=errors_to,
+                    env={**os.environ, **host.keep_freed_memory_environment()},
                     preexec_fn=lambda: _pin(core),
                 )
         finally:
