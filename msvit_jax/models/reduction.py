@@ -42,6 +42,11 @@ class Stage:
     prefix: int = 1
     mean_query: bool = False
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.keep == 1 and not self.remove
+
     def plan(self, most: int) -> merging.Plan:
         """The counts that it leaves of up to `most` patch tokens."""
         return merging.Plan(self.reducer, most, keep=self.keep, remove=self.remove)
@@ -55,6 +60,8 @@ class Stage:
           width: channels of a token.
           key_width: channels of a key.
         """
+        if self.keeps_all:
+            return 0 * before
         removed = before - after
         scores = before * width  # the class token's row
         merge = removed * after * width
@@ -212,6 +219,9 @@ def reduce(
       Tokens [B, K, D], their mask and their state.
     """
     mask = mask or Mask()
+    if stage.keeps_all:
+        history = (*carried.history, carried.place)
+        return x, mask, dataclasses.replace(carried, history=history)
     if not mask.shelves:
         return _reduce_rows(x, query, key, mask, carried, stage)
     groups, first = x.shape[0], 0

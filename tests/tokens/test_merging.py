@@ -91,8 +91,8 @@ def softened(tokens, host, guests):
 
 
 def loop(case, x, size, score, keys, luck, prefix):
-    """One image: what each token that stays holds, and where each token is; None: dropped."""
-    reducer, options, weights = CASES[case]
+    """One image: where each token is, None: dropped; what each that stays holds, and its size."""
+    reducer, options, weights = case
     patches = list(range(prefix, len(x)))
     stay = math.ceil(round(options.get("keep", 1) * len(patches), 6))
     if reducer == "random":
@@ -145,7 +145,7 @@ def test_every_reducer_does_what_a_loop_over_an_images_tokens_does(case, kind, s
         stayed = []
         for image in images_of(tokens, row):
             values = (tokens.x, tokens.size, tokens.importance, tokens.keys, tokens.luck)
-            where, held, size = loop(case, *(v[row, image] for v in values), PREFIX[kind])
+            where, held, size = loop(CASES[case], *(v[row, image] for v in values), PREFIX[kind])
             stayed += [image[i] for i in sorted(held)]
             for token, host in where.items():
                 at = place[row, image[token]]
