@@ -106,11 +106,14 @@ def create_model(name: str, **overrides: Any) -> Any:
     shape = BACKBONES[dense_model(name)]
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}
-    backbone = ViT(**{**shape, **inner}, parent=None)
+    backbone = model = ViT(**{**shape, **inner}, parent=None)
+    if name in MERGENCE:
+        model = Mergence(backbone=backbone, **outer)
+    elif name in MIXED_SCALE:
+        model = MSViT(backbone=backbone, **outer)
     try:
-        _ = backbone.stages
+        backbone.check()
+        model.check()
     except ValueError as error:
         raise UserError(f"Model {name!r}: {error}") from error
-    if name in MERGENCE:
-        return Mergence(backbone=backbone, **outer)
-    return MSViT(backbone=backbone, **outer) if name in MIXED_SCALE else backbone
+    return model

@@ -235,12 +235,12 @@ class Block(nn.Module):
 
     def reducing(
         self, x: Array, drop_rate: Array | None, mask: Mask | None, carried: Carried
-    ) -> tuple[Array, Mask | None, Carried]:
+    ) -> tuple[Array, Mask, Carried]:
         """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
         assert self.stage is not None
         x, query, key = self._mix_tokens(x, drop_rate, mask)
-        x, mask, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
-        return self._mix_channels(x, drop_rate, mask), mask, carried
+        x, shorter, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
+        return self._mix_channels(x, drop_rate, shorter), shorter, carried
 
 
 @struct.dataclass
@@ -341,7 +341,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
-        self._check()
+        self.check()
         side = self.grid_size
         count = side * side + self.positioned_prefix
         self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
@@ -375,7 +375,8 @@ class ViT(nn.Module):
         if self.distilled:
             self.head_dist = nn.Dense(self.num_classes, kernel_init=init_weights)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for attributes that do not fit together."""
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
@@ -399,6 +400,11 @@ class ViT(nn.Module):
             raise ValueError(
                 f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
             )
+        if self.stages and self.reducer == "tome" and self.attention_impl == "pallas":
+            raise ValueError(
+                "reducer='tome' needs attention that counts tokens by their sizes; "
+                "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
+            )
 
     @property
     def stages(self) -> dict[int, Stage]:
@@ -416,7 +422,7 @@ class ViT(nn.Module):
             depth=self.depth,
             patches=self.grid_size**2,
             prefix=self.prefix_length,
-            mean_question=self.pool == "mean",
+            mean_query=self.pool == "mean",
         )
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
