@@ -95,9 +95,9 @@ def test_forward_equals_a_numpy_transformer_that_reduces(options):
     model, variables, images = make(DENSE, depth=3, **{"keep": 0.6} | options)
     expected = reference_forward(variables["params"], images, model, reducing(model))
     found = logits(model, variables, images)
-    np.testing.assert_allclose(found, expected, rtol=5e-4, atol=5e-4)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
     plain = reference_forward(variables["params"], images, model)
-    assert np.abs(plain - expected).max() > 0.01
+    assert np.abs(plain - expected).max() > 4e-3
 
 
 @pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "pallas"])
@@ -372,14 +372,11 @@ def test_bfloat16_stays_near_float32(reducer):
     np.testing.assert_allclose(half.logits, logits(model, variables, images), atol=0.02)
 
 
-def test_the_same_under_pmap_and_without_jit():
+def test_the_same_under_pmap():
     model, variables, images = make(MERGENCE, scales=(4, 8))
     expected = logits(model, variables, images)
     spread = jax.pmap(model.apply, in_axes=(None, 0))(variables, images[:2, None])
     np.testing.assert_allclose(spread.logits[:, 0], expected[:2], rtol=1e-4, atol=1e-4)
-    with jax.disable_jit():
-        found = model.apply(variables, images).logits
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_random_tokens_are_the_images_own():
