@@ -12,7 +12,8 @@ From the configs of this repository, for every seed and all from the same dense 
   gate is given more tokens for as many MACs
 
 Everything is fine-tuned for the epochs of configs/digits_mergence.py, the arms at fewer MACs for
-half of them, and judged after its last step. Writes docs/results/mergence.md and mergence.json. What is done already is not done again.
+half of them, and judged after its last step. Writes docs/results/mergence.md and mergence.json.
+What is done already is not done again.
 Cost: about an hour and a half on two CPU cores.
 """
 
