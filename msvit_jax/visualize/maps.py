@@ -18,7 +18,7 @@ GATE_COLUMNS = (
     Column("gate", heat=("P(fine)  0", "1")),
 )
 
-MERGE_LEGEND = "yellow: patch that holds a token · flat, dim: merged into one · black: dropped"
+MERGE_LEGEND = "yellow: patch that holds a token · flat and dim: merged into one · black: dropped"
 
 _FINE_LINE = (255, 221, 51)
 _COARSE_LINE = (112, 112, 112)

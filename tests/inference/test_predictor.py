@@ -175,12 +175,17 @@ def test_models_without_a_gate(devices):
             change()
 
 
-# keep = 0.6 of 64 in each of three layers.
-REDUCED = {"depth": 3, "reduce_layers": (1, 2, 3), "keep": 0.6}
+REDUCED = {"depth": 2, "reduce_layers": (1, 2), "keep": 0.6}
 
 
-@pytest.mark.parametrize("reducer", ["mergence", "topk", "tome"])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mergence_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    ("name", "reducer"),
+    [
+        ("mergence_tiny_patch16_224", "mergence"),
+        ("vit_tiny_patch16_224", "topk"),
+        ("vit_tiny_patch16_224", "tome"),
+    ],
+)
 def test_models_that_reduce_tokens(name, reducer):
     scales = {"scales": (4, 8)} if name.startswith("mergence") else {}
     options = {**OPTIONS, **REDUCED, **scales, "num_classes": 5, "reducer": reducer}
@@ -191,14 +196,14 @@ def test_models_that_reduce_tokens(name, reducer):
     predictions = Predictor(model, variables, batch_size=4, mesh=_mesh(2))(_pool()[:11])
     np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
     assert set(predictions.tokens) == {GRID}
-    assert predictions.merged.shape == (11, 3, 8, 8)
+    assert predictions.merged.shape == (11, 2, 8, 8)
     for stage, (places, hosts) in enumerate(zip(expected.merged, expected.hosts, strict=True)):
         merged = predictions.merged[:, stage].reshape(11, GRID)
         np.testing.assert_array_equal(merged, hosts)
         np.testing.assert_array_equal(merged == -1, places == -1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["budget", "rows", "auto"])
 def test_mixed_scale_models_that_reduce_tokens_agree_in_all_layouts(kind):
     model = _model(**REDUCED, reducer="mergence")
     zeros = jnp.zeros((1, SIDE, SIDE, 3))
@@ -218,15 +223,15 @@ def test_rows_cost_what_their_layers_leave():
     """A batch in rows costs less if layers reduce; without it as many full layers as before."""
     dense, reduced = (
         Predictor(_model(**change), None, layout="rows", mesh=_mesh(1), batch_size=8)
-        for change in ({"depth": 3}, {**REDUCED, "reducer": "topk"})
+        for change in ({"depth": 2}, {**REDUCED, "reducer": "topk"})
     )
     for predictor in (dense, reduced):
         assert predictor._policy.shapes[-1].row_width == 128
     wide, narrow = (predictor._policy.shapes[-1].macs for predictor in (dense, reduced))
     block, alone = (4 * n * 16 * 16 + 2 * n * n * 16 + 2 * n * 16 * 64 for n in (128, 1))
-    rest = float(_model(depth=3).macs(0)) - 3 * alone  # embeddings, gate and head
-    assert wide == pytest.approx(8 * 3 * block + 8 * rest)
-    assert narrow < 0.7 * wide
+    rest = float(_model(depth=2).macs(0)) - 2 * alone  # embeddings, gate and head
+    assert wide == pytest.approx(8 * 2 * block + 8 * rest)
+    assert narrow < 0.8 * wide
 
 
 def test_a_gate_of_fixed_share_has_decisions_but_no_threshold():
