@@ -518,9 +518,9 @@ class ViT(nn.Module):
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         stages = self.stages
         carried = reduction.start(x, stages) if stages else None
+        # A token keeps its luck. Where luck decides nothing, names in its stead tell which tokens
+        # are left; where it does, nothing is merged, and each that is left holds its own place.
         names = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32)[None], x.shape[:2])
-        # A token keeps its luck. Where that decides nothing, names in its place tell who is left;
-        # where it does, nobody is merged, and who is left holds his own place.
         named = carried is not None and carried.luck is None
         if carried is not None and named:
             carried = dataclasses.replace(carried, luck=names)
