@@ -35,6 +35,10 @@ class Predictions:
       coarse: [N, rows, columns] bool, the regions that got one coarse token instead of four fine
         ones; None of a model without a gate.
       coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
+      merged: [N, stages, rows, columns] int16, after each reduction of a model that reduces tokens
+        the patch, counted row by row, that holds the token which each patch of the grid is part
+        of: itself for those that nobody took in; -1 for those that were dropped. A coarse token is
+        held by the first of its four patches. The same in every layout. None of other models.
       class_names: of the classes; empty where they are not known.
     """
 
@@ -42,6 +46,7 @@ class Predictions:
     tokens: np.ndarray
     coarse: np.ndarray | None = None
     coarse_probability: np.ndarray | None = None
+    merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -222,7 +227,9 @@ class Predictor:
         source = self._open(images)
         job = Job(self._programs, self._policy, source.count)
         job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
-        answers = Predictions(job.logits, job.tokens, class_names=self.class_names)
+        answers = Predictions(
+            job.logits, job.tokens, merged=job.merged, class_names=self.class_names
+        )
         if job.coarse is None or job.probability is None:
             return answers
         shape = (source.count, *self.model.gate_grid)
