@@ -8,6 +8,7 @@ from flax import linen as nn
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
+from msvit_jax.models.t2t import T2TViT
 from msvit_jax.models.vit import ViT
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -17,6 +18,14 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 # AugReg's ViTs (timm's vit_*_patch16) were trained on pixels scaled to -1..1.
 _AUGREG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# T2T-ViT's official sizes; the blocks' hidden width is `mlp_ratio` times as large.
+_T2T_SIZES: dict[int, dict[str, Any]] = {
+    12: {"width": 256, "heads": 4, "mlp_ratio": 2.0},
+    14: {"width": 384, "heads": 6, "mlp_ratio": 3.0},
+    19: {"width": 448, "heads": 7, "mlp_ratio": 3.0},
+    24: {"width": 512, "heads": 8, "mlp_ratio": 3.0},
+}
+_T2T = {"qkv_bias": False, "norm_epsilon": 1e-5, "pos_init": "fixed"}
 _DINOV2 = {"patch_size": 14, "image_size": 518, "layer_scale": 1e-5}
 _DINOV2_REGISTERS = {**_DINOV2, "register_tokens": 4, "prefix_positions": False}
 
@@ -31,10 +40,13 @@ def _backbones() -> dict[str, dict[str, Any]]:
         if size != "tiny":
             table[f"vit_{size}_patch14_dinov2"] = {**shape, **_DINOV2}
             table[f"vit_{size}_patch14_reg4_dinov2"] = {**shape, **_DINOV2_REGISTERS}
+    for depth, shape in _T2T_SIZES.items():
+        table[f"t2t_vit_{depth}"] = {"depth": depth, **shape, **_T2T}
     return table
 
 
 BACKBONES = _backbones()
+T2T = {name for name in BACKBONES if name.startswith("t2t_")}
 # Our names: the mixed-scale model over the AugReg backbone, and over DeiT's.
 MIXED_SCALE = {
     name: backbone
@@ -106,7 +118,8 @@ def create_model(name: str, **overrides: Any) -> Any:
     shape = BACKBONES[dense_model(name)]
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}
-    backbone = ViT(**{**shape, **inner}, parent=None)
+    make = T2TViT if dense_model(name) in T2T else ViT
+    backbone = make(**{**shape, **inner}, parent=None)
     try:
         _ = backbone.stages
     except ValueError as error:
