@@ -32,6 +32,7 @@ class Output:
       merged: after each reduction of a model that reduces tokens, [B, N] int32: the place in the
         shortened sequence, prefix included, of the token that each patch of the grid (each slot of
         a mixed-scale model) now is part of; -1 if it was dropped. None in packed layouts.
+      exits: [B, stages, classes] float32, logits of every exit of a cascade; `logits` are the last.
     """
 
     logits: Array
@@ -40,3 +41,4 @@ class Output:
     distilled_logits: Array | None = None
     fits: Array | None = None
     merged: tuple[Array, ...] | None = None
+    exits: Array | None = None

@@ -6,6 +6,7 @@ from typing import Any
 from flax import linen as nn
 
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.models.t2t import T2TViT
@@ -58,17 +59,24 @@ MIXED_SCALE = {
 }
 # Multi-scale features, and tokens merged after each quarter of the layers.
 MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
+# Cascades, and the model that each of their stages is.
+CASCADES = {
+    "dvt_deit_small": "deit_small_patch16_224",
+    "dvt_t2t_vit_12": "t2t_vit_12",
+    "dvt_t2t_vit_14": "t2t_vit_14",
+}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
+_NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 
 
 def list_models() -> list[str]:
     """Names that `create_model` takes, sorted."""
-    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE])
+    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES])
 
 
 def dense_model(name: str) -> str:
     """The name of the plain model under a model; its own if it is one."""
-    return MIXED_SCALE.get(name, MERGENCE.get(name, name))
+    return {**MIXED_SCALE, **MERGENCE, **CASCADES}.get(name, name)
 
 
 def dense_options(name: str) -> set[str]:
@@ -93,6 +101,8 @@ def model_options(name: str) -> set[str]:
         return _attributes(ViT) | _attributes(MSViT)
     if name in MERGENCE:
         return _attributes(ViT) | _attributes(Mergence)
+    if name in CASCADES:
+        return (_attributes(ViT) - _NOT_OF_STAGES) | _attributes(DVT)
     raise UserError(
         f"There is no model {name!r}.{nearest(name, list_models())} "
         "msvit_jax.list_models() names them all."
@@ -122,6 +132,10 @@ def create_model(name: str, **overrides: Any) -> Any:
     backbone = make(**{**shape, **inner}, parent=None)
     try:
         _ = backbone.stages
+        if name in CASCADES:
+            cascade = DVT(backbone=backbone, **outer)
+            cascade.check()
+            return cascade
     except ValueError as error:
         raise UserError(f"Model {name!r}: {error}") from error
     if name in MERGENCE:

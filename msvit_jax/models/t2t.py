@@ -58,12 +58,11 @@ def _first_split(image_size: int, side: int) -> SoftSplit | None:
     if side < 1:
         return None
     stride = -(-image_size // (4 * side))
-    count = -(-image_size // stride)
-    if _halved(_halved(count)) != side:
-        return None
-    window = -(-7 * stride // 4)
-    padding = max(0, -(-(stride * (count - 1) + window - image_size) // 2))
-    return SoftSplit(window, stride, padding, count)
+    wanted = -(-image_size // stride)
+    window = max(-(-7 * stride // 4), _WINDOW)
+    padding = max(0, -(-(stride * (wanted - 1) + window - image_size) // 2))
+    count = (image_size + 2 * padding - window) // stride + 1
+    return SoftSplit(window, stride, padding, count) if _halved(_halved(count)) == side else None
 
 
 def _halved(side: int) -> int:
@@ -160,7 +159,8 @@ class T2TViT(ViT):
     def _embedding(self) -> nn.Module:
         return Tokenizer(self.width, self.split, self.dtype)
 
-    def _check_grid(self) -> None:
+    def check_grid(self) -> None:
+        """Raises ValueError unless a first soft split leads to the grid."""
         if self.grid is None and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
@@ -187,6 +187,13 @@ class T2TViT(ViT):
             + performer_macs(second**2, joined)
             + float(flops.dense(self.grid_size**2, joined, self.width))
         )
+
+    @property
+    def embed_norms(self) -> float:
+        """Numbers that the tokeniser's layer norms put out."""
+        first = self.split
+        normed = first.side**2 * (3 * first.window**2 + TOKEN_WIDTH)
+        return float(normed + _halved(first.side) ** 2 * (_WINDOW**2 + 1) * TOKEN_WIDTH)
 
     def _tokens(self, images: Array, train: bool) -> Array:
         return self.patch_embed(images, train=train)

@@ -429,7 +429,7 @@ class ViT(nn.Module):
         return PatchEmbed(self.width, self.cell, self.dtype)
 
     def _check(self) -> None:
-        self._check_grid()
+        self.check_grid()
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
         if self.pool not in ("token", "mean"):
@@ -451,7 +451,7 @@ class ViT(nn.Module):
                 f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
             )
 
-    def _check_grid(self) -> None:
+    def check_grid(self) -> None:
         """Raises ValueError unless the images divide into the grid's patches."""
         if self.grid is None and self.image_size % self.patch_size:
             raise ValueError(
@@ -541,6 +541,11 @@ class ViT(nn.Module):
     def embed_macs(self) -> float:
         """Multiply-accumulates of the patch embedding."""
         return flops.dense(self.grid_size**2, 3 * self.cell**2, self.width)
+
+    @property
+    def embed_norms(self) -> float:
+        """Numbers that layer norms before the first block put out."""
+        return 0.0
 
     @property
     def head_macs(self) -> float:

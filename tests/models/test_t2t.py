@@ -59,6 +59,16 @@ def test_first_soft_split(size, side, window, stride, padding, first):
     assert x.shape == (1, side, side, 1)
 
 
+def test_every_first_split_leads_to_its_grid():
+    for size in (16, 32, 48, 64, 224):
+        for side in filter(lambda side: t2t._first_split(size, side), range(1, size // 4 + 1)):
+            split = t2t.first_split(size, side)
+            x = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
+            for args in ((split.window, split.stride, split.padding), (3, 2, 1), (3, 2, 1)):
+                x = jax.eval_shape(lambda x: t2t.grid.windows(x, *args)[..., :1], x)  # noqa: B023
+            assert x.shape == (1, side, side, 1)
+
+
 def test_a_grid_without_a_split_is_told():
     with pytest.raises(ValueError, match=r"5 x 5; sides that fit: 1, 2, 3, 4, 8"):
         make(grid=5)
