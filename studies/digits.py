@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config as configs
-from msvit_jax import errors
+from msvit_jax import errors, host
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REGIONS, FINEST = 16, 64
@@ -69,6 +69,7 @@ class Workers:
                     text=True,
                     stdout=subprocess.PIPE,
                     stderr=errors_to,
+                    env={**os.environ, **host.keep_freed_memory_environment()},
                     preexec_fn=lambda: _pin(core),
                 )
         finally:
@@ -91,17 +92,32 @@ class Study:
 
     def arm(self, name: str, config: str, **overrides: Any) -> Figures:
         """Trains and evaluates one arm, unless that is done; returns its figures."""
-        workdir = pathlib.Path(_WORKDIR.value) / name / str(self._seed)
-        result = workdir / "result.json"
-        if not result.exists():
+        workdir = pathlib.Path(self.workdir(name))
+        done = workdir.with_suffix(".trained")
+        if not done.exists():
             workdir.mkdir(parents=True, exist_ok=True)
             options = {"seed": self._seed, "data.data_dir": _DATA_DIR.value} | overrides
             changes = [f"--config.{key}={value}" for key, value in options.items()]
-            run = [f"--workdir={workdir}"]
+            training = ["train.py", f"--config=configs/{config}.py", f"--workdir={workdir}"]
             log = workdir.with_suffix(".log")
-            training = ["train.py", f"--config=configs/{config}.py", *run, *changes]
-            workdir.with_suffix(".out").write_text(self._workers.run(training, log))
-            out = self._workers.run(["eval.py", *run, "--which=latest"], log)
+            workdir.with_suffix(".out").write_text(self._workers.run([*training, *changes], log))
+            done.touch()
+        return self.evaluated(name)
+
+    def evaluated(self, name: str, as_model: str = "", **overrides: Any) -> Figures:
+        """Evaluates an arm's last step, unless that is done; returns its figures.
+
+        Args:
+          name: of a trained arm.
+          as_model: a name for the model around the same parameters, if it is another.
+          **overrides: keys of the config that make it another.
+        """
+        workdir = pathlib.Path(self.workdir(name))
+        result = workdir / f"{as_model or 'result'}.json"
+        if not result.exists():
+            changes = [f"--{key}={value}" for key, value in overrides.items()]
+            command = ["eval.py", f"--workdir={workdir}", "--which=latest", *changes]
+            out = self._workers.run(command, workdir.with_suffix(".log"))
             result.write_text(out.splitlines()[-1])
         figures = json.loads(result.read_text())
         figures.pop("workdir")  # where it lay says nothing about the result

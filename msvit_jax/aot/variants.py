@@ -68,7 +68,8 @@ def variant(
 
     Args:
       config: resolved.
-      name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one of `LAYOUTS`, or 'ladder', budgets of several sizes.
+      name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one
+        of `LAYOUTS`, or 'ladder', budgets of several sizes.
       batch_size: global.
       chips: that the batch is spread over.
       sizes: of the layouts.

@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)
     kept = host.keep_freed_memory()
-    usual = ("slots", "trimmed") if _TRAIN.value else ("slots", "budget", "rows")
+    usual = ["slots", "trimmed"] if _TRAIN.value else ["slots", "budget", "rows"]
     if _MODEL.value not in MIXED_SCALE:
-        usual = (REDUCED,)
+        usual = [REDUCED]
     options = benchmark.Options(
         model=_MODEL.value,
         batches=_numbers("batch", _BATCH.value),

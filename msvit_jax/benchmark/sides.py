@@ -148,8 +148,8 @@ def _forward_side(
     calls, sizes = [], []
     for index, (counts, pixels) in enumerate(zip(work.counts, images, strict=True)):
         size = size_layout(layout, work.model, counts, options)
-        decided = layout != DENSE and work.coarse is not None
-        forced_decisions = (jnp.asarray(work.coarse[index]),) if decided else ()
+        coarse = None if layout == DENSE else work.coarse
+        forced_decisions = () if coarse is None else (jnp.asarray(coarse[index]),)
         arguments = (variables, pixels, *forced_decisions)
         key = tuple(size.attributes.values())
         if key not in programs:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -96,21 +97,37 @@ def attention(
         raise ValueError("A bias of attention has no meaning for rows that are laid end to end.")
     if not mask.shelves:
         return _attend(query, key, value, mask, implementation)
+    parts = [
+        _attend(q, k, v, own, implementation)
+        for own, (q, k, v) in shelves_apart(mask, query, key, value)
+    ]
+    return shelves_together(parts, query.shape[0])
+
+
+def shelves_apart(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
+    """Cuts a mask and arrays [G, T, ...] into those of each shelf, [G * rows, length, ...]."""
     ends = list(itertools.accumulate(rows * length for rows, length in mask.shelves))[:-1]
+    parts = []
     # Split, not sliced: the gradient of slices is a sum of arrays as large as the whole.
     split = lambda x: (  # noqa: E731
         [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
     )
-    parts = []
-    arrays = (query, key, value, mask.weights, mask.segments, mask.sizes)
-    for (rows, length), *part in zip(mask.shelves, *map(split, arrays), strict=True):
-        q, k, v, weights, segments, sizes = (
+    everything = (mask.weights, mask.segments, mask.sizes, *arrays)
+    for (_, length), *part in zip(mask.shelves, *map(split, everything), strict=True):
+        weights, segments, sizes, *rest = (
             None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part
         )
         own = dataclasses.replace(mask, weights=weights, segments=segments, sizes=sizes, shelves=())
-        mixed = _attend(q, k, v, own, implementation)
-        parts.append(mixed.reshape(query.shape[0], rows * length, *query.shape[2:]))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        parts.append((own, rest))
+    return parts
+
+
+def shelves_together(parts: Sequence[Any], groups: int) -> Any:
+    """Lays the arrays of shelves end to end again: each [G * rows, length, ...] -> [G, T, ...]."""
+    if parts[0] is None:
+        return None
+    flat = [x.reshape(groups, -1, *x.shape[2:]) for x in parts]
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: str) -> Array:

@@ -228,7 +228,7 @@ class DVT(nn.Module):
             if getattr(vit, name) != wanted:
                 raise ValueError(f"{name}={getattr(vit, name)!r} is not for a cascade's stages.")
         for side in self.grids:
-            self._stage(side).check_grid()
+            self._stage(side).check()
 
     def _stage(self, side: int) -> ViT:
         return self.backbone.clone(grid=side, parent=None, name=None)
@@ -345,7 +345,7 @@ class DVT(nn.Module):
           train: see `__call__`.
         """
         vit = self.stage[stage]
-        vit.check(images)
+        vit.check_shape(images)
         x = vit.embed(images, train=train)
         x = vit.with_prefix(x.reshape(x.shape[0], -1, vit.width))
         rates, scores = vit.drop_rates(train=train), []

@@ -7,6 +7,7 @@ here is our reconstruction. Merging itself is an attribute of any `ViT` (`reduce
 `tokens.merging`); this module adds the scales.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from msvit_jax.tokens import grid
 
 
 class ScaleFeatures(nn.Module):
-    """Another patch size's embedding, brought to the backbone's grid, through a projection of zeros.
+    """Another patch size's embedding, brought to the backbone's grid.
 
     Smaller patches are averaged over the cell they lie in, larger ones repeated over the cells they
-    cover; so a model starts as if the scale were not there.
+    cover. The projection starts at zero: a model starts as if the scale were not there.
     """
 
     width: int
@@ -60,25 +61,26 @@ class Mergence(nn.Module):
 
     def setup(self) -> None:
         """Makes the submodules."""
-        self._check()
+        self.check()
         vit = self.backbone
         self.features = [
             ScaleFeatures(vit.width, size, self.patch_size, vit.dtype, name=f"scale_{size}")
             for size in self._others
         ]
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for scales that do not fit the image or its patches."""
         cell = self.patch_size
         for size in self.scales:
             if size < 1 or self.image_size % size:
                 raise ValueError(
                     f"scales={self.scales}: patches of {size} px do not divide an image of "
-                    f"{self.image_size} px."
+                    f"{self.image_size} px; use sizes that do, or another image_size."
                 )
             if size % cell and cell % size:
                 raise ValueError(
                     f"scales={self.scales}: {size} px neither divides patch_size={cell} nor is a "
-                    "multiple of it."
+                    "multiple of it; use sizes that fit the backbone's grid."
                 )
 
     @property
@@ -136,7 +138,7 @@ class Mergence(nn.Module):
           images: [B, H, W, 3] float32, normalised; H and W divisible by every patch size.
           train: turns stochastic depth on (rng stream "dropout").
         """
-        check_images(images, max(self.patch_size, *self.scales, 1))
+        check_images(images, math.lcm(self.patch_size, *self.scales))
         x = self.backbone.embed(images)
         for features in self.features:
             x = x + features(images)

@@ -81,7 +81,7 @@ class MSViT(nn.Module):
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
-        self._check()
+        self.check()
         vit = self.backbone
         if self.gate == "mlp":
             self.gate_mlp = gates.GateMLP(
@@ -94,7 +94,8 @@ class MSViT(nn.Module):
         if self.coarse_residual:
             self.residual = CoarseResidual(vit.width, vit.dtype)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for attributes that do not fit together."""
         if self.gate not in gates.GATES:
             raise ValueError(f"gate={self.gate!r} is none of {', '.join(gates.GATES)}.")
         if self.coarse_embedding not in ("shared", "separate"):
@@ -261,7 +262,7 @@ class MSViT(nn.Module):
         else:
             x, alive, fits = self._encode_packed(tokens, weights, logits, train)
         if alive is not None and self.backbone.pool == "mean":
-            areas = areas * alive[:, self.backbone.prefix_length :]
+            areas = areas * alive[:, self.backbone.prefix_length :].astype(areas.dtype)
         class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
         counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - self.backbone.prefix_length
         return Output(

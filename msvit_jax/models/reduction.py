@@ -5,6 +5,8 @@ mask hides is never kept for its own sake, never a host and never counted.
 """
 
 import dataclasses
+import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flax import struct
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
-from msvit_jax.models.attention import Mask
+from msvit_jax.models.attention import Mask, shelves_apart, shelves_together
 from msvit_jax.tokens import merging
 from msvit_jax.tokens.packing import NOBODY
 
@@ -29,7 +31,8 @@ class Stage:
       remove: for "tome", instead: tokens to merge.
       weights: of "mergence", see `merging.reduce`.
       prefix: class, distillation and register tokens of an image.
-      mean_question: importance is the attention of the mean patch query, not the class token's.
+      mean_query: importance is the attention of the mean patch query, not the class token's: for
+        mean pooling, where no class token learns to look at what matters, but all patches do.
     """
 
     reducer: str
@@ -37,7 +40,12 @@ class Stage:
     remove: int = 0
     weights: str = "similarity"
     prefix: int = 1
-    mean_question: bool = False
+    mean_query: bool = False
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.keep == 1 and not self.remove
 
     def plan(self, most: int) -> merging.Plan:
         """The counts that it leaves of up to `most` patch tokens."""
@@ -52,16 +60,16 @@ class Stage:
           width: channels of a token.
           key_width: channels of a key.
         """
+        if self.keeps_all:
+            return 0 * before
         removed = before - after
         scores = before * width  # the class token's row
         merge = removed * after * width
-        if self.reducer in ("topk", "random"):
-            return scores if self.reducer == "topk" else 0 * scores
-        if self.reducer == "evit":
-            return scores + merge
+        similarities = merge  # of each removed token to each that stays
         if self.reducer == "tome":
             return before / 2 * before / 2 * key_width + merge
-        return scores + removed * after * width + merge
+        parts = {"random": 0 * scores, "topk": scores, "evit": scores + merge}
+        return parts.get(self.reducer, scores + similarities + merge)
 
 
 @struct.dataclass
@@ -91,7 +99,7 @@ def stages(
     depth: int,
     patches: int,
     prefix: int,
-    mean_question: bool,
+    mean_query: bool,
 ) -> dict[int, Stage]:
     """The reducing layers, counted from 0, of a model.
 
@@ -105,7 +113,7 @@ def stages(
       depth: layers.
       patches: tokens of a training image on the grid.
       prefix: see `Stage`.
-      mean_question: see `Stage`.
+      mean_query: see `Stage`.
 
     Raises:
       ValueError: values that are not possible.
@@ -124,17 +132,33 @@ def stages(
         quarters = sorted({1 + depth * i // 4 for i in (1, 2, 3)})
         layers = tuple(range(1, depth + 1)) if remove else tuple(quarters)
     if len(layers) > depth or len(set(layers)) < len(layers):
-        raise ValueError(f"reduce_layers={layers}: {depth} different layers at most can reduce.")
+        raise ValueError(
+            f"reduce_layers={layers}: {depth} different layers at most can reduce; name each once."
+        )
     if not all(1 <= layer <= depth for layer in layers):
-        raise ValueError(f"reduce_layers={layers}: the layers are counted from 1 to {depth}.")
-    rates = keep if isinstance(keep, tuple) else (keep,) * len(layers)
+        raise ValueError(
+            f"reduce_layers={layers}: the layers are counted from 1 to {depth}; use those."
+        )
+    rates = tuple(keep) if isinstance(keep, tuple | list) else (keep,) * len(layers)
     if len(rates) != len(layers):
-        raise ValueError(f"keep has {len(rates)} rates, but {len(layers)} layers reduce.")
+        raise ValueError(
+            f"keep={keep} has {len(rates)} rates, but {len(layers)} layers reduce "
+            f"({', '.join(map(str, layers))}); give one rate for all, or one for each."
+        )
+    least = 0.5 if reducer == "tome" and not remove else 0.0
     for rate in rates:
         if not 0 < rate <= 1:
-            raise ValueError(f"keep={rate} is not a share above 0 and up to 1.")
+            raise ValueError(
+                f"keep={rate} is not possible: it is the share of the tokens that a layer keeps, "
+                "above 0 and up to 1."
+            )
+        if rate < least:
+            raise ValueError(
+                f"keep={rate} is not possible with reducer='tome', which merges half of the "
+                "tokens at most; use 0.5 or more, or more reduce_layers."
+            )
     made = {
-        layer - 1: Stage(reducer, float(rate), remove, weights, prefix, mean_question)
+        layer - 1: Stage(reducer, float(rate), remove, weights, prefix, mean_query)
         for layer, rate in sorted(zip(layers, rates, strict=True))
     }
     left = patches
@@ -142,7 +166,7 @@ def stages(
         if remove > left // 2:
             raise ValueError(
                 f"remove={remove} is not possible in layer {layer + 1}: {left} tokens are left "
-                f"there, and half of them can be merged. Use less, or fewer reduce_layers."
+                "there, and half of them can be merged. Use less, or fewer reduce_layers."
             )
         left = int(stage.plan(left).kept[left])
     return made
@@ -160,7 +184,7 @@ def layer_tokens(made: dict[int, Stage], depth: int, tokens: ArrayLike) -> np.nd
     for layer in range(depth):
         count = left[-1]
         if layer in made and count.size:
-            kept = made[layer].plan(int(np.ceil(count.max()))).kept
+            kept = made[layer].plan(math.ceil(np.max(count))).kept
             count = np.interp(count, np.arange(len(kept)), kept)  # means of counts, too
         left.append(count)
     return np.stack(left)
@@ -180,7 +204,7 @@ def start(x: Array, made: dict[int, Stage]) -> Carried:
 
 def reduce(
     x: Array, query: Array, key: Array, mask: Mask | None, carried: Carried, stage: Stage
-) -> tuple[Array, Mask | None, Carried]:
+) -> tuple[Array, Mask, Carried]:
     """Reduces tokens in any layout.
 
     Args:
@@ -194,67 +218,56 @@ def reduce(
     Returns:
       Tokens [B, K, D], their mask and their state.
     """
-    if mask is None or not mask.shelves:
+    mask = mask or Mask()
+    if stage.keeps_all:
+        history = (*carried.history, carried.place)
+        return x, mask, dataclasses.replace(carried, history=history)
+    if not mask.shelves:
         return _reduce_rows(x, query, key, mask, carried, stage)
-    ends = np.cumsum([rows * length for rows, length in mask.shelves])[:-1]
-    groups = x.shape[0]
-    parts, shelves, first, moved = [], [], 0, []
-    arrays = (x, query, key, mask.weights, mask.segments, mask.sizes, carried.size, carried.luck)
-    split = [
-        [None] * len(mask.shelves) if a is None else jnp.split(a, ends, axis=1) for a in arrays
-    ]
-    for (rows, length), *part in zip(mask.shelves, *split, strict=True):
-        px, pq, pk, weights, segments, sizes, size, luck = (
-            None if a is None else a.reshape(-1, length, *a.shape[2:]) for a in part
-        )
-        own = dataclasses.replace(mask, weights=weights, segments=segments, sizes=sizes, shelves=())
-        here = start(px, {}).replace(size=size, luck=luck)
-        done = _reduce_rows(px, pq, pk, own, here, stage)
-        count = done[0].shape[1]
+    groups, first = x.shape[0], 0
+    parts, places = [], []
+    apart = shelves_apart(mask, x, query, key, carried.size, carried.luck)
+    for (rows, _), (own, (part, q, k, size, luck)) in zip(mask.shelves, apart, strict=True):
+        here = dataclasses.replace(start(part, {}), size=size, luck=luck)
+        parts.append(_reduce_rows(part, q, k, own, here, stage))
+        count = parts[-1][0].shape[1]
         # Places of this shelf's rows within the group.
         row = jnp.arange(groups * rows, dtype=jnp.int32)[:, None] % rows
-        place = done[2].place
-        place = jnp.where(place < 0, -1, first + row * count + place)
-        moved.append(place.reshape(groups, -1))
+        place = parts[-1][2].place
+        places.append(jnp.where(place < 0, -1, first + row * count + place))
         first += rows * count
-        shelves.append((rows, count))
-        parts.append(done)
-    together = (
-        lambda *a: (  # noqa: E731
-            None
-            if a[0] is None
-            else jnp.concatenate([b.reshape(groups, -1, *b.shape[2:]) for b in a], 1)
-        )
-    )
-    masks = [part[1] for part in parts]
-    states = [part[2] for part in parts]
+    tokens, masks, states = zip(*parts, strict=True)
+    together = functools.partial(shelves_together, groups=groups)
     mask = dataclasses.replace(
         mask,
-        weights=together(*(m.weights for m in masks)),
-        segments=together(*(m.segments for m in masks)),
-        sizes=together(*(m.sizes for m in masks)),
-        shelves=tuple(shelves),
+        weights=together([m.weights for m in masks]),
+        segments=together([m.segments for m in masks]),
+        sizes=together([m.sizes for m in masks]),
+        shelves=tuple(
+            (rows, x.shape[1]) for (rows, _), x in zip(mask.shelves, tokens, strict=True)
+        ),
     )
-    place = merging.compose(carried.place, jnp.concatenate(moved, axis=1))
+    place = merging.compose(carried.place, together(places))
     after = Carried(
-        size=together(*(s.size for s in states)),
+        size=together([s.size for s in states]),
         place=place,
-        luck=together(*(s.luck for s in states)),
+        luck=together([s.luck for s in states]),
         history=(*carried.history, place),
     )
-    return together(*(part[0] for part in parts)), mask, after
+    return together(tokens), mask, after
 
 
 def _reduce_rows(
-    x: Array, query: Array, key: Array, mask: Mask | None, carried: Carried, stage: Stage
-) -> tuple[Array, Mask | None, Carried]:
+    x: Array, query: Array, key: Array, mask: Mask, carried: Carried, stage: Stage
+) -> tuple[Array, Mask, Carried]:
     member, prefix = _who(x, mask, stage.prefix)
     tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.luck)
     if stage.reducer == "tome":
-        tokens = tokens.replace(keys=key.mean(axis=2))
+        tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
     elif stage.reducer != "random":
-        asked = merging.questions(query, tokens, mean=stage.mean_question)
-        tokens = tokens.replace(importance=merging.attention_received(asked, key, member))
+        asking = merging.importance_queries(query, tokens, mean=stage.mean_query)
+        importance = merging.attention_received(asking, key, member)
+        tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]
     # A row ends with a run of empty places, which is no image.
     most = images if images == 1 else images - 1
@@ -272,32 +285,29 @@ def _reduce_rows(
     return merge.tokens(x), _kept_mask(mask, merge, size, stage), after
 
 
-def _kept_mask(mask: Mask | None, merge: merging.Merge, size: Array, stage: Stage) -> Mask | None:
-    proportional = stage.reducer == "tome"
-    if mask is None:
-        return Mask(sizes=size) if proportional else None
+def _kept_mask(mask: Mask, merge: merging.Merge, size: Array, stage: Stage) -> Mask:
     weights, segments = mask.weights, mask.segments
     return dataclasses.replace(
         mask,
         weights=None if weights is None else merging.take(weights, merge.kept, fill=1.0),
         segments=None if segments is None else merging.take(segments, merge.kept, fill=NOBODY),
-        sizes=size if proportional else None,
+        sizes=size if stage.reducer == "tome" else None,
     )
 
 
-def _who(x: Array, mask: Mask | None, prefix: int) -> tuple[Array, Array]:
+def _who(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array]:
     """Whose tokens they are [B, N, M] and which of them are prefix tokens [B, N]."""
     batch, count, _ = x.shape
     place = jnp.arange(count)[None]
     active = jnp.ones((batch, count), bool)
-    if mask is not None and mask.segments is not None:
+    if mask.segments is not None:
         active = mask.segments != NOBODY
-    if mask is None or mask.segments is None or mask.alone:
-        if mask is not None and mask.weights is not None:
+    if mask.segments is None or mask.alone:
+        if mask.weights is not None:
             active &= mask.weights > 0.5
         return active[:, :, None], active & (place < prefix)
     new = jnp.pad(mask.segments[:, 1:] != mask.segments[:, :-1], ((0, 0), (1, 0)))
     run = jnp.cumsum(new, axis=1)
     first = lax.cummax(jnp.where(new, place, 0), axis=1)
-    member = (run[:, :, None] == jnp.arange(mask.most)) & active[:, :, None]
+    member = (run[:, :, None] == jnp.arange(mask.most)[None, None]) & active[:, :, None]
     return member, active & (place - first < prefix)

@@ -129,15 +129,17 @@ def create_model(name: str, **overrides: Any) -> Any:
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}
     make = T2TViT if dense_model(name) in T2T else ViT
-    backbone = make(**{**shape, **inner}, parent=None)
+    backbone: Any = make(**{**shape, **inner}, parent=None)
+    model = backbone
+    if name in MERGENCE:
+        model = Mergence(backbone=backbone, **outer)
+    elif name in MIXED_SCALE:
+        model = MSViT(backbone=backbone, **outer)
+    elif name in CASCADES:  # whose stages are checked with their own grids
+        model = backbone = DVT(backbone=backbone, **outer)
     try:
-        _ = backbone.stages
-        if name in CASCADES:
-            cascade = DVT(backbone=backbone, **outer)
-            cascade.check()
-            return cascade
+        backbone.check()
+        model.check()
     except ValueError as error:
         raise UserError(f"Model {name!r}: {error}") from error
-    if name in MERGENCE:
-        return Mergence(backbone=backbone, **outer)
-    return MSViT(backbone=backbone, **outer) if name in MIXED_SCALE else backbone
+    return model

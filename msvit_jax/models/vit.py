@@ -254,12 +254,12 @@ class Block(nn.Module):
 
     def reducing(
         self, x: Array, drop_rate: Array | None, mask: Mask | None, carried: Carried
-    ) -> tuple[Array, Mask | None, Carried]:
+    ) -> tuple[Array, Mask, Carried]:
         """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
         assert self.stage is not None
         x, query, key = self._mix_tokens(x, drop_rate, mask)
-        x, mask, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
-        return self._mix_channels(x, drop_rate, mask), mask, carried
+        x, shorter, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
+        return self._mix_channels(x, drop_rate, shorter), shorter, carried
 
     def reusing(
         self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
@@ -386,7 +386,7 @@ class ViT(nn.Module):
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
-        self._check()
+        self.check()
         side = self.grid_size
         count = side * side + self.positioned_prefix
         self.patch_embed = self._embedding()
@@ -428,7 +428,8 @@ class ViT(nn.Module):
     def _embedding(self) -> nn.Module:
         return PatchEmbed(self.width, self.cell, self.dtype)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for attributes that do not fit together."""
         self.check_grid()
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
@@ -449,6 +450,11 @@ class ViT(nn.Module):
         if self.stages and self.scan_layers:
             raise ValueError(
                 f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
+            )
+        if self.stages and self.reducer == "tome" and self.attention_impl == "pallas":
+            raise ValueError(
+                "reducer='tome' needs attention that counts tokens by their sizes; "
+                "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
             )
 
     def check_grid(self) -> None:
@@ -482,7 +488,7 @@ class ViT(nn.Module):
             depth=self.depth,
             patches=self.grid_size**2,
             prefix=self.prefix_length,
-            mean_question=self.pool == "mean",
+            mean_query=self.pool == "mean",
         )
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
@@ -672,10 +678,10 @@ class ViT(nn.Module):
             patches, with a `grid` those of a training image.
           train: turns stochastic depth on (rng stream "dropout").
         """
-        self.check(images)
+        self.check_shape(images)
         return self.answer(self.embed(images, train=train), train=train)
 
-    def check(self, images: Array) -> None:
+    def check_shape(self, images: Array) -> None:
         """Raises ValueError unless the model takes images of that shape."""
         check_images(images, self.patch_size if self.grid is None else 1)
         side = self.image_size

@@ -12,6 +12,7 @@ reconstruction; the others are the baselines it has to beat, after their papers'
 * "random": tokens chosen by chance stay.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -84,7 +85,7 @@ class Merge:
 
     def tokens(self, x: Array) -> Array:
         """[B, N, D] -> [B, K, D]."""
-        kept = _take(x, self.kept)
+        kept = take(x, self.kept)
         if self.own is None or self.share is None or not self.removed.shape[1]:
             return kept
         spread = self._to_host * self.share[:, :, None]
@@ -92,16 +93,24 @@ class Merge:
         merged = jnp.einsum(
             "brk,brd->bkd",
             spread.astype(x.dtype),
-            _take(x, self.removed),
+            take(x, self.removed),
             precision=exact,
             preferred_element_type=jnp.float32,
         )
         return (self.own[:, :, None] * kept.astype(jnp.float32) + merged).astype(x.dtype)
 
+    def normalised(self) -> "Merge":
+        """The same merge with the shares of each place summing to 1."""
+        assert self.own is not None
+        assert self.share is not None
+        total = self.own + self._collected(self.share)
+        total = jnp.where(total > 0, total, 1)
+        share = self.share / take(total, self.host, fill=1)
+        return dataclasses.replace(self, own=self.own / total, share=share)
+
     def sizes(self, size: Array) -> Array:
         """Sizes of the places, sums of their tokens': [B, N] -> [B, K]."""
-        removed = _take(size, self.removed)
-        return _take(size, self.kept) + jnp.einsum("brk,br->bk", self._to_host, removed)
+        return take(size, self.kept) + self._collected(take(size, self.removed))
 
     def place(self, count: int) -> Array:
         """Where each of the `count` tokens went: [B, N] int32; -1 if dropped."""
@@ -116,14 +125,15 @@ class Merge:
     def _to_host(self) -> Array:
         return jax.nn.one_hot(self.host, self.kept.shape[1], dtype=jnp.float32)
 
+    def _collected(self, values: Array) -> Array:
+        """Sums over the tokens that are merged into each place: [B, R] -> [B, K]."""
+        return jnp.einsum("brk,br->bk", self._to_host, values, precision=lax.Precision.HIGHEST)
+
 
 def take(values: Array, index: Array, fill: float = 0) -> Array:
     """Rows of values [B, N, ...] by index [B, K]; `fill` where the index is N."""
     spread = index.reshape(*index.shape, *(1,) * (values.ndim - 2))
     return jnp.take_along_axis(values, spread, axis=1, mode="fill", fill_value=fill)
-
-
-_take = take
 
 
 def unmerge(x: Array, place: Array) -> Array:
@@ -136,40 +146,40 @@ def unmerge(x: Array, place: Array) -> Array:
     Returns:
       [B, N, D], zeros where a token was dropped.
     """
-    return _take(x, jnp.where(place < 0, x.shape[1], place))
+    return take(x, jnp.where(place < 0, x.shape[1], place))
 
 
 def compose(first: Array, then: Array) -> Array:
     """The place after two merges: [B, N] into K places, then [B, K] -> [B, N]; -1 if dropped."""
-    return _take(then, jnp.where(first < 0, then.shape[1], first), fill=-1)
+    return take(then, jnp.where(first < 0, then.shape[1], first), fill=-1)
 
 
-def attention_received(question: Array, key: Array, member: Array) -> Array:
-    """The attention that each token gets from its image's question, mean over heads.
+def attention_received(query: Array, key: Array, member: Array) -> Array:
+    """The attention that each token gets from one query of its image, mean over heads.
 
     Only one row of each image's attention matrix is computed, so the model's own attention can be
     of any implementation.
 
     Args:
-      question: [B, M, H, d], one query per image: the class token's.
+      query: [B, M, H, d], one per image: see `importance_queries`.
       key: [B, N, H, d].
       member: [B, N, M] bool.
 
     Returns:
       [B, N] float32, sums to 1 over the tokens of an image; 0 for inactive places.
     """
-    scaled = question * question.shape[-1] ** -0.5
+    scaled = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("bmhd,bnhd->bhmn", scaled, key, preferred_element_type=jnp.float32)
     seen = member.transpose(0, 2, 1)[:, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     largest = jnp.where(seen.any(axis=3, keepdims=True), scores.max(axis=3, keepdims=True), 0)
-    shares = jnp.exp(scores - largest)
+    shares = jnp.exp(scores - lax.stop_gradient(largest))
     total = shares.sum(axis=3, keepdims=True)
     return (shares / jnp.where(total > 0, total, 1)).sum(axis=2).mean(axis=1)
 
 
-def questions(query: Array, tokens: Tokens, *, mean: bool) -> Array:
-    """One query per image: [B, N, H, d] -> [B, M, H, d].
+def importance_queries(query: Array, tokens: Tokens, *, mean: bool) -> Array:
+    """The query of each image that says what is important: [B, N, H, d] -> [B, M, H, d].
 
     Args:
       query: of all tokens.
@@ -182,8 +192,7 @@ def questions(query: Array, tokens: Tokens, *, mean: bool) -> Array:
     elif tokens.member.shape[2] == 1:
         return query[:, :1]
     else:
-        before = jnp.cumsum(tokens.member, axis=1) - tokens.member
-        weight = tokens.member & (before == 0)
+        weight = tokens.member & (jnp.cumsum(tokens.member, axis=1) == 1)
     empty = ~tokens.member.any(axis=2)[:, :, None, None]
     query = jnp.where(empty, 0, query)
     exact = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
@@ -221,15 +230,15 @@ class Plan:
           remove: instead, for "tome": tokens to merge, at most half of them.
         """
         n = np.arange(most + 1)
-        if reducer == "tome" and remove:
-            self.crucial = n - np.minimum(remove, n // 2)
+        if remove:
+            crucial = n - np.minimum(remove, n // 2)
         else:
-            self.crucial = np.ceil(keep * n - _ROUNDING).astype(np.int64)
+            crucial = np.maximum(np.ceil(keep * n - _ROUNDING), n > 0)
             if reducer == "tome":  # each token that stays can take in any number, half can go
-                self.crucial = np.maximum(self.crucial, n - n // 2)
-        fused = (self.crucial < n) if reducer == "evit" else 0
-        self.kept = self.crucial + fused
-        self.crucial, self.kept = (x.astype(np.int32) for x in (self.crucial, self.kept))
+                crucial = np.maximum(crucial, n - n // 2)
+        fused = (crucial < n) if reducer == "evit" else 0
+        self.crucial = crucial.astype(np.int32)
+        self.kept = (crucial + fused).astype(np.int32)
 
     def places(self, length: int, prefix: int, images: int) -> tuple[int, int]:
         """Places that hold every kept token of a row, and every removed one.
@@ -270,27 +279,28 @@ def reduce(
       weights: how "mergence" mixes the tokens of a place: "similarity" (softmax of cosine
         similarities to the host, which itself counts with 1; after TPS, Wei et al. 2023) or "size".
     """
-    table = lambda t: tokens.of_image(jnp.asarray(t)[tokens.counts])  # noqa: E731
+    crucial, stay = (
+        tokens.of_image(jnp.asarray(table)[tokens.counts]) for table in (plan.crucial, plan.kept)
+    )
     if reducer == "tome":
-        return _tome(tokens, table(plan.crucial), places)
+        return _tome(tokens, stay, places)
     score = tokens.importance
     if reducer == "random":
         assert tokens.luck is not None
         score = (tokens.luck >> 8).astype(jnp.float32)
     assert score is not None
     rank = _ranks(score, tokens.member & tokens.patch[:, :, None])
-    patch, crucial = tokens.patch, table(plan.crucial)
     if reducer == "evit":
-        return _fused(tokens, score, rank, crucial, table(plan.kept), places)
-    kept, removed, _ = _placed(tokens, patch & (rank >= crucial), places)
+        return _fused(tokens, score, rank, crucial, stay, places)
+    kept, removed, _ = _placed(tokens, tokens.patch & (rank >= crucial), places)
     if reducer in ("topk", "random"):
         return Merge(kept, removed, jnp.full(removed.shape, places[0], jnp.int32))
-    host, likeness = _nearest(tokens.x, tokens, removed, kept)
+    host, similarity = _nearest(tokens.x, tokens, removed, kept)
     if weights == "size":
-        own, share = _take(tokens.size, kept), _take(tokens.size, removed)
+        own, share = take(tokens.size, kept), take(tokens.size, removed)
     else:
-        own, share = jnp.full(kept.shape, jnp.e, jnp.float32), jnp.exp(likeness)
-    return _normalised(Merge(kept, removed, host, own, share))
+        own, share = jnp.full(kept.shape, jnp.e, jnp.float32), jnp.exp(similarity)
+    return Merge(kept, removed, host, own, share).normalised()
 
 
 def _fused(
@@ -301,13 +311,13 @@ def _fused(
     fuses = tokens.patch & (rank == crucial) & (rank < stay)
     # The place of the image's fused token, for each of its tokens.
     where = jnp.where(tokens.member & fuses[:, :, None], place[:, :, None], 0).sum(axis=1)
-    host = _take(tokens.of_image(where), removed, fill=places[0])
-    own = _take(jnp.where(fuses, score, 1.0), kept)
-    return Merge(kept, removed, host, own, _take(score, removed))
+    host = take(tokens.of_image(where), removed, fill=places[0])
+    own = take(jnp.where(fuses, score, 1.0), kept)
+    return Merge(kept, removed, host, own, take(score, removed))
 
 
 def _tome(tokens: Tokens, stay: Array, places: tuple[int, int]) -> Merge:
-    """Tokens at even places of an image are merged into those at odd ones, the likest first."""
+    """Tokens at even places of an image are merged into those at odd ones, most similar first."""
     assert tokens.keys is not None
     ordinal = jnp.where(tokens.member, jnp.cumsum(tokens.member, axis=1), 0).sum(axis=2) - 1
     source, target = (tokens.patch & (ordinal % 2 == parity) for parity in (0, 1))
@@ -315,25 +325,15 @@ def _tome(tokens: Tokens, stay: Array, places: tuple[int, int]) -> Merge:
     # Each image of a row may begin with either parity.
     spare = min(tokens.x.shape[1], half + tokens.member.shape[2] - 1)
     sources, targets = (_listed(chosen, spare) for chosen in (source, target))
-    best, likeness = _nearest(tokens.keys, tokens, sources, targets)
-    score = _scattered(likeness, sources, tokens.x.shape[1])
-    score = jnp.where(source & (score > -jnp.inf), score, -jnp.inf)
-    rank = _ranks(score, tokens.member & source[:, :, None])
+    best, similarity = _nearest(tokens.keys, tokens, sources, targets)
+    count = tokens.x.shape[1]
+    rank = _ranks(_scattered(similarity, sources, count), tokens.member & source[:, :, None])
     goes = tokens.of_image(tokens.counts) - stay
     kept, removed, place = _placed(tokens, source & (rank < goes), places)
-    target_token = _take(targets, best)
-    host_token = _scattered(target_token, sources, tokens.x.shape[1])
-    host = _take(_take(place, host_token), removed, fill=places[0])
-    own, share = _take(tokens.size, kept), _take(tokens.size, removed)
-    return _normalised(Merge(kept, removed, host, own, share))
-
-
-def _normalised(merge: Merge) -> Merge:
-    """Shares of each place that sum to 1."""
-    total = merge.own + jnp.einsum("brk,br->bk", merge._to_host, merge.share)
-    total = jnp.where(total > 0, total, 1)
-    share = merge.share / _take(total, merge.host, fill=1)
-    return merge.replace(own=merge.own / total, share=share)
+    host_token = _scattered(take(targets, best), sources, count)
+    host = take(take(place, host_token), removed, fill=places[0])
+    own, share = take(tokens.size, kept), take(tokens.size, removed)
+    return Merge(kept, removed, host, own, share).normalised()
 
 
 def _ranks(score: Array, member: Array) -> Array:
@@ -388,7 +388,7 @@ def _scattered(values: Array, index: Array, count: int) -> Array:
 
 
 def _nearest(features: Array, tokens: Tokens, ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """The likest patch token of the same image.
+    """The most similar patch token of the same image.
 
     Args:
       features: [B, N, C].
@@ -399,20 +399,21 @@ def _nearest(features: Array, tokens: Tokens, ours: Array, theirs: Array) -> tup
     Returns:
       [B, R] int32 index into `theirs`, K without one, and the cosine similarity.
     """
-    square = jnp.sum(jnp.square(features.astype(jnp.float32)), axis=2, keepdims=True)
-    unit = (features * lax.rsqrt(jnp.maximum(square, 1e-12))).astype(features.dtype)
+    wide = features.astype(jnp.float32)
+    length = jnp.sum(jnp.square(wide), axis=2, keepdims=True)
+    unit = (wide * lax.rsqrt(jnp.maximum(length, 1e-12))).astype(features.dtype)
     exact = lax.Precision.HIGHEST if features.dtype == jnp.float32 else None
-    likeness = jnp.einsum(
+    similarity = jnp.einsum(
         "brd,bkd->brk",
-        _take(unit, ours),
-        _take(unit, theirs),
+        take(unit, ours),
+        take(unit, theirs),
         precision=exact,
         preferred_element_type=jnp.float32,
     )
     image = jnp.where(tokens.patch, tokens.member.argmax(axis=2), -1)
-    own, other = _take(image, ours, fill=-2), _take(image, theirs, fill=-1)
-    likeness = jnp.where(own[:, :, None] == other[:, None, :], likeness, -jnp.inf)
-    best = likeness.max(axis=2)
+    own, other = take(image, ours, fill=-2), take(image, theirs, fill=-1)
+    similarity = jnp.where(own[:, :, None] == other[:, None, :], similarity, -jnp.inf)
+    best = similarity.max(axis=2)
     found = best > -jnp.inf
-    host = jnp.where(found, likeness.argmax(axis=2), theirs.shape[1])
+    host = jnp.where(found, similarity.argmax(axis=2), theirs.shape[1])
     return host.astype(jnp.int32), jnp.where(found, best, 0.0)

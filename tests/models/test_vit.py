@@ -93,8 +93,13 @@ def test_analytic_macs_agree_with_publications_and_with_xla(name, published, mon
     assert analytic == pytest.approx(counted, rel=0.02)
 
 
-def reference_forward(params, images, model):
-    """DeiT's forward pass, image by image in float64 NumPy, written without the library."""
+def reference_forward(params, images, model, reduce=None):
+    """DeiT's forward pass, image by image in float64 NumPy, written without the library.
+
+    `reduce(layer, x, query, key, size)` may change tokens [N, D] and their sizes between attention
+    and MLP; queries and keys are [N, heads, d], and it returns tokens, their sizes and those that
+    attention counts.
+    """
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     patch, heads = model.patch_size, model.heads
 
@@ -117,6 +122,10 @@ def reference_forward(params, images, model):
         tokens = np.stack(rows) @ kernel + p["patch_embed"]["proj"]["bias"]
         prefix = [p[k] for k in ("cls_token", "dist_token") if k in p]
         x = np.concatenate([*prefix, tokens]) + p["pos_embed"]
+        first = model.prefix_length
+        if "reg_tokens" in p:
+            x = np.concatenate([x[: len(prefix)], p["reg_tokens"], x[len(prefix) :]])
+        size, counted = np.ones(len(x)), np.ones(len(x))
         for layer in range(model.depth):
             b = p[f"blocks_{layer}"]
             y = dense(norm(x, b["norm1"]), b["attn"]["qkv"])
@@ -125,15 +134,18 @@ def reference_forward(params, images, model):
             for h in range(heads):
                 cut = slice(h * model.width // heads, (h + 1) * model.width // heads)
                 scores = query[:, cut] @ key[:, cut].T / np.sqrt(model.width // heads)
-                mixed.append(softmax(scores, axis=-1) @ value[:, cut])
+                mixed.append(softmax(scores + np.log(counted), axis=-1) @ value[:, cut])
             y = dense(np.concatenate(mixed, axis=-1), b["attn"]["proj"])
             x = x + y * b.get("ls1", {"gamma": 1.0})["gamma"]
+            if reduce is not None:
+                apart = (t.reshape(len(x), heads, -1) for t in (query, key))
+                x, size, counted = reduce(layer, x, *apart, size)
             y = dense(norm(x, b["norm2"]), b["mlp"]["fc1"])
             y = dense(y * (1 + erf(y / np.sqrt(2))) / 2, b["mlp"]["fc2"])
             x = x + y * b.get("ls2", {"gamma": 1.0})["gamma"]
         x = norm(x, p["norm"])
         if model.pool == "mean":
-            return dense(x[1:].mean(0), p["head"])
+            return dense(np.average(x[first:], axis=0, weights=size[first:]), p["head"])
         logits = dense(x[0], p["head"])
         return (logits + dense(x[1], p["head_dist"])) / 2 if "head_dist" in p else logits
 

@@ -1,0 +1,430 @@
+"""Models that reduce tokens, and multi-scale features: against plain references, in all layouts."""
+
+import functools
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from scipy.special import softmax
+
+import msvit_jax
+from msvit_jax import flops
+from msvit_jax.errors import UserError
+from msvit_jax.models import vit
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
+from msvit_jax.models.msvit import MSViT
+from msvit_jax.tokens import merging, packing
+from tests.models.test_vit import make, reference_forward, rough
+from tests.tokens.test_merging import loop
+
+DENSE, MIXED, MERGENCE = (f"{kind}deit_tiny_patch16_224" for kind in ("", "msvit_", "mergence_"))
+REDUCERS = ("mergence", "topk", "evit", "tome", "random")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """These tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
+def logits(model, variables, images):
+    return np.asarray(compiled(model)(variables, images).logits)
+
+
+# Against references.
+
+
+def reducing(model):
+    """What `reference_forward` does between attention and MLP for a model's reducer."""
+    case = (model.reducer, {"remove": model.remove} if model.remove else {}, model.merge_weights)
+    prefix = model.prefix_length
+
+    def reduce(layer, x, query, key, size):
+        if layer not in model.stages:
+            return x, size, size if model.reducer == "tome" else np.ones(len(x))
+        asks = query[0]
+        if model.pool == "mean":
+            asks = np.average(query[prefix:], axis=0, weights=size[prefix:])
+        scores = np.einsum("hd,nhd->hn", asks, key) / np.sqrt(key.shape[-1])
+        score = softmax(scores, axis=1).mean(axis=0)
+        options = case[1] or {"keep": model.stages[layer].keep}
+        values = (x, size, score, key.mean(axis=1), np.zeros(len(x), int))
+        _, held, sizes = loop((case[0], options, case[2]), *values, prefix)
+        x = np.stack([held[host] for host in sorted(held)])
+        size = np.array([sizes[host] for host in sorted(held)])
+        return x, size, size if model.reducer == "tome" else np.ones(len(x))
+
+    return reduce
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reducer": "mergence"},
+        {"reducer": "mergence", "merge_weights": "size", "keep": (0.9, 0.5)},
+        {"reducer": "topk", "distilled": True},
+        {"reducer": "evit"},
+        {"reducer": "tome", "remove": 5, "layer_scale": 0.5},
+        {"reducer": "tome", "reduce_layers": (2,), "pool": "mean"},
+        {"reducer": "mergence", "pool": "mean", "class_token": False},
+        {"reducer": "topk", "pool": "mean"},
+        {"reducer": "evit", "distilled": True, "register_tokens": 3},
+    ],
+    ids=str,
+)
+def test_forward_equals_a_numpy_transformer_that_reduces(options):
+    model, variables, images = make(DENSE, depth=3, **{"keep": 0.6} | options)
+    variables = rough(variables)
+    expected = reference_forward(variables["params"], images, model, reducing(model))
+    found = logits(model, variables, images)
+    np.testing.assert_allclose(found, expected, rtol=5e-4, atol=5e-4)
+    plain = logits(model.clone(reducer="none", remove=0), variables, images)
+    assert np.abs(plain - expected).max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "pallas"])
+def test_proportional_attention_is_that_of_every_token_repeated(implementation):
+    rng = np.random.default_rng(0)
+    query, key, value = rng.normal(size=(3, 2, 6, 2, 4)).astype(np.float32)
+    sizes = rng.integers(1, 5, (2, 6))
+    mask = Mask(sizes=jnp.asarray(sizes, jnp.float32))
+    found = attention(*map(jnp.asarray, (query, key, value)), mask, implementation=implementation)
+    for row in range(2):
+        k, v = (np.repeat(x[row], sizes[row], axis=0) for x in (key, value))
+        scores = np.einsum("qhd,khd->hqk", query[row], k) / 2
+        expected = np.einsum("hqk,khd->qhd", softmax(scores, axis=-1), v)
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+# What must equal the plain model.
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_keeping_all_tokens_is_the_plain_model_bit_for_bit(reducer):
+    plain, variables, images = make(DENSE)
+    variables = rough(variables)
+    model = plain.clone(reducer=reducer, keep=1.0)
+    chex.assert_trees_all_equal_shapes(model.init(jax.random.key(0), images), variables)
+    np.testing.assert_array_equal(
+        logits(model, variables, images), logits(plain, variables, images)
+    )
+    assert model.macs(16) == plain.macs(16)
+
+
+@pytest.mark.parametrize("scales", [(), (8,)])
+def test_one_scale_is_the_model_without_scales_bit_for_bit(scales):
+    model, variables, images = make(MERGENCE, scales=scales)
+    assert set(variables["params"]) == {"backbone"}
+    variables = rough(variables)
+    plain = {"params": variables["params"]["backbone"]}
+    np.testing.assert_array_equal(
+        logits(model, variables, images), logits(model.backbone, plain, images)
+    )
+    dense = model.clone(backbone=model.backbone.clone(reducer="none"))
+    np.testing.assert_array_equal(
+        logits(dense, variables, images), logits(dense.backbone, plain, images)
+    )
+    assert (model.macs([9, 16]) == model.backbone.macs([9, 16])).all()
+
+
+def test_scales_start_as_if_they_were_not_there():
+    model, variables, images = make(MERGENCE, scales=(4, 8, 16, 32))
+    assert {"scale_4", "scale_16", "scale_32", "backbone"} == set(variables["params"])
+    variables["params"]["backbone"] = rough(variables["params"]["backbone"])
+    plain = {"params": variables["params"]["backbone"]}
+    np.testing.assert_array_equal(
+        logits(model, variables, images), logits(model.backbone, plain, images)
+    )
+
+
+# Multi-scale features.
+
+
+def cut(image, size):
+    """Patches of an image [H, W, 3] as rows and columns of pixels."""
+    side = image.shape[0] // size
+    return image.reshape(side, size, side, size, 3).swapaxes(1, 2).reshape(side, side, -1)
+
+
+def test_features_of_other_scales_are_added_cell_by_cell():
+    model, variables, images = make(MERGENCE, scales=(4, 8, 16), reducer="none")
+    variables = rough(variables)
+    p = jax.tree.map(np.asarray, variables["params"])
+
+    def features(image, size, y, x):
+        scale = p[f"scale_{size}"]
+        dense = lambda v, q: v @ q["kernel"].reshape(v.shape[-1], -1) + q["bias"]  # noqa: E731
+        embedded = dense(cut(image, size), scale["embed"]["proj"])
+        if size == 4:
+            cell = embedded[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean(axis=(0, 1))
+        else:
+            cell = embedded[y // 2, x // 2]
+        return dense(cell, scale["proj"])
+
+    dense = model.backbone.bind({"params": variables["params"]["backbone"]})
+    added = np.array(
+        [
+            [[sum(features(i, s, y, x) for s in (4, 16)) for x in range(4)] for y in range(4)]
+            for i in np.asarray(images)
+        ]
+    )
+    expected = dense.answer(dense.embed(images) + jnp.asarray(added), train=False).logits
+    np.testing.assert_allclose(logits(model, variables, images), expected, rtol=1e-3, atol=1e-3)
+
+
+# Costs.
+
+
+def test_deit_small_costs_what_was_published():
+    model = msvit_jax.create_model("mergence_deit_small_patch16_224", reducer="evit", scales=(16,))
+    assert model.macs(196) == pytest.approx(2.997e9, rel=5e-4)
+    np.testing.assert_array_equal(
+        model.layer_tokens(196) + 1, [197] * 3 + [140] * 3 + [100] * 3 + [72] * 3
+    )
+    single = msvit_jax.create_model("mergence_deit_small_patch16_224", scales=(16,))
+    assert single.macs(196) == pytest.approx(2.997e9, rel=0.005)
+    usual = msvit_jax.create_model("mergence_deit_small_patch16_224")
+    assert set(usual.scales) == {8, 16}
+    assert usual.macs(196) <= 3.10e9
+    tome = msvit_jax.create_model("deit_small_patch16_224", reducer="tome", remove=13)
+    np.testing.assert_array_equal(tome.layer_tokens(196) + 1, range(184, 40, -13))
+    assert tome.macs(196) == pytest.approx(2.70e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (MERGENCE, {"scales": (8, 16, 32)}),
+        (DENSE, {"reducer": "topk"}),
+        (DENSE, {"reducer": "evit", "keep": 0.4}),
+        (DENSE, {"reducer": "tome", "remove": 8}),
+        (DENSE, {"reducer": "random"}),
+        (MIXED, {"reducer": "mergence"}),
+    ],
+    ids=str,
+)
+def test_macs_agree_with_xla(name, options, monkeypatch):
+    monkeypatch.setattr(vit, "gelu", jax.nn.relu)
+    monkeypatch.setattr("msvit_jax.models.gate.gelu", jax.nn.relu)
+    sizes = {"image_size": 96, "width": 192, "depth": 3, "heads": 3}
+    model = msvit_jax.create_model(name, **sizes, **options)
+    images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    counted = flops.xla_macs(lambda v, x: model.apply(v, x).logits, variables, images)
+    assert model.macs(36) == pytest.approx(counted, rel=0.02)
+
+
+# Mixed scale, then merged.
+
+SIDE, BATCH = 24, 8  # 9 regions of 8 px: 9 to 36 patch tokens
+
+
+@functools.cache
+def mixed(**options):
+    options = {"image_size": SIDE, "patch_size": 4, "keep": 0.6} | options
+    model, variables, _ = make(MIXED, **options)
+    return model, rough(variables), jax.random.normal(jax.random.key(3), (BATCH, SIDE, SIDE, 3))
+
+
+@functools.cache
+def forced(model):
+    return jax.jit(lambda v, x, coarse: model.apply(v, x, coarse=coarse))
+
+
+def decisions(seed):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.random((BATCH, 9)) < rng.random((BATCH, 1)), jnp.float32)
+
+
+LADDER = {"layout": "budget", "budget": (15, 18, 24, 36)}
+GROUPS = {"layout": "budget", "budget": (18, 24), "row_groups": 2}
+ROWS = {"layout": "rows", "rows": 4, "row_width": 64}
+TILES = {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2}
+TRIMMED = {"layout": "trimmed", "budget": (15, 18, 24, 36)}
+WITHOUT_CLASS = {"pool": "mean", "class_token": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "layouts"),
+    [
+        ({"reducer": "mergence"}, (LADDER, GROUPS, ROWS, TILES, TRIMMED)),
+        ({"reducer": "mergence", **WITHOUT_CLASS}, (LADDER, ROWS)),
+        ({"reducer": "topk", "pool": "mean"}, (ROWS, TRIMMED)),
+        ({"reducer": "evit", "distilled": True, "register_tokens": 2}, (LADDER, ROWS)),
+        ({"reducer": "tome", "remove": 6, "keep": 1.0}, (LADDER, ROWS, TRIMMED)),
+        ({"reducer": "random"}, (LADDER, ROWS)),
+    ],
+    ids=str,
+)
+@hypothesis.given(seed=st.integers(0, 2**31))
+@hypothesis.settings(max_examples=3)
+def test_a_reduced_image_is_the_same_in_every_layout(options, layouts, seed):
+    model, variables, images = mixed(**options)
+    coarse = decisions(seed)
+    expected = forced(model)(variables, images, coarse)
+    scale = np.abs(expected.logits).max()
+    for layout in layouts:
+        output = forced(model.clone(**layout))(variables, images, coarse)
+        fits = np.asarray(output.fits)
+        np.testing.assert_array_equal(np.isnan(output.logits).all(axis=1), ~fits)
+        np.testing.assert_array_equal(output.tokens, expected.tokens)
+        np.testing.assert_allclose(
+            output.logits[fits] / scale, expected.logits[fits] / scale, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
+    model, variables, images = mixed(reducer=reducer)
+    coarse = decisions(1)
+    clean = forced(model)(variables, images, coarse)
+    tokens_of = MSViT._tokens
+
+    def tempting(self, images, coarse):
+        tokens, weights, areas = tokens_of(self, images, coarse)
+        return jnp.where(weights[:, :, None] > 0.5, tokens, 7 - 3 * tokens), weights, areas
+
+    monkeypatch.setattr(MSViT, "_tokens", tempting)
+    changed = model.apply(variables, images, coarse=coarse)
+    np.testing.assert_allclose(changed.logits, clean.logits, rtol=1e-4, atol=1e-4)
+    active = np.repeat(np.asarray(coarse) < 0.5, 4, axis=1)
+    active[:, ::4] = True
+    expected = model.backbone.layer_tokens(active.sum(axis=1))
+    for layer, merged in enumerate(clean.merged):
+        for image in range(BATCH):
+            places = np.unique(np.asarray(merged)[image, active[image]])
+            assert (places >= 0).sum() == expected[layer, image]
+
+
+@pytest.mark.parametrize("layout", [LADDER, ROWS], ids=str)
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_poison_in_unused_places_reaches_no_result(layout, reducer, monkeypatch):
+    model, variables, images = mixed(reducer=reducer)
+    model = model.clone(**layout)
+    clean = forced(model)(variables, images, decisions(2))
+    gather = packing.Packing.gather
+    poison = lambda self, tokens, fill=0.0: gather(self, tokens, fill=jnp.nan)  # noqa: E731
+    monkeypatch.setattr(packing.Packing, "gather", poison)
+    poisoned = jax.jit(lambda *a: model.apply(*a[:2], coarse=a[2]))
+    poisoned = poisoned(variables, images, decisions(2))
+    np.testing.assert_array_equal(poisoned.logits, clean.logits)
+    assert np.asarray(clean.fits).sum() >= 4
+
+
+@pytest.mark.parametrize("options", [{"layout": "slots"}, {"layout": "trimmed", "budget": 30}])
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_gradients_are_finite_and_reach_the_gate(reducer, options):
+    model, variables, images = mixed(reducer=reducer, gate_bias=0.0)
+    model = model.clone(**options)
+
+    @jax.jit
+    def gradient(v):
+        def loss(v):
+            output = model.apply(v, images, train=True, rngs={"gate": jax.random.key(7)})
+            return (
+                (jnp.where(output.fits[:, None], output.logits, 0) ** 2).mean()
+                if (output.fits is not None)
+                else (output.logits**2).mean()
+            )
+
+        return jax.grad(loss)(v)
+
+    gradients = gradient(variables)["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+# Under transformations.
+
+
+@pytest.mark.parametrize("reducer", ["mergence", "tome"])
+def test_recomputed_blocks_have_the_same_gradients(reducer):
+    model, variables, images = make(DENSE, reducer=reducer, keep=0.6)
+    variables = rough(variables)
+    both = [
+        jax.jit(jax.grad(lambda v, m=m: (m.apply(v, images).logits ** 2).sum()))(variables)
+        for m in (model, model.clone(remat=True))
+    ]
+    chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_bfloat16_stays_near_float32(reducer):
+    model, variables, images = make(DENSE, reducer=reducer, keep=0.6)
+    half = compiled(model.clone(dtype=jnp.bfloat16))(variables, images)
+    assert half.logits.dtype == jnp.float32
+    np.testing.assert_allclose(half.logits, logits(model, variables, images), atol=0.02)
+
+
+class MergenceUnderTransformations(chex.TestCase):
+    @chex.all_variants(with_pmap=True)
+    def test_same_logits_under_every_variant(self):
+        model, variables, images = make(MERGENCE, scales=(4, 8))
+        variables = rough(variables)
+        apply = self.variant(lambda v, x: model.apply(v, x).logits)
+        np.testing.assert_allclose(
+            np.reshape(apply(variables, images), (-1, 3, 5))[0],
+            model.apply(variables, images).logits,
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+def test_random_tokens_are_the_images_own():
+    model, variables, images = make(DENSE, reducer="random", keep=0.5)
+    first = compiled(model)(variables, images).merged[0]
+    turned = compiled(model)(variables, images[::-1]).merged[0]
+    np.testing.assert_array_equal(first, turned[::-1])
+    assert (np.asarray(first[0]) != np.asarray(first[1])).any()
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, "keep=0.0 is not possible: .* above 0 and up to 1"),
+        ({"keep": 1.5}, "keep=1.5 is not possible"),
+        ({"keep": float("nan")}, "keep=nan is not possible"),
+        ({"keep": (0.7, -0.1)}, "keep=-0.1 is not possible"),
+        ({"keep": (0.7, 0.7, 0.7)}, r"has 3 rates, but 2 layers reduce \(1, 2\)"),
+        ({"reduce_layers": (1, 2, 3)}, "2 different layers at most"),
+        ({"reduce_layers": (2, 2)}, "name each once"),
+        ({"reduce_layers": (0,)}, "counted from 1 to 2"),
+        ({"reduce_layers": (3,)}, "counted from 1 to 2"),
+        ({"reducer": "magic"}, "reducer='magic' is none of none, mergence"),
+        ({"merge_weights": "heavy"}, "merge_weights='heavy' is none of similarity, size"),
+        ({"remove": 4}, "remove=4 is for reducer='tome'"),
+        ({"reducer": "tome", "remove": -1}, "not negative"),
+        ({"reducer": "tome", "remove": 7}, "remove=7 is not possible in layer 2: 9 tokens are"),
+        ({"reducer": "tome", "keep": 0.4}, "merges half of the tokens at most"),
+        ({"reducer": "tome", "attention_impl": "pallas"}, "'pallas' cannot. Use 'auto'"),
+        ({"scan_layers": True}, "needs scan_layers=False"),
+        ({"scales": (5, 8)}, "patches of 5 px do not divide an image of 32 px"),
+        ({"scales": (0, 8)}, "patches of 0 px do not divide"),
+        ({"scales": (12, 8), "image_size": 48, "patch_size": 8}, "12 px neither divides"),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_are_told_when_the_model_is_made(options, message):
+    with pytest.raises(UserError, match=message):
+        make(MERGENCE, **options)
+
+
+def test_wrong_images_are_told():
+    model, variables, _ = make(MERGENCE, scales=(8, 16))
+    with pytest.raises(ValueError, match="a multiple of 16"):
+        model.apply(variables, jnp.zeros((1, 40, 32, 3)))
