@@ -1,4 +1,4 @@
-"""Evaluates a run: python eval.py --workdir=DIR [--sweep].
+"""Evaluates a run: python eval.py --workdir=DIR [--sweep] [--budget_curve].
 
 Prints a table, then one JSON object as the last line. --model.key=value and --data.key=value
 change the model or the data it is evaluated with: --model.gate=random --model.fine_share=0.3.
@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config, errors, evaluate, launch
+from msvit_jax.inference.thresholds import CRITERIA
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's workdir.")
 _WHICH = flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
@@ -23,12 +24,29 @@ _SWEEP = flags.DEFINE_bool("sweep", False, "Also draw the curve over gate thresh
 _THRESHOLDS = flags.DEFINE_list(
     "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds of --sweep."
 )
+_CURVE = flags.DEFINE_bool(
+    "budget_curve", False, "Also draw a cascade's accuracy over compute, exits chosen by image."
+)
+_BUDGETS = flags.DEFINE_list(
+    "budgets", [], "Mean GMACs per image of --budget_curve; ten from first to last exit if unset."
+)
+_CRITERION = flags.DEFINE_enum(
+    "criterion", "confidence", CRITERIA, "What says how sure an exit is, for --budget_curve."
+)
+_FIT = flags.DEFINE_integer(
+    "fit_examples", 20_000, "Training images that --budget_curve fits thresholds on."
+)
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Evaluates."""
     launch.start(argv)
+    curve = {
+        "budgets": [float(b) for b in _BUDGETS.value],
+        "criterion": _CRITERION.value,
+        "fit_examples": _FIT.value,
+    }
     result = evaluate.evaluate_run(
         pathlib.Path(_WORKDIR.value),
         which=_WHICH.value,
@@ -36,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
         batch_size=_BATCH.value,
         overrides=overrides,
         thresholds=[float(t) for t in _THRESHOLDS.value] if _SWEEP.value else (),
+        curve=curve if _CURVE.value else None,
     )
     if jax.process_index() == 0:
         print(json.dumps(result))

@@ -61,6 +61,7 @@ def base() -> config_dict.ConfigDict:
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-5,
         "warmup_epochs": 0.0,
+        "cooldown_epochs": 0.0,  # the last of `epochs`, at min_learning_rate
         "weight_decay": 0.05,
         "b1": 0.9,
         "b2": 0.999,
@@ -84,6 +85,8 @@ def base() -> config_dict.ConfigDict:
             "temperature": 1.0,
             "kind": "soft",
         },
+        # of a cascade: how much its earlier exits learn from its last one instead of the labels
+        "exits": {"distillation": 0.0, "temperature": 1.0},
     }
     config.mesh = {"data": -1, "fsdp": 1}  # devices per axis; -1: all that remain
     config.checkpoint = {"keep_latest": 2, "every_steps": 0}  # 0: after evaluations only

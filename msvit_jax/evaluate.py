@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import inspect
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ml_collections import config_dict
 from msvit_jax import checkpoint, data, flops, losses, metrics, sharding
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from msvit_jax.inference import budgets
 from msvit_jax.models.layout import in_slots
 from msvit_jax.models.output import GateOutput
 from msvit_jax.train import init_from
@@ -154,6 +155,8 @@ class Evaluator:
                 last = sums
         total = _plus(total, last)
         figures = metrics.summarise(total, self._macs, self._layer_tokens)
+        if "exits_top1" in figures:
+            figures["exits_gmacs"] = (self._model.exit_macs() / 1e9).tolist()
         return Evaluation(figures, metrics.coarse_rates(total), samples)
 
 
@@ -228,6 +231,7 @@ def evaluate_run(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
     thresholds: Sequence[float] = (),
+    curve: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a trained run and prints a table; what `eval.py` does.
 
@@ -238,9 +242,10 @@ def evaluate_run(
       batch_size: global; None: the config's.
       overrides: 'model.gate=random' and the like, for another model around the same parameters.
       thresholds: of the gate, for the accuracy/compute curve; empty: none.
+      curve: options of `budgets.curve_of_run`, for a cascade's budget curve; None: no curve.
 
     Returns:
-      The figures, with `model`, `workdir`, `step` and, if asked for, `sweep`.
+      The figures, with `model`, `workdir`, `step` and, if asked for, `sweep` or `budget_curve`.
     """
     checkpoint.quiet_orbax()
     config = checkpoint.read_config(workdir)
@@ -258,9 +263,33 @@ def evaluate_run(
     _print([figures], COLUMNS)
     if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
         print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
+    if "exits_top1" in figures:
+        _print(_exits(figures, model), ("exit", "tokens", "top1", "gmacs"))
     if thresholds:
         figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
+    if curve is not None:
+        run = {"split": split, "batch_size": size, "mesh": mesh}
+        rows = budgets.curve_of_run(model, params, workdir, **run, **curve)
+        figures["budget_curve"] = rows
+        _print([_short(row) for row in rows if row["kind"] != "geometric"], budgets.COLUMNS)
+        if jax.process_index() == 0:
+            print(f"written: {workdir / budgets.CSV_FILE}, {workdir / budgets.PLOT_FILE}")
     return figures
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose lists are texts."""
+    texts = {name: " ".join(f"{x:.3g}" for x in row[name]) for name in ("shares", "thresholds")}
+    return {**row, **texts}
+
+
+def _exits(figures: dict[str, Any], model: Any) -> list[dict[str, Any]]:
+    """A row for each exit of a cascade, as if all images left there."""
+    columns = zip(model.exit_tokens, figures["exits_top1"], figures["exits_gmacs"], strict=True)
+    return [
+        {"exit": number, "tokens": int(tokens), "top1": top1, "gmacs": gmacs}
+        for number, (tokens, top1, gmacs) in enumerate(columns, start=1)
+    ]
 
 
 def _sweep(

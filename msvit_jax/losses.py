@@ -46,6 +46,24 @@ def distillation(
     return temperature**2 * divergence
 
 
+def exits_loss(
+    exits: Array, targets: Array, *, distillation_weight: float = 0.0, temperature: float = 1.0
+) -> Array:
+    """The unweighted sum of all exits' losses (DVT, section 3.1): [B, stages, C], [B, C] -> [B].
+
+    With a weight, exits before the last also learn from the last one's predictions: (1 - weight) x
+    labels + weight x `distillation` (our addition; as between the exits of multi-exit networks).
+    """
+    total, last = cross_entropy(exits[:, -1], targets), exits[:, -1]
+    for stage in range(exits.shape[1] - 1):
+        loss = cross_entropy(exits[:, stage], targets)
+        if distillation_weight:
+            distance = distillation(exits[:, stage], last, temperature=temperature)
+            loss = (1 - distillation_weight) * loss + distillation_weight * distance
+        total = total + loss
+    return total
+
+
 def relaxed_bernoulli_cdf(x: Array, probability: Array, temperature: Array) -> Array:
     """CDF of the relaxed Bernoulli (binary concrete) distribution; P(x > 1/2) = probability.
 

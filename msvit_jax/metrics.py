@@ -48,6 +48,7 @@ class Sums:
       unfit: examples without an answer, because their tokens found no room in the layout; they are
         counted in loss, top1 and top5 as if they were not there.
       gate: what the gate decided, of models that have one.
+      exits: [stages], examples whose label came first at each exit of a cascade.
     """
 
     count: Any
@@ -57,6 +58,7 @@ class Sums:
     tokens: Any
     unfit: Any
     gate: GateSums | None = None
+    exits: Any = None
 
     def __add__(self, other: "Sums") -> "Sums":
         """Adds two disjoint sets of examples."""
@@ -84,9 +86,7 @@ def batch_sums(
     """
     weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
     answered = weight if output.fits is None else jnp.where(output.fits, weight, 0.0)
-    own = jnp.take_along_axis(output.logits, labels[:, None], axis=1)
-    # Ties and NaN count against the model.
-    rank = jnp.sum(~(output.logits < own), axis=1) - 1
+    rank = _rank(output.logits, labels)
     histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
     return Sums(
         count=weight.sum(),
@@ -96,6 +96,23 @@ def batch_sums(
         tokens=histogram,
         unfit=jnp.sum(weight - answered),
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
+        exits=None if output.exits is None else _exit_sums(output.exits, labels, answered),
+    )
+
+
+def _rank(logits: Array, labels: Array) -> Array:
+    """How many classes come before the label: [B, C], [B] -> [B]; ties and NaN count against it."""
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    return jnp.sum(~(logits < own), axis=1) - 1
+
+
+def _exit_sums(exits: Array, labels: Array, weight: Array) -> Array:
+    """Examples whose label comes first at each exit: [B, stages, C] -> [stages]."""
+    return jnp.stack(
+        [
+            jnp.sum(jnp.where(_rank(exits[:, stage], labels) < 1, weight, 0.0))
+            for stage in range(exits.shape[1])
+        ]
     )
 
 
@@ -143,7 +160,8 @@ def summarise(
     Returns:
       examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit, the share
       of examples without an answer, if there are any; with `macs` gmacs_mean, the mean over
-      images; with `layer_tokens` layer_tokens_mean, likewise; and the gate's figures (`gate_figures`).
+      images; with `layer_tokens` layer_tokens_mean, likewise; of a cascade exits_top1, a list; and
+      the gate's figures (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
@@ -165,6 +183,8 @@ def summarise(
         figures["gmacs_mean"] = float(images @ macs / count / 1e9)
     if layer_tokens is not None:
         figures["layer_tokens_mean"] = (layer_tokens @ images / count).tolist()
+    if sums.exits is not None:
+        figures["exits_top1"] = (100 * np.asarray(sums.exits) / answered).tolist()
     if sums.gate is not None:
         figures.update(gate_figures(sums.gate, count))
     return figures

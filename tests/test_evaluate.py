@@ -12,6 +12,7 @@ import pytest
 from msvit_jax import checkpoint, data, evaluate, flops, sharding
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from msvit_jax.inference import budgets
 from msvit_jax.train import loop
 from msvit_jax.train.step import normalise
 from tests import tiny_run
@@ -30,6 +31,13 @@ def dense(tmp_path_factory):
 def mixed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("mixed")
     loop.train(tiny_run.msvit(steps=6), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("cascade")
+    loop.train(tiny_run.dvt(steps=6), workdir)
     return workdir
 
 
@@ -171,3 +179,49 @@ def test_build_model_of_a_run_is_what_was_trained(mixed):
     run = checkpoint.load_run(mixed)
     assert run.model == configs.build_model(checkpoint.read_config(mixed))
     assert run.model.num_classes == 3
+
+
+def test_a_cascade_is_evaluated_exit_by_exit(cascade, capsys):
+    figures = evaluate.evaluate_run(cascade, batch_size=8)
+    run = checkpoint.load_run(cascade)
+    (batch,) = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
+    images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
+    right = run.model.apply(run.variables, images).exits.argmax(-1) == batch["label"][:, None]
+    assert figures["exits_top1"] == pytest.approx(100 * np.asarray(right).mean(0))
+    assert figures["top1"] == figures["exits_top1"][-1]
+    assert figures["exits_gmacs"] == pytest.approx(run.model.exit_macs() / 1e9)
+    assert figures["gmacs_mean"] == figures["exits_gmacs"][-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[-2:]] == [["1", "4"], ["2", "16"]]
+
+
+def test_budget_curve_of_a_cascade(cascade, capsys):
+    cost = checkpoint.load_run(cascade).model.exit_macs() / 1e9
+    middle = float(cost.mean())
+    options = {"budgets": [middle], "fit_examples": 30}
+    figures = evaluate.evaluate_run(cascade, batch_size=16, curve=options)
+    rows = figures["budget_curve"]
+    json.dumps(figures)
+    exits = [row for row in rows if row["kind"].startswith("exit")]
+    assert [row["top1"] for row in exits] == pytest.approx(figures["exits_top1"])
+    assert [row["gmacs_mean"] for row in exits] == pytest.approx(figures["exits_gmacs"])
+    assert len([row for row in rows if row["kind"] == "geometric"]) == 59
+    (found,) = [row for row in rows if row["kind"] == "search"]
+    assert found["gmacs_mean"] == pytest.approx(np.dot(found["shares"], cost))
+    with (cascade / "budget_curve.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["top1"]) for row in written] == [row["top1"] for row in rows]
+    assert (cascade / "budget_curve.png").stat().st_size > 1000
+    assert "search" in capsys.readouterr().out
+    assert list(budgets.fitted_thresholds(cascade, 2 * middle)) == found["thresholds"]
+    with pytest.raises(UserError, match="none spends"):
+        budgets.fitted_thresholds(cascade, 0.9 * middle)
+
+
+def test_a_budget_curve_that_is_not_possible_is_told(cascade, dense):
+    with pytest.raises(UserError, match="no cascade"):
+        evaluate.evaluate_run(dense, curve={})
+    with pytest.raises(UserError, match="below the cost of the first exit"):
+        evaluate.evaluate_run(cascade, curve={"budgets": [1e-9]})
+    with pytest.raises(UserError, match=r"run eval\.py"):
+        budgets.fitted_thresholds(dense, 1.0)

@@ -65,3 +65,15 @@ def msvit(**changes: object) -> config_dict.ConfigDict:
     """A mixed-scale config with the gate's loss on."""
     defaults = {"loss__gate__kind": "gbas", "model__gate_bias": 0.5}
     return config("msvit_tiny_patch16_224", **{**defaults, **changes})
+
+
+def dvt(**changes: object) -> config_dict.ConfigDict:
+    """A config of a cascade of two stages."""
+    made = config("dvt_deit_small")
+    made.model = {
+        **{"name": "dvt_deit_small", "width": 16, "depth": 2, "heads": 2, "grids": (2, 4)},
+        **{"feature_width": 4, "feature_hidden": 8},
+    }
+    for key, value in changes.items():
+        configs.set_key(made, key.replace("__", "."), value)
+    return made

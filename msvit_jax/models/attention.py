@@ -40,6 +40,8 @@ class Mask:
         Tokens see their own image only; what an empty place holds, NaN even, reaches no image.
       sizes: [B, N] float32, how many tokens each stands for; its key counts so many times (ToMe's
         proportional attention).
+      bias: [B, H, N, N], added to the scores (relationship reuse: DVT, section 3.3). Rows are
+        images then: no shelves.
       shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
         of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
       alone: whether each row holds one image at most, its first token in its first place.
@@ -50,6 +52,7 @@ class Mask:
     weights: Array | None = None
     segments: Array | None = None
     sizes: Array | None = None
+    bias: Array | None = None
     shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
     most: int = struct.field(pytree_node=False, default=2)
@@ -67,7 +70,8 @@ def attention(
     """Softmax attention within rows, seeing what the mask shows.
 
     out_i = sum_j w_j exp(q_i k_j / sqrt(d)) v_j / sum_j w_j exp(q_i k_j / sqrt(d)) over the tokens
-    j of i's image: with weights the masked attention of MSViT (section 3) and DynamicViT. The
+    j of i's image; a bias b_ij, if there is one, is added to q_i k_j / sqrt(d). With weights it is
+    the masked attention of MSViT (section 3) and DynamicViT. The
     weights multiply the exponentials, so a straight-through weight of 0 hides its key and still
     receives gradient, which an additive mask of minus infinity would not give.
 
@@ -89,6 +93,8 @@ def attention(
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention_impl={implementation!r} is none of {names}.")
     mask = mask or Mask()
+    if mask.shelves and mask.bias is not None:
+        raise ValueError("A bias of attention has no meaning for rows that are laid end to end.")
     if not mask.shelves:
         return _attend(query, key, value, mask, implementation)
     parts = [
@@ -132,13 +138,18 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
         weights = mask.weights.astype(jnp.float32)
-        return _plain(query, key, value, weights, _counting(mask.sizes))
+        return _plain(query, key, value, weights, mask.bias, _counting(mask.sizes))
     if mask.segments is not None:
         # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
         empty = (mask.segments == NOBODY)[:, :, None, None]
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
         return _auto(query, key, value, mask)
+    if implementation == "pallas" and mask.bias is not None:
+        raise ValueError(
+            "attention_impl='pallas' adds nothing to the scores, as relation_reuse wants; use "
+            "'auto', 'xla' or 'fused' with it."
+        )
     if implementation == "pallas" and mask.sizes is not None:
         raise ValueError(
             "attention_impl='pallas' cannot count tokens by their sizes, as reducer='tome' wants; "
@@ -150,7 +161,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """The implementation that pays on the platform that the program is compiled for."""
-    if query.shape[1] < _PALLAS_FROM or mask.sizes is not None:
+    if query.shape[1] < _PALLAS_FROM or mask.sizes is not None or mask.bias is not None:
         return _xla(query, key, value, mask)
     return lax.platform_dependent(query, key, value, mask, default=_xla, tpu=_pallas)
 
@@ -161,12 +172,25 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
         marks = _hiding(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
         marks = _parting(mask.segments, mask.most)
-    return _plain(query, key, value, None, _joined(marks, _counting(mask.sizes)))
+    return _plain(query, key, value, None, mask.bias, _joined(marks, _counting(mask.sizes)))
+
+
+def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
+    """Attention's scores before the softmax, with the mask's bias: what a cascade hands on.
+
+    [B, N, H, d] twice -> [B, H, N, N] float32.
+    """
+    return _scores(query, key, None if mask is None else mask.bias, None)
 
 
 @jax.custom_vjp
 def _plain(
-    query: Array, key: Array, value: Array, weights: Array | None, marks: Marks | None
+    query: Array,
+    key: Array,
+    value: Array,
+    weights: Array | None,
+    bias: Array | None,
+    marks: Marks | None,
 ) -> Array:
     """Attention in plain products, with a backward pass that keeps no scores.
 
@@ -174,28 +198,33 @@ def _plain(
     Gradient reaches the weights [B, N], if there are any: that to w_j is sum_i p_ij (g_i v_j -
     g_i out_i), where p_ij = exp(s_ij) / total_i is what a hidden token would have got.
     """
-    return _forward(query, key, value, weights, marks)[0]
+    return _forward(query, key, value, weights, bias, marks)[0]
 
 
 def _forward(
-    query: Array, key: Array, value: Array, weights: Array | None, marks: Marks | None
+    query: Array,
+    key: Array,
+    value: Array,
+    weights: Array | None,
+    bias: Array | None,
+    marks: Marks | None,
 ) -> tuple[Array, tuple[Any, ...]]:
     hidden = None if weights is None else _hiding(weights < 0.5)
-    scores = _scores(query, key, _joined(marks, hidden))
+    score = _scores(query, key, bias, _joined(marks, hidden))
     # The largest score only steadies the exponential: the quotient does not depend on it.
-    largest = scores.max(axis=-1)
-    exponentials = jnp.exp(scores - largest[..., None])
+    largest = score.max(axis=-1)
+    exponentials = jnp.exp(score - largest[..., None])
     total = exponentials.sum(axis=-1)
     mixed = _product("bhqk,bhkd->bhqd", exponentials.astype(value.dtype), _heads_first(value))
     out = _heads_first((mixed / total[..., None]).astype(value.dtype))
-    return out, (query, key, value, weights, marks, out, largest + jnp.log(total))
+    return out, (query, key, value, weights, bias, marks, out, largest + jnp.log(total))
 
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
-    query, key, value, weights, marks, out, log_total = kept
+    query, key, value, weights, bias, marks, out, log_total = kept
     # Of hidden tokens too, if they have weights: then they are hidden at the end.
-    scores = _scores(query, key, marks)
-    shares = jnp.exp(jnp.minimum(scores - log_total[..., None], _LARGEST_EXPONENT))
+    score = _scores(query, key, bias, marks)
+    shares = jnp.exp(jnp.minimum(score - log_total[..., None], _LARGEST_EXPONENT))
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
     slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
@@ -209,8 +238,14 @@ def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
         seen(_heads_first(to_key)).astype(key.dtype),
         seen(_heads_first(to_value)).astype(value.dtype),
         None if weights is None else slope.sum(axis=(1, 2)),
+        None if bias is None else _seen_bias(slope, weights).astype(bias.dtype),
         None if marks is None else tuple(map(jnp.zeros_like, marks)),
     )
+
+
+def _seen_bias(slope: Array, weights: Array | None) -> Array:
+    """The gradient to a bias: none where its key is hidden."""
+    return slope if weights is None else jnp.where(weights[:, None, None] < 0.5, 0, slope)
 
 
 _plain.defvjp(_forward, _backward)
@@ -252,8 +287,8 @@ def _heads_first(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3)
 
 
-def _scores(query: Array, key: Array, marks: Marks | None) -> Array:
-    """[B, N, H, d] twice, and marks [B, N, C] -> [B, H, N, N] float32."""
+def _scores(query: Array, key: Array, bias: Array | None, marks: Marks | None) -> Array:
+    """[B, N, H, d] twice, bias [B, H, N, N], marks [B, N, C] -> [B, H, N, N] float32."""
     pair = [query * query.shape[-1] ** -0.5, key]
     if marks is not None:
         spread = [
@@ -265,7 +300,8 @@ def _scores(query: Array, key: Array, marks: Marks | None) -> Array:
             for x, m in zip(pair, spread, strict=True)
         ]
     query, key = map(_heads_first, pair)
-    return _product("bhqd,bhkd->bhqk", query, key)
+    product = _product("bhqd,bhkd->bhqk", query, key)
+    return product if bias is None else product + bias.astype(jnp.float32)
 
 
 def _visible(segments: Array, alone: bool) -> Array:
@@ -282,6 +318,9 @@ def _fused(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     bias = None
     if mask.sizes is not None:
         bias = jnp.log(jnp.maximum(mask.sizes, 1.0))[:, None, None, :].astype(query.dtype)
+    if mask.bias is not None:
+        own = mask.bias.astype(query.dtype)
+        bias = own if bias is None else bias + own
     return jax.nn.dot_product_attention(
         query, key, value, bias, visible, implementation="cudnn" if on_gpu else "xla"
     )

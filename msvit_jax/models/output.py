@@ -37,6 +37,7 @@ class Output:
         a mixed-scale model) now is part of; -1 if it was dropped. None in packed layouts.
       hosts: likewise, in every layout, the patch (slot) that holds that place, itself for those
         that nobody took in; -1 also for slots without a token, and images that do not fit.
+      exits: [B, stages, classes] float32, logits of every exit of a cascade; `logits` are the last.
     """
 
     logits: Array
@@ -46,6 +47,7 @@ class Output:
     fits: Array | None = None
     merged: tuple[Array, ...] | None = None
     hosts: tuple[Array, ...] | None = None
+    exits: Array | None = None
 
     def merge_maps(self, size: tuple[int, int]) -> Array | None:
         """Which cells of the image are one token after each reduction, whatever the layout.

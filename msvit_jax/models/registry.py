@@ -6,8 +6,10 @@ from typing import Any
 from flax import linen as nn
 
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
+from msvit_jax.models.t2t import T2TViT
 from msvit_jax.models.vit import ViT
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -17,6 +19,14 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 # AugReg's ViTs (timm's vit_*_patch16) were trained on pixels scaled to -1..1.
 _AUGREG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+# T2T-ViT's official sizes; the blocks' hidden width is `mlp_ratio` times as large.
+_T2T_SIZES: dict[int, dict[str, Any]] = {
+    12: {"width": 256, "heads": 4, "mlp_ratio": 2.0},
+    14: {"width": 384, "heads": 6, "mlp_ratio": 3.0},
+    19: {"width": 448, "heads": 7, "mlp_ratio": 3.0},
+    24: {"width": 512, "heads": 8, "mlp_ratio": 3.0},
+}
+_T2T = {"qkv_bias": False, "norm_epsilon": 1e-5, "pos_init": "fixed"}
 _DINOV2 = {"patch_size": 14, "image_size": 518, "layer_scale": 1e-5}
 _DINOV2_REGISTERS = {**_DINOV2, "register_tokens": 4, "prefix_positions": False}
 
@@ -31,10 +41,13 @@ def _backbones() -> dict[str, dict[str, Any]]:
         if size != "tiny":
             table[f"vit_{size}_patch14_dinov2"] = {**shape, **_DINOV2}
             table[f"vit_{size}_patch14_reg4_dinov2"] = {**shape, **_DINOV2_REGISTERS}
+    for depth, shape in _T2T_SIZES.items():
+        table[f"t2t_vit_{depth}"] = {"depth": depth, **shape, **_T2T}
     return table
 
 
 BACKBONES = _backbones()
+T2T = {name for name in BACKBONES if name.startswith("t2t_")}
 # Our names: the mixed-scale model over the AugReg backbone, and over DeiT's.
 MIXED_SCALE = {
     name: backbone
@@ -46,17 +59,24 @@ MIXED_SCALE = {
 }
 # Multi-scale features, and tokens merged after each quarter of the layers.
 MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
+# Cascades, and the model that each of their stages is.
+CASCADES = {
+    "dvt_deit_small": "deit_small_patch16_224",
+    "dvt_t2t_vit_12": "t2t_vit_12",
+    "dvt_t2t_vit_14": "t2t_vit_14",
+}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
+_NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 
 
 def list_models() -> list[str]:
     """Names that `create_model` takes, sorted."""
-    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE])
+    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES])
 
 
 def dense_model(name: str) -> str:
     """The name of the plain model under a model; its own if it is one."""
-    return MIXED_SCALE.get(name, MERGENCE.get(name, name))
+    return {**MIXED_SCALE, **MERGENCE, **CASCADES}.get(name, name)
 
 
 def dense_options(name: str) -> set[str]:
@@ -81,6 +101,8 @@ def model_options(name: str) -> set[str]:
         return _attributes(ViT) | _attributes(MSViT)
     if name in MERGENCE:
         return _attributes(ViT) | _attributes(Mergence)
+    if name in CASCADES:
+        return (_attributes(ViT) - _NOT_OF_STAGES) | _attributes(DVT)
     raise UserError(
         f"There is no model {name!r}.{nearest(name, list_models())} "
         "msvit_jax.list_models() names them all."
@@ -106,11 +128,15 @@ def create_model(name: str, **overrides: Any) -> Any:
     shape = BACKBONES[dense_model(name)]
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}
-    backbone = model = ViT(**{**shape, **inner}, parent=None)
+    make = T2TViT if dense_model(name) in T2T else ViT
+    backbone: Any = make(**{**shape, **inner}, parent=None)
+    model = backbone
     if name in MERGENCE:
         model = Mergence(backbone=backbone, **outer)
     elif name in MIXED_SCALE:
         model = MSViT(backbone=backbone, **outer)
+    elif name in CASCADES:  # whose stages are checked with their own grids
+        model = backbone = DVT(backbone=backbone, **outer)
     try:
         backbone.check()
         model.check()

@@ -18,13 +18,15 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.models import reduction
-from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention, scores
 from msvit_jax.models.output import Output
 from msvit_jax.models.reduction import Carried, Stage
 from msvit_jax.tokens import grid, merging
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+POSITIONS = ("normal", "sincos", "fixed")  # what `ViT.pos_init` may be
 
 init_weights = nn.initializers.truncated_normal(0.02)
 
@@ -74,6 +76,18 @@ def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
         return jnp.concatenate([first, jnp.asarray(waves, dtype)])
 
     return start
+
+
+def sequence_positions(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """An initializer for the fixed position embeddings of T2T-ViT: [N, D].
+
+    Sines (even channels) and cosines (odd ones) of the place in the sequence, class token first
+    (Vaswani et al. 2017).
+    """
+    del key
+    channel = np.arange(shape[1])
+    angle = np.arange(shape[0])[:, None] / 10000.0 ** (channel // 2 * 2 / shape[1])
+    return jnp.asarray(np.where(channel % 2 == 0, np.sin(angle), np.cos(angle)), dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -153,17 +167,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with an exact GELU between them; `width` channels come out."""
 
     hidden: int
+    width: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """[..., C] -> [..., width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         hidden = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
-        return nn.Dense(x.shape[-1], name="fc2", **dense)(hidden)
+        return nn.Dense(self.width, name="fc2", **dense)(hidden)
 
 
 class LayerScale(nn.Module):
@@ -181,7 +196,8 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    With a `stage`, tokens are reduced between the halves: see `models.reduction`.
+    With a `stage`, tokens are reduced between the halves: see `models.reduction`. In a cascade,
+    either half may reuse what an earlier transformer computed: see `reusing`.
     """
 
     width: int
@@ -199,7 +215,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
         self.attn = Attention(self.heads, self.qkv_bias, self.attention_impl, self.dtype)
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
-        self.mlp = MLP(self.hidden, self.dtype)
+        self.mlp = MLP(self.hidden, self.width, self.dtype)
         if self.layer_scale is not None:
             self.ls1 = LayerScale(self.layer_scale)
             self.ls2 = LayerScale(self.layer_scale)
@@ -212,8 +228,11 @@ class Block(nn.Module):
             branch = self.ls1(branch)
         return x + self._maybe_dropped(branch, drop_rate, mask), query, key
 
-    def _mix_channels(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
-        branch = self.mlp(self.norm2(x))
+    def _mix_channels(
+        self, x: Array, drop_rate: Array | None, mask: Mask | None, extra: Array | None = None
+    ) -> Array:
+        seen = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
+        branch = self.mlp(self.norm2(seen))
         if self.layer_scale is not None:
             branch = self.ls2(branch)
         return x + self._maybe_dropped(branch, drop_rate, mask)
@@ -242,6 +261,25 @@ class Block(nn.Module):
         x, query, key = self._mix_tokens(x, drop_rate, mask)
         x, shorter, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
         return self._mix_channels(x, drop_rate, shorter), shorter, carried
+
+    def reusing(
+        self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
+    ) -> tuple[Array, Array]:
+        """Both halves, reusing what an earlier transformer computed (DVT, sections 3.2 and 3.3).
+
+        Args:
+          x: [B, N, D].
+          drop_rate: as in `__call__`.
+          relation: [B, H, N, N], added to the scores of attention; or None.
+          features: [B, N, C], channels that the MLP sees beside those of x; or None.
+
+        Returns:
+          [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
+        """
+        mask = None if relation is None else Mask(bias=relation)
+        x, query, key = self._mix_tokens(x, drop_rate, mask)
+        # The product that attention makes of them, too: XLA computes it once.
+        return self._mix_channels(x, drop_rate, mask, features), scores(query, key, mask)
 
 
 @struct.dataclass
@@ -282,6 +320,9 @@ class ViT(nn.Module):
       image_size: side of the training images in px; position embeddings are made for it and
         resized for images of any other size that is a whole number of patches.
       patch_size: side of a patch in px.
+      grid: patches along one side, instead of as many as `patch_size` gives: patches are then as
+        large as it takes, with zeros around the image (10 at 224 px: 23 px, 3 px of zeros). For
+        images of `image_size` alone.
       width: channels of a token.
       depth: number of blocks.
       heads: attention heads.
@@ -294,7 +335,10 @@ class ViT(nn.Module):
         `no_embed_class` negated).
       pos_init: how the learned position embeddings start: "normal" (small random numbers) or
         "sincos" (sines and cosines of row and column; Beyer et al. 2022), which a small model
-        trained from scratch on little data learns much faster from.
+        trained from scratch on little data learns much faster from. "fixed": sines and cosines of
+        the place in the sequence that are never trained (T2T-ViT). They are a parameter all the
+        same, whose gradient is cut: so they travel with the weights, and an optimiser whose decay
+        leaves positions alone, as ours, leaves them as they are.
       pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
       layer_scale: LayerScale's starting value; None: no LayerScale.
       norm_epsilon: epsilon of the layer norms.
@@ -317,6 +361,7 @@ class ViT(nn.Module):
     num_classes: int = 1000
     image_size: int = 224
     patch_size: int = 16
+    grid: int | None = None
     width: int = 384
     depth: int = 12
     heads: int = 6
@@ -348,8 +393,12 @@ class ViT(nn.Module):
         self.check()
         side = self.grid_size
         count = side * side + self.positioned_prefix
-        self.patch_embed = PatchEmbed(self.width, self.patch_size, self.dtype)
-        start = sincos_positions(self.positioned_prefix, side) if self._sincos else init_weights
+        self.patch_embed = self._embedding()
+        start = {
+            "normal": init_weights,
+            "sincos": sincos_positions(self.positioned_prefix, side),
+            "fixed": sequence_positions,
+        }[self.pos_init]
         self.pos_embed = self.param("pos_embed", start, (count, self.width))
         if self.class_token:
             self.cls_token = self.param("cls_token", init_weights, (1, self.width))
@@ -358,7 +407,8 @@ class ViT(nn.Module):
         if self.register_tokens:
             shape = (self.register_tokens, self.width)
             self.reg_tokens = self.param("reg_tokens", init_weights, shape)
-        make_block = nn.remat(Block, methods=["__call__", "reducing"]) if self.remat else Block
+        again = ["__call__", "reducing", "reusing"]
+        make_block = nn.remat(Block, methods=again) if self.remat else Block
         block = {
             "width": self.width,
             "heads": self.heads,
@@ -379,12 +429,12 @@ class ViT(nn.Module):
         if self.distilled:
             self.head_dist = nn.Dense(self.num_classes, kernel_init=init_weights)
 
+    def _embedding(self) -> nn.Module:
+        return PatchEmbed(self.width, self.cell, self.dtype)
+
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
-            )
+        self.check_grid()
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
         if self.pool not in ("token", "mean"):
@@ -394,9 +444,10 @@ class ViT(nn.Module):
         if self.attention_impl not in IMPLEMENTATIONS:
             names = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"attention_impl={self.attention_impl!r} is none of {names}.")
-        if self.pos_init not in ("normal", "sincos"):
-            raise ValueError(f"pos_init={self.pos_init!r} is neither 'normal' nor 'sincos'.")
-        if self._sincos and self.width % 4:
+        if self.pos_init not in POSITIONS:
+            names = ", ".join(POSITIONS)
+            raise ValueError(f"pos_init={self.pos_init!r} is none of {names}.")
+        if self.pos_init == "sincos" and self.width % 4:
             raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {self.width}.")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True needs pool='token'.")
@@ -408,6 +459,21 @@ class ViT(nn.Module):
             raise ValueError(
                 "reducer='tome' needs attention that counts tokens by their sizes; "
                 "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
+            )
+
+    def check_grid(self) -> None:
+        """Raises ValueError unless the images divide into the grid's patches."""
+        if self.grid is None and self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
+            )
+        if self.grid is not None and not 1 <= self.grid <= self.image_size:
+            raise ValueError(f"grid={self.grid} is not from 1 to image_size={self.image_size}.")
+        if self.zeros[1] >= self.cell:
+            raise ValueError(
+                f"grid={self.grid} does not fit an image of {self.image_size} px: patches of "
+                f"{self.cell} px reach {sum(self.zeros)} px beyond it, so that some see nothing of "
+                "it. Take another grid or another image size."
             )
 
     @property
@@ -434,13 +500,22 @@ class ViT(nn.Module):
         return reduction.layer_tokens(self.stages, self.depth, tokens)[1:]
 
     @property
-    def _sincos(self) -> bool:
-        return self.pos_init == "sincos"
-
-    @property
     def grid_size(self) -> int:
         """Patches along one side of a training image."""
-        return self.image_size // self.patch_size
+        return self.image_size // self.patch_size if self.grid is None else self.grid
+
+    @property
+    def cell(self) -> int:
+        """Side of a patch in px: `patch_size`, or what `grid` makes it."""
+        return self.patch_size if self.grid is None else -(-self.image_size // self.grid)
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """Zeros before and behind an image along either side, in px."""
+        if self.grid is None:
+            return 0, 0
+        beyond = self.grid * self.cell - self.image_size
+        return beyond // 2, beyond - beyond // 2
 
     @property
     def mlp_hidden(self) -> int:
@@ -475,7 +550,12 @@ class ViT(nn.Module):
     @property
     def embed_macs(self) -> float:
         """Multiply-accumulates of the patch embedding."""
-        return flops.dense(self.grid_size**2, 3 * self.patch_size**2, self.width)
+        return flops.dense(self.grid_size**2, 3 * self.cell**2, self.width)
+
+    @property
+    def embed_norms(self) -> float:
+        """Numbers that layer norms before the first block put out."""
+        return 0.0
 
     @property
     def head_macs(self) -> float:
@@ -485,8 +565,12 @@ class ViT(nn.Module):
     def positions(self, size: tuple[int, int]) -> Array:
         """Position embeddings of the patches on a grid of that size: [h, w, D] float32."""
         side = self.grid_size
-        own = self.pos_embed[self.positioned_prefix :].reshape(side, side, self.width)
+        own = self._positions[self.positioned_prefix :].reshape(side, side, self.width)
         return grid.resize_positions(own, size)
+
+    @property
+    def _positions(self) -> Array:
+        return lax.stop_gradient(self.pos_embed) if self.pos_init == "fixed" else self.pos_embed
 
     def prefix(self, batch: int) -> Array:
         """Class, distillation and register tokens with their positions: [B, P, D]."""
@@ -497,7 +581,7 @@ class ViT(nn.Module):
             tokens.append(self.dist_token)
         tokens = [jnp.concatenate(tokens)] if tokens else []
         if tokens and self.prefix_positions:
-            tokens[0] = tokens[0] + self.pos_embed[: self.positioned_prefix]
+            tokens[0] = tokens[0] + self._positions[: self.positioned_prefix]
         if self.register_tokens:
             tokens.append(self.reg_tokens)
         if not tokens:
@@ -517,9 +601,7 @@ class ViT(nn.Module):
           train: whether stochastic depth is on.
           mask: which tokens see which; None: a row is an image, and all its tokens count.
         """
-        rates = None
-        if train and self.drop_path:
-            rates = jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
+        rates = self.drop_rates(train=train)
         if self.scan_layers:
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         stages = self.stages
@@ -540,6 +622,12 @@ class ViT(nn.Module):
             else:
                 x = block(x, rate, mask)
         return Encoded(self.norm(x), carried, tuple(hosts))
+
+    def drop_rates(self, *, train: bool) -> Array | None:
+        """Stochastic depth's rate in each block, [depth]; None: it is off."""
+        if not train or not self.drop_path:
+            return None
+        return jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
 
     def _scan_blocks(self, x: Array, mask: Mask | None, rates: Array | None) -> Array:
         def step(block: Callable[..., Array], x: Array, rate: Array | None) -> tuple[Array, None]:
@@ -580,21 +668,41 @@ class ViT(nn.Module):
         distilled = self.head_dist(x[:, 1].astype(jnp.float32))
         return (logits, distilled) if train else ((logits + distilled) / 2, None)
 
-    def embed(self, images: Array) -> Array:
-        """Patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D]."""
-        x = self.patch_embed(images)
+    def embed(self, images: Array, *, train: bool = False) -> Array:
+        """Patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D].
+
+        `train` turns the tokeniser's dropout on, if it has any.
+        """
+        x = self._tokens(images, train)
         return x + self.positions((x.shape[1], x.shape[2])).astype(x.dtype)[None]
+
+    def _tokens(self, images: Array, train: bool) -> Array:
+        del train  # squares are embedded alike in training and in evaluation
+        around = self.zeros
+        if any(around):
+            images = jnp.pad(images, ((0, 0), around, around, (0, 0)))
+        return self.patch_embed(images)
 
     def __call__(self, images: Array, *, train: bool = False) -> Output:
         """Classifies images.
 
         Args:
           images: [B, H, W, 3] float32, normalised with `mean` and `std`; H and W whole numbers of
-            patches.
+            patches, with a `grid` those of a training image.
           train: turns stochastic depth on (rng stream "dropout").
         """
-        check_images(images, self.patch_size)
-        return self.answer(self.embed(images), train=train)
+        self.check_shape(images)
+        return self.answer(self.embed(images, train=train), train=train)
+
+    def check_shape(self, images: Array) -> None:
+        """Raises ValueError unless the model takes images of that shape."""
+        check_images(images, self.patch_size if self.grid is None else 1)
+        side = self.image_size
+        if self.grid is not None and images.shape[1:3] != (side, side):
+            raise ValueError(
+                f"The grid of {self.grid} is one of images of {side} x {side} px, not of "
+                f"{images.shape[1]} x {images.shape[2]}; resize them."
+            )
 
     def answer(self, grid_tokens: Array, *, train: bool) -> Output:
         """Classifies images by their embedded patches [B, h, w, D]."""

@@ -6,8 +6,11 @@ fine grid whatever a gate decides: slot 0 of a region carries its coarse token o
 one, slots 1 to 3 its other fine tokens or nothing.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 REGION = 2  # fine cells along one side of a region
@@ -123,3 +126,75 @@ def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
         return positions
     shape = (*grid, positions.shape[-1])
     return jax.image.resize(positions, shape, method="bicubic", antialias=True)
+
+
+@functools.cache
+def upsampling(old: int, new: int) -> np.ndarray:
+    """The matrix that brings `old` cells of an axis to `new` ones: [new, old] float32, read-only.
+
+    Nearest neighbour to the next multiple of `old`, then adaptive average pooling, as DVT's code
+    resizes what a stage reuses (7 -> 14 -> 10, 10 -> 20 -> 14). Rows sum to 1.
+    """
+    if old < 1 or new < 1:
+        raise ValueError(f"Grids of {old} and {new} cells: at least 1 is needed.")
+    between = -(-new // old) * old
+    cells = np.arange(between)
+    rows = []
+    for row in range(new):
+        first, end = row * between // new, -(-(row + 1) * between // new)
+        pooled = ((cells >= first) & (cells < end)) / (end - first)
+        rows.append(pooled.reshape(old, -1).sum(axis=1))
+    matrix = np.asarray(rows, np.float32)
+    matrix.flags.writeable = False
+    return matrix
+
+
+def upsample(x: Array, new: tuple[int, int], axis: int) -> Array:
+    """Brings a grid to another by `upsampling`: [..., h, w, ...] -> [..., H, W, ...].
+
+    Args:
+      x: rows and columns of the grid are its axes `axis` and `axis` + 1.
+      new: (H, W).
+      axis: counted from the front.
+    """
+    for place, size in enumerate(new, start=axis):
+        x = _blend(x, upsampling(x.shape[place], size), place)
+    return x
+
+
+def _blend(x: Array, matrix: np.ndarray, axis: int) -> Array:
+    """Matrix [new, old] times one axis of x, as blends of its few non-zero columns."""
+    order = np.argsort(matrix == 0, axis=1, kind="stable")  # the non-zero columns first
+    shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
+    total = None
+    for tap in range(int((matrix != 0).sum(axis=1).max())):
+        share = np.take_along_axis(matrix, order[:, tap : tap + 1], axis=1).reshape(shape)
+        part = jnp.take(x, order[:, tap], axis=axis) * jnp.asarray(share, x.dtype)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def windows(x: Array, size: int, stride: int, padding: int) -> Array:
+    """Overlapping squares, what PyTorch calls unfold: [B, H, W, C] -> [B, h, w, size**2 * C].
+
+    Features are ordered (row, column, channel).
+
+    Args:
+      x: any map.
+      size: side of a square.
+      stride: from one square to the next.
+      padding: zeros on every side.
+    """
+    around = (padding, padding)
+    x = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+    for axis in (1, 3):  # rows, then columns: [B, h, size, W, C], then [B, h, size, w, size, C]
+        count = (x.shape[axis] - size) // stride + 1
+        reach = (count - 1) * stride + 1
+        offsets = [
+            jax.lax.slice_in_dim(x, offset, offset + reach, stride, axis=axis)
+            for offset in range(size)
+        ]
+        x = jnp.stack(offsets, axis=axis + 1)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(*x.shape[:3], -1)

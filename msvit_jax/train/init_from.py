@@ -7,6 +7,7 @@ embeddings are resized to the model's grid; a head for other classes is left at 
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from msvit_jax.train.optimizer import flat_names, map_names
 Flat = dict[str, np.ndarray]
 HEADS = ("head/", "head_dist/")
 # Parts that a source without them need not have: they start fresh.
-OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual")
+OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
     report = Report([], [], [], [n for n in weights if n not in wanted])
     misfits: list[str] = []
     for name, leaf in wanted.items():
-        short = name.removeprefix("backbone/")
+        short = re.sub(r"^(backbone|stage_\d+)/", "", name)
         value = weights.get(name)
         if value is not None and tuple(value.shape) == tuple(leaf.shape):
             report.matched.append(name)

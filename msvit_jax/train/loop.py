@@ -256,6 +256,8 @@ class _Run:
         tokens = f"{grid} tokens"
         if self.grid is not None:
             tokens = f"{grid // 4} to {grid} tokens"
+        elif hasattr(model, "exit_tokens"):
+            tokens = f"{' or '.join(map(str, model.exit_tokens))} tokens"
         devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         examples = self.info.train_examples

@@ -35,19 +35,22 @@ def map_names(function: Any, tree: Any) -> Any:
 
 
 def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to the minimum at the last step."""
-    warmup = round(options["warmup_epochs"] * steps_per_epoch)
-    if warmup >= steps > 0 and warmup:
+    """Linear warm-up from 0, a cosine to the minimum, and the minimum for the cool-down."""
+    warmup, cooldown = (
+        round(options[f"{name}_epochs"] * steps_per_epoch) for name in ("warmup", "cooldown")
+    )
+    if warmup + cooldown >= steps > 0 and warmup + cooldown:
         raise UserError(
-            f"optimizer.warmup_epochs={options['warmup_epochs']} ({warmup} steps) is not shorter "
-            f"than the run ({steps} steps)."
+            f"optimizer.warmup_epochs={options['warmup_epochs']} and cooldown_epochs="
+            f"{options['cooldown_epochs']} ({warmup} + {cooldown} steps) are not shorter than the "
+            f"run ({steps} steps)."
         )
     peak = options["learning_rate"]
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
         peak_value=peak,
         warmup_steps=warmup,
-        decay_steps=max(steps, 1),
+        decay_steps=max(steps - cooldown, 1),
         end_value=options["min_learning_rate"],
     )
 

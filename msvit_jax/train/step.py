@@ -57,7 +57,8 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 def max_tokens(model: nn.Module) -> int:
     """Patch tokens of a training image on the fine grid."""
-    return (model.image_size // model.patch_size) ** 2
+    side = getattr(model, "grid_size", model.image_size // model.patch_size)
+    return side**2
 
 
 def make_train_step(
@@ -144,6 +145,14 @@ def _make_objective(
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
         per_example = losses.cross_entropy(output.logits, targets)
         total, scalars = _mean(per_example, output.fits), {}
+        if output.exits is not None:
+            exits = config.loss.exits
+            total = losses.exits_loss(
+                output.exits,
+                targets,
+                distillation_weight=exits.distillation,
+                temperature=exits.temperature,
+            ).mean()
         if teacher is not None:
             shown = _renormalise(images, model, teacher.model)
             total = _with_teacher(total, output, shown, teacher, config.loss.distillation)
@@ -207,6 +216,9 @@ def _with_teacher(
 ) -> Array:
     """Adds distillation (Touvron et al. 2021): (1 - weight) x labels + weight x teacher."""
     theirs = teacher.model.apply(teacher.variables, images, train=False).logits
-    ours = output.logits if output.distilled_logits is None else output.distilled_logits
-    distance = losses.distillation(ours, theirs, temperature=options.temperature, kind=options.kind)
+    ours = [output.logits if output.distilled_logits is None else output.distilled_logits]
+    if output.exits is not None:
+        ours = [output.exits[:, stage] for stage in range(output.exits.shape[1])]
+    how = {"temperature": options.temperature, "kind": options.kind}
+    distance = sum(losses.distillation(logits, theirs, **how) for logits in ours)
     return (1 - options.weight) * total + options.weight * _mean(distance, output.fits)

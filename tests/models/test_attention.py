@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from scipy.special import softmax
 
-from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
+from msvit_jax import flops
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention, scores
 from msvit_jax.tokens.packing import NOBODY
 
 HEADS, CHANNELS = 2, 8
@@ -147,3 +148,57 @@ def test_gradients_are_those_of_softmax_attention(masked):
     ours = gradients(lambda *qkv: attention(*qkv, mask))
     for a, b in zip(ours, gradients(literal), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla", "fused"])
+def test_a_bias_is_added_to_the_scores_and_the_scores_can_be_had(implementation):
+    query, key, value = random_qkv(6, 2, 5)
+    bias = jax.random.normal(jax.random.key(7), (2, HEADS, 5, 5))
+    mask = Mask(bias=bias)
+    q, k, v = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (query, key, value))
+    wanted = q @ k.transpose(0, 1, 3, 2) / np.sqrt(CHANNELS) + np.asarray(bias)
+    np.testing.assert_allclose(scores(query, key, mask), wanted, atol=1e-5)
+    mixed = (softmax(wanted, axis=-1) @ v).transpose(0, 2, 1, 3)
+    found = attention(query, key, value, mask, implementation=implementation)
+    np.testing.assert_allclose(found, mixed, atol=2e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_with_a_bias_whose_scores_are_used_again(weighted):
+    query, key, value = random_qkv(8, 2, 5)
+    bias = jax.random.normal(jax.random.key(9), (2, HEADS, 5, 5))
+    seen = jnp.asarray([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]], jnp.float32)
+    weights = seen if weighted else None
+
+    def literal(query, key, value, bias):
+        score = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.float32(np.sqrt(CHANNELS)) + bias
+        shown = score if weights is None else jnp.where(seen[:, None, None] > 0, score, -jnp.inf)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(shown, axis=-1), value), score
+
+    def ours(query, key, value, bias):
+        mask = Mask(weights=weights, bias=bias)
+        return attention(query, key, value, mask), scores(query, key, mask)
+
+    def gradients(function):
+        loss = lambda *x: sum(jnp.sin(part).sum() for part in function(*x))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, bias)
+
+    for a, b in zip(gradients(ours), gradients(literal), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_scores_that_are_handed_on_cost_no_second_product():
+    query, key, value = random_qkv(10, 1, 64)
+    product = HEADS * 64 * 64 * CHANNELS
+    counted = flops.xla_macs(lambda q, k, v: (attention(q, k, v), scores(q, k)), query, key, value)
+    alone = flops.xla_macs(lambda q, k, v: attention(q, k, v), query, key, value)
+    assert counted - alone < product / 10
+
+
+def test_a_bias_that_is_not_possible_is_told():
+    query, key, value = random_qkv(0, 1, 4)
+    bias = jnp.zeros((1, HEADS, 4, 4))
+    with pytest.raises(ValueError, match="adds nothing to the scores"):
+        attention(query, key, value, Mask(bias=bias), implementation="pallas")
+    with pytest.raises(ValueError, match="end to end"):
+        attention(query, key, value, Mask(bias=bias, shelves=((2, 2),)))

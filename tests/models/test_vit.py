@@ -11,7 +11,7 @@ import msvit_jax
 from msvit_jax import flops
 from msvit_jax.errors import UserError
 from msvit_jax.models import vit
-from msvit_jax.models.registry import BACKBONES, MERGENCE, MIXED_SCALE
+from msvit_jax.models.registry import BACKBONES, CASCADES, MERGENCE, MIXED_SCALE
 
 TINY = {
     "image_size": 32,
@@ -298,6 +298,6 @@ def test_unknown_option_names_the_nearest():
 
 
 def test_every_listed_model_can_be_made():
-    assert set(msvit_jax.list_models()) == {*BACKBONES, *MIXED_SCALE, *MERGENCE}
+    assert set(msvit_jax.list_models()) == {*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES}
     for name in msvit_jax.list_models():
         assert msvit_jax.create_model(name, num_classes=7).num_classes == 7

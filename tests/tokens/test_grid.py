@@ -85,3 +85,80 @@ def test_positions_of_the_same_grid_are_untouched_and_smooth_ones_keep_their_sha
     assert larger.shape == (16, 12, 2)
     steps = np.diff(larger[3:-3, 0, 0])
     np.testing.assert_allclose(steps, steps.mean(), rtol=0.02)
+
+
+def nearest_then_pooled(image, new):
+    """[h, w] by loops: nearest neighbour to whole multiples, then the mean over pooling windows."""
+    old, between = image.shape, [-(-n // o) * o for n, o in zip(new, image.shape, strict=True)]
+    large = np.empty(between)
+    for y in range(between[0]):
+        for x in range(between[1]):
+            large[y, x] = image[y * old[0] // between[0], x * old[1] // between[1]]
+    found = np.empty(new)
+    for y in range(new[0]):
+        for x in range(new[1]):
+            rows, columns = (
+                slice(int(np.floor(i * b / n)), int(np.ceil((i + 1) * b / n)))
+                for i, b, n in zip((y, x), between, new, strict=True)
+            )
+            found[y, x] = large[rows, columns].mean()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((7, 7), (10, 10)),
+        ((10, 10), (14, 14)),
+        ((4, 6), (6, 8)),
+        ((3, 5), (9, 2)),
+        ((4, 4), (4, 4)),
+    ],
+)
+def test_upsampling_is_nearest_then_adaptive_average_pooling(old, new):
+    image = np.random.default_rng(0).standard_normal((2, *old, 3)).astype(np.float32)
+    found = grid.upsample(jnp.asarray(image), new, axis=1)
+    assert found.shape == (2, *new, 3)
+    for b in range(2):
+        for channel in range(3):
+            expected = nearest_then_pooled(image[b, :, :, channel], new)
+            np.testing.assert_allclose(found[b, :, :, channel], expected, atol=1e-6)
+
+
+# Column: weight of each row, from the official code.
+PUBLISHED_ROWS = {
+    (7, 10): "0:1 | 0:.5 1:.5 | 1:2/3 2:1/3 | 2:1 | 2:.5 3:.5 | 3:.5 4:.5 | 4:1 | 4:1/3 5:2/3 | "
+    "5:.5 6:.5 | 6:1",
+    (10, 14): "0:1 | 0:.5 1:.5 | 1:2/3 2:1/3 | 2:1 | 2:1/3 3:2/3 | 3:.5 4:.5 | 4:1 | 5:1 | "
+    "5:.5 6:.5 | 6:2/3 7:1/3 | 7:1 | 7:1/3 8:2/3 | 8:.5 9:.5 | 9:1",
+}
+
+
+@pytest.mark.parametrize("pair", PUBLISHED_ROWS)
+def test_upsampling_matrices_are_the_published_ones(pair):
+    expected = np.zeros(pair[::-1])
+    for row, text in enumerate(PUBLISHED_ROWS[pair].split("|")):
+        for entry in text.split():
+            column, weight = entry.split(":")
+            over, _, under = weight.partition("/")
+            expected[row, int(column)] = float(over) / float(under or 1)
+    np.testing.assert_allclose(grid.upsampling(*pair), expected, atol=1e-6)
+
+
+def test_an_empty_grid_is_told():
+    with pytest.raises(ValueError, match="at least 1"):
+        grid.upsampling(0, 3)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 2, 1), (7, 4, 2), (2, 2, 0)])
+def test_windows_are_the_squares_at_every_stride(size, stride, padding):
+    x = np.random.default_rng(0).random((2, 9, 11, 3)).astype(np.float32)
+    found = grid.windows(jnp.asarray(x), size, stride, padding)
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = ((n + 2 * padding - size) // stride + 1 for n in (9, 11))
+    assert found.shape == (2, rows, columns, size * size * 3)
+    for y in range(rows):
+        for column in range(columns):
+            top, left = y * stride, column * stride
+            square = padded[:, top : top + size, left : left + size]
+            np.testing.assert_array_equal(found[:, y, column], square.reshape(2, -1))

@@ -11,6 +11,7 @@ OPTIONS = {
     "learning_rate": 0.1,
     "min_learning_rate": 0.01,
     "warmup_epochs": 0.0,
+    "cooldown_epochs": 0.0,
     "weight_decay": 0.0,
     "b1": 0.9,
     "b2": 0.999,
@@ -160,9 +161,20 @@ def test_schedule_by_hand():
     assert float(optimizer.schedule(OPTIONS, 30, 5.0)(0)) == pytest.approx(0.1)
 
 
+def test_cooldown_stays_at_the_minimum():
+    options = {**OPTIONS, "warmup_epochs": 2.0, "min_learning_rate": 1e-5}
+    longer = optimizer.schedule({**options, "cooldown_epochs": 4.0}, 50, 5.0)
+    shorter = optimizer.schedule(options, 30, 5.0)
+    np.testing.assert_allclose([longer(i) for i in range(31)], [shorter(i) for i in range(31)])
+    np.testing.assert_allclose([longer(i) for i in range(30, 50)], 1e-5, rtol=1e-6)
+
+
 def test_warmup_longer_than_the_run():
-    with pytest.raises(UserError, match=r"warmup_epochs=6\.0 \(30 steps\)"):
+    with pytest.raises(UserError, match=r"warmup_epochs=6\.0 .* \(30 \+ 0 steps\)"):
         optimizer.schedule({**OPTIONS, "warmup_epochs": 6.0}, 30, 5.0)
+    late = {**OPTIONS, "warmup_epochs": 4.0, "cooldown_epochs": 3.0}
+    with pytest.raises(UserError, match=r"cooldown_epochs=3\.0 \(20 \+ 15 steps\)"):
+        optimizer.schedule(late, 30, 5.0)
 
 
 def test_moving_average_by_hand():

@@ -17,6 +17,7 @@ BATCH = 16
 CASES = {
     "vit": lambda **k: tiny_run.config(**k),
     "msvit": lambda **k: tiny_run.msvit(loss__gate__weight=4.0, **k),
+    "dvt": lambda **k: tiny_run.dvt(loss__exits__distillation=0.25, **k),
 }
 
 
@@ -177,3 +178,22 @@ def test_normalise_by_hand():
     pixels = np.array([[[[0, 51, 255]]]], np.uint8)
     out = normalise(jnp.asarray(pixels), (0.0, 0.1, 0.5), (1.0, 0.5, 0.25))
     np.testing.assert_allclose(out[0, 0, 0], [0.0, 0.2, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_a_cascade_learns_the_sum_of_its_exits(weight):
+    config = tiny_run.dvt(loss__exits__distillation=weight, loss__label_smoothing=0.1)
+    setup = Setup(config)
+    batch, state = _batch(), jax.device_get(setup.state)
+    _, (reported,) = setup.run(1)
+    images = normalise(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
+    output = setup.model.apply({"params": state.params["model"]}, images, train=True)
+    log_p = np.asarray(jax.nn.log_softmax(output.exits), np.float64)
+    targets = np.asarray(smooth(jnp.asarray(batch["label"]), 3, 0.1))
+    first, last = (-(targets * log_p[:, exit]).sum(1).mean() for exit in (0, 1))
+    divergence = (np.exp(log_p[:, 1]) * (log_p[:, 1] - log_p[:, 0])).sum(1).mean()
+    expected = last + (1 - weight) * first + weight * divergence
+    assert reported.scalars["total_loss"] == pytest.approx(expected, rel=1e-4)
+    assert reported.sums.loss / BATCH == pytest.approx(last, rel=1e-4)  # comparable to other models
+    right = (output.exits.argmax(-1) == batch["label"][:, None]).sum(0)
+    np.testing.assert_array_equal(reported.sums.exits, right)

@@ -1,0 +1,28 @@
+"""DVT on CIFAR-10 from scratch: 32 px, 16, 36 or 64 tokens an image, 192 wide, 9 layers a stage.
+
+    python train.py --config=configs/cifar10_dvt.py --workdir=runs/cifar10_dvt
+
+Needs the TFDS data set cifar10, prepared as array_record. The paper fine-tunes ImageNet's weights
+at 224 px with SGD; this is our recipe, that of cifar10_vit.py, on its backbone.
+Cost: not yet measured.
+Expect: not yet measured.
+"""
+
+from ml_collections import config_dict
+
+from msvit_jax.config import sibling
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = sibling(__file__, "cifar10_vit.py")
+    config.model = {
+        "name": "dvt_deit_small",
+        "grids": (4, 6, 8),
+        "width": 192,
+        "heads": 3,
+        "depth": 9,
+        "drop_path": 0.1,
+        "feature_width": 24,
+        "feature_hidden": 64,
+    }
+    return config

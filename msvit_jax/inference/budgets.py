@@ -1,0 +1,244 @@
+"""The budget curve of a trained cascade: accuracy over compute, exits chosen image by image.
+
+Thresholds are fitted on training images without augmentation and judged on the evaluation split.
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import config_dict
+
+from msvit_jax import checkpoint, data, sharding
+from msvit_jax.errors import UserError
+from msvit_jax.inference import thresholds as exits
+from msvit_jax.train.step import normalise
+
+CSV_FILE, PLOT_FILE, FITTED_FILE = "budget_curve.csv", "budget_curve.png", "thresholds.json"
+COLUMNS = ("kind", "budget", "gmacs_mean", "top1", "shares", "thresholds")
+# GMACs and top-1 of the paper's T2T-12 cascade on ImageNet (Wang et al. 2021, table 5), its layer
+# norms counted.
+PAPER = {
+    "dvt_t2t_vit_12": {0.75: 73.70, 1.0: 76.22, 1.25: 77.89, 1.5: 78.89, 1.75: 79.47, 2.0: 79.75}
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What all exits say of a split.
+
+    Attributes:
+      exits: [n, stages, classes] float32.
+      labels: [n].
+    """
+
+    exits: np.ndarray
+    labels: np.ndarray
+
+
+def collect(
+    model: nn.Module,
+    params: Any,
+    data_config: config_dict.ConfigDict,
+    *,
+    split: str,
+    batch_size: int,
+    mesh: Mesh,
+) -> Logits:
+    """Computes all exits for every image of a split, in order; the same on every process.
+
+    Args:
+      model: a cascade.
+      params: its parameters, on the mesh.
+      data_config: the config's `data` section.
+      split: as TFDS writes it, 'train[:1000]' for instance.
+      batch_size: global; rounded up to a multiple of the devices.
+      mesh: see `sharding.make_mesh`.
+    """
+
+    def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        images = normalise(batch["image"], model.mean, model.std)
+        output = model.apply({"params": params}, images, train=False)
+        return output.exits, batch["label"], batch["valid"]
+
+    step = jax.jit(run, out_shardings=sharding.replicated(mesh))
+    size = -(-batch_size // mesh.size) * mesh.size
+    found = []
+    with jax.set_mesh(mesh):
+        for batch in data.eval_batches(data_config, batch_size=size, split=split):
+            wanted = {name: batch[name] for name in ("image", "label", "valid")}
+            logits, labels, valid = jax.device_get(step(params, sharding.shard_batch(mesh, wanted)))
+            found.append((logits[valid], labels[valid]))
+    return Logits(*(np.concatenate(part) for part in zip(*found, strict=True)))
+
+
+def curve(
+    fit: Logits,
+    held_out: Logits,
+    exit_macs: np.ndarray,
+    *,
+    budgets: Sequence[float] = (),
+    criterion: str = "confidence",
+) -> list[dict[str, Any]]:
+    """Rows of the curve: every exit alone, the geometric scheme, and the search for each budget.
+
+    Args:
+      fit: to fit thresholds on.
+      held_out: to judge them on.
+      exit_macs: [stages], see `DVT.exit_macs`.
+      budgets: mean GMACs per image, of the fitted images; empty: ten from first to last exit.
+      criterion: see `thresholds.certainty`.
+
+    Raises:
+      UserError: a budget below the first exit's cost, an unknown criterion.
+    """
+    ours = exits.score(fit.exits, fit.labels, criterion, seed=0)
+    theirs = exits.score(held_out.exits, held_out.labels, criterion, seed=1)
+    wanted = [budget * 1e9 for budget in budgets]
+    for budget in wanted:
+        exits.check_budget(budget, exit_macs)
+    wanted = wanted or np.geomspace(exit_macs[0], exit_macs[-1], 10).tolist()
+    rows = []
+    for stage in range(len(exit_macs)):
+        alone = [exits.NEVER] * stage + [exits.ALWAYS] * (len(exit_macs) - stage)
+        rows.append(_row(f"exit {stage + 1}", None, exits.judge(theirs, alone, exit_macs)))
+    rows += [
+        _row("geometric", None, point) for point in exits.geometric_curve(ours, theirs, exit_macs)
+    ]
+    for budget in wanted:
+        thresholds = exits.search(ours, exit_macs, budget)
+        rows.append(_row("search", budget, exits.judge(theirs, thresholds, exit_macs)))
+    return rows
+
+
+def _row(kind: str, budget: float | None, point: exits.Point) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "budget": None if budget is None else budget / 1e9,
+        "gmacs_mean": point.macs / 1e9,
+        "top1": point.top1,
+        "shares": list(point.shares),
+        "thresholds": list(point.thresholds),
+    }
+
+
+def write(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str, paper: bool) -> None:
+    """Writes `CSV_FILE` and `PLOT_FILE`.
+
+    Args:
+      rows: of `curve`.
+      directory: where to.
+      title: the model's name.
+      paper: whether the paper's points of that model are drawn, too.
+    """
+    with (directory / CSV_FILE).open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            lists = {name: " ".join(map(str, row[name])) for name in ("shares", "thresholds")}
+            writer.writerow({**row, **lists})
+    _draw(rows, directory, title, PAPER.get(title) if paper else None)
+
+
+def _draw(
+    rows: Sequence[dict[str, Any]],
+    directory: pathlib.Path,
+    title: str,
+    paper: dict[float, float] | None,
+) -> None:
+    from matplotlib import pyplot  # only a curve draws
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for kind, style in (("geometric", "-"), ("search", "o"), ("exit", "s")):
+        points = [row for row in rows if row["kind"].startswith(kind)]
+        macs, top1 = ([row[name] for row in points] for name in ("gmacs_mean", "top1"))
+        label = "all images at one exit" if kind == "exit" else kind
+        axes.plot(macs, top1, style, label=label)
+    if paper:
+        axes.plot(list(paper), list(paper.values()), "x", label="paper")
+    axes.set(xlabel="GMACs per image (mean)", ylabel="top-1 (%)", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(directory / PLOT_FILE, dpi=150)
+    pyplot.close(figure)
+
+
+def fitted_thresholds(workdir: str | pathlib.Path, budget: float) -> tuple[float, ...]:
+    """Thresholds that `eval.py --budget_curve` found for a run, the costliest within a budget.
+
+    Args:
+      workdir: of the run.
+      budget: mean GMACs per image.
+
+    Raises:
+      UserError: none were fitted, or all of them spend more.
+    """
+    path = pathlib.Path(workdir) / FITTED_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{workdir} has no fitted thresholds; run eval.py --workdir={workdir} --budget_curve."
+        )
+    fitting = [row for row in json.loads(path.read_text()) if row["budget"] <= budget + 1e-12]
+    if not fitting:
+        raise UserError(
+            f"Of the thresholds in {path} none spends {budget:.4g} GMACs or less; fit some with "
+            f"eval.py --budget_curve --budgets={budget:.4g}."
+        )
+    return tuple(max(fitting, key=lambda row: row["budget"])["thresholds"])
+
+
+def curve_of_run(
+    model: Any,
+    params: Any,
+    workdir: pathlib.Path,
+    *,
+    split: str | None,
+    batch_size: int,
+    mesh: Mesh,
+    budgets: Sequence[float] = (),
+    criterion: str = "confidence",
+    fit_examples: int = 20_000,
+) -> list[dict[str, Any]]:
+    """Makes and writes the curve of a trained run.
+
+    Args:
+      model: of the run.
+      params: on the mesh.
+      workdir: of the run.
+      split: to judge on; None: the config's `eval_split`.
+      batch_size: global.
+      mesh: see `sharding.make_mesh`.
+      budgets: see `curve`.
+      criterion: see `thresholds.certainty`.
+      fit_examples: training images to fit on.
+
+    Raises:
+      UserError: the model is no cascade; see also `curve`.
+    """
+    config = checkpoint.read_config(workdir)
+    name = config.model.name
+    if not hasattr(model, "exit_macs"):
+        raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
+    for budget in budgets:
+        exits.check_budget(budget * 1e9, model.exit_macs())
+    count = min(fit_examples, data.dataset_info(config.data).train_examples)
+    run = {"batch_size": batch_size, "mesh": mesh}
+    train_split = config.data.train_split
+    fit_split = train_split if "[" in train_split else f"{train_split}[:{count}]"
+    fit = collect(model, params, config.data, split=fit_split, **run)
+    held_out = collect(model, params, config.data, split=split or config.data.eval_split, **run)
+    rows = curve(fit, held_out, model.exit_macs(), budgets=budgets, criterion=criterion)
+    if jax.process_index() == 0:
+        write(rows, workdir, name, paper=config.data.name == "imagenet2012")
+        if criterion == "confidence":  # what the Predictor goes by
+            found = [row for row in rows if row["kind"] == "search"]
+            (workdir / FITTED_FILE).write_text(json.dumps(found, indent=2))
+    return rows

@@ -1,0 +1,379 @@
+"""DVT: a cascade of transformers with more and more tokens, stopped when one is sure.
+
+Wang et al. 2021, "Not All Images are Worth 16x16 Words" (arXiv 2105.15075). Every stage is a whole
+transformer over the same image on a finer grid; a later one reuses what the one before computed:
+its last features (section 3.2) and the scores of its attention (section 3.3). Each stage has an
+exit of its own. Which exit answers an image is not decided here: see `inference.thresholds`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax import Array
+from numpy.typing import ArrayLike
+
+from msvit_jax import flops
+from msvit_jax.models.output import Output
+from msvit_jax.models.vit import LayerNorm, ViT, gelu, init_weights
+from msvit_jax.tokens import grid
+
+# What the paper's counter charges for every number that a layer norm puts out; nothing else of
+# what it counts is element-wise.
+PUBLISHED_NORM_COST = 5.0
+
+
+@struct.dataclass
+class Handed:
+    """What a stage hands on to the next.
+
+    Attributes:
+      tokens: [B, P + n, D] after the last block, before the last norm; None without feature reuse.
+      scores: [B, layers * heads, P + n, P + n] of the attention of all layers before the softmax,
+        layer by layer; None without relationship reuse.
+    """
+
+    tokens: Array | None = None
+    scores: Array | None = None
+
+
+@struct.dataclass
+class Exit:
+    """One stage's answer.
+
+    Attributes:
+      logits: [B, classes] float32.
+      handed: what the next stage wants; None after the last.
+    """
+
+    logits: Array
+    handed: Handed | None = None
+
+
+def upsample_tokens(x: Array, axis: int, prefix: int, old: int, new: int) -> Array:
+    """Brings tokens of a square grid to another: [..., P + old**2, ...] -> [..., P + new**2, ...].
+
+    The first `prefix` tokens stay as they are; the others as in `grid.upsample`.
+    """
+    first, patches = jnp.split(x, [prefix], axis=axis)
+    around = x.shape[:axis], x.shape[axis + 1 :]
+    squares = patches.reshape(*around[0], old, old, *around[1])
+    squares = grid.upsample(squares, (new, new), axis=axis)
+    return jnp.concatenate([first, squares.reshape(*around[0], new * new, *around[1])], axis=axis)
+
+
+def _upsampling_macs(old: int, new: int) -> float:
+    """Multiply-accumulates of bringing one channel of a square grid to another."""
+    return float((grid.upsampling(old, new) != 0).sum() * (old + new))
+
+
+class FeatureReuse(nn.Module):
+    """One layer's context from an earlier stage's features: norm, linear, GELU, linear."""
+
+    hidden: int
+    width: int
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        """[B, n, D] -> [B, n, width]."""
+        dense = {"dtype": self.dtype, "kernel_init": init_weights}
+        x = LayerNorm(epsilon=self.norm_epsilon, name="norm")(tokens)
+        x = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
+        return nn.Dense(self.width, name="fc2", **dense)(x)
+
+
+def _uniform(fan_in: int) -> Any:
+    """PyTorch's start of a convolution's weights and bias, which DVT keeps for these alone."""
+    bound = fan_in**-0.5
+    return lambda key, shape: nn.initializers.uniform(2 * bound)(key, shape, jnp.float32) - bound
+
+
+class ChannelMix(nn.Module):
+    """A linear layer over axis 1, a 1 x 1 convolution of maps whose channels come first."""
+
+    channels: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, C, h, w] -> [B, channels, h, w]."""
+        fan_in = x.shape[1]
+        kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.channels))
+        bias = self.param("bias", _uniform(fan_in), (self.channels,))
+        mixed = jnp.einsum("bcqk,cd->bdqk", x.astype(self.dtype), kernel.astype(self.dtype))
+        return mixed + bias.astype(self.dtype)[None, :, None, None]
+
+
+class RelationReuse(nn.Module):
+    """Mixes the scores of an earlier stage over its layers and heads: 1x1, GELU, 1x1."""
+
+    ratio: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, scores: Array) -> Array:
+        """[B, layers * heads, n, n] -> the same shape, for the layers and heads of this stage."""
+        channels = scores.shape[1]
+        hidden = gelu(ChannelMix(self.ratio * channels, self.dtype, name="fc1")(scores))
+        return ChannelMix(channels, self.dtype, name="fc2")(hidden)
+
+
+class Reuse(nn.Module):
+    """What a stage makes of what the stage before it handed on.
+
+    Attributes:
+      backbone: of the stage.
+      old: side of the grid of the stage before.
+      features: width of the context; 0: no feature reuse.
+      hidden: hidden width of feature reuse.
+      relation_ratio: hidden channels over channels in relationship reuse; 0: none.
+    """
+
+    backbone: ViT
+    old: int
+    features: int
+    hidden: int
+    relation_ratio: int
+
+    def setup(self) -> None:
+        """Makes the submodules."""
+        vit = self.backbone
+        if self.features:
+            # Named as the layers that they feed, so that layer decay finds them.
+            self.blocks = [
+                FeatureReuse(self.hidden, self.features, vit.norm_epsilon, vit.dtype)
+                for _ in range(vit.depth)
+            ]
+        if self.relation_ratio:
+            self.relation = RelationReuse(self.relation_ratio, vit.dtype)
+
+    def mixed_scores(self, handed: Handed) -> Array | None:
+        """The scores for all layers, still on the grid of the stage before."""
+        if not self.relation_ratio or handed.scores is None:
+            return None
+        return self.relation(handed.scores)
+
+    def relation_of(self, layer: int, mixed: Array | None) -> Array | None:
+        """The bias r of a layer, class row and column kept: [B, H, P + N, P + N]."""
+        if mixed is None:
+            return None
+        vit = self.backbone
+        own = mixed[:, layer * vit.heads : (layer + 1) * vit.heads]
+        sides = vit.prefix_length, self.old, vit.grid_size
+        return upsample_tokens(upsample_tokens(own, 3, *sides), 2, *sides)
+
+    def features_of(self, layer: int, handed: Handed) -> Array | None:
+        """E of a layer, zeros for the prefix: [B, P + N, C]."""
+        if not self.features or handed.tokens is None:
+            return None
+        prefix = self.backbone.prefix_length
+        context = self.blocks[layer](handed.tokens[:, prefix:])
+        context = upsample_tokens(context, 1, 0, self.old, self.backbone.grid_size)
+        return jnp.pad(context, ((0, 0), (prefix, 0), (0, 0)))
+
+
+class DVT(nn.Module):
+    """A cascade of transformers over finer and finer grids.
+
+    Parameters are `stage_<i>`, each exactly a ViT's (but that norm2 and fc1 of later stages see
+    the context's channels, too), and `reuse_<i>` of what stage i makes of stage i - 1.
+
+    Attributes:
+      backbone: every stage's shape; of its own grid nothing is used.
+      grids: tokens along one side of each stage, growing.
+      feature_reuse: whether later stages see the features of the stage before.
+      relation_reuse: whether their attention starts from that of the stage before.
+      feature_width: channels of the context that each layer sees.
+      feature_hidden: hidden width of the layers that make it.
+      relation_ratio: hidden channels over channels where scores are mixed.
+    """
+
+    backbone: ViT
+    grids: tuple[int, ...] = (7, 10, 14)
+    feature_reuse: bool = True
+    relation_reuse: bool = True
+    feature_width: int = 48
+    feature_hidden: int = 128
+    relation_ratio: int = 3
+
+    def setup(self) -> None:
+        """Makes the submodules."""
+        self.check()
+        self.stage = [self._stage(side) for side in self.grids]
+        self.reuse = [
+            Reuse(
+                self._stage(new),
+                old=old,
+                features=self.feature_width if self.feature_reuse else 0,
+                hidden=self.feature_hidden,
+                relation_ratio=self.relation_ratio if self.relation_reuse else 0,
+                name=f"reuse_{index}",
+            )
+            for index, (old, new) in enumerate(self._pairs, start=1)
+        ]
+
+    def check(self) -> None:
+        """Raises ValueError unless the attributes fit together and to the image."""
+        vit = self.backbone
+        if not self.grids or list(self.grids) != sorted(set(self.grids)):
+            raise ValueError(
+                f"grids={self.grids}: one or more are needed, each larger than before."
+            )
+        for name, wanted in (("distilled", False), ("scan_layers", False), ("reducer", "none")):
+            if getattr(vit, name) != wanted:
+                raise ValueError(f"{name}={getattr(vit, name)!r} is not for a cascade's stages.")
+        for side in self.grids:
+            self._stage(side).check()
+
+    def _stage(self, side: int) -> ViT:
+        return self.backbone.clone(grid=side, parent=None, name=None)
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return list(zip(self.grids[:-1], self.grids[1:], strict=True))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in px."""
+        return self.backbone.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the last stage's patches in px."""
+        return self._stage(self.grids[-1]).cell
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of the last stage."""
+        return self.grids[-1]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the heads."""
+        return self.backbone.num_classes
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean that images are normalised with."""
+        return self.backbone.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation that images are normalised with."""
+        return self.backbone.std
+
+    @property
+    def exit_tokens(self) -> np.ndarray:
+        """[stages] patch tokens of each stage."""
+        return np.asarray(self.grids) ** 2
+
+    def exit_macs(self, norm_cost: float = 0.0) -> np.ndarray:
+        """Multiply-accumulates up to each exit: [stages], growing.
+
+        Args:
+          norm_cost: charged for every number that a layer norm puts out; `PUBLISHED_NORM_COST`
+            gives the figures of the paper, which counts them, too.
+        """
+        old = [None, *self.grids[:-1]]
+        both = [self._stage_cost(*pair) for pair in zip(old, self.grids, strict=True)]
+        return np.cumsum([macs + norm_cost * normed for macs, normed in both])
+
+    def _stage_cost(self, old: int | None, new: int) -> tuple[float, float]:
+        """Multiply-accumulates of a stage, and how many numbers its layer norms put out."""
+        vit = self._stage(new)
+        extra = self.feature_width if self.feature_reuse and old is not None else 0
+        length, width = vit.prefix_length + new * new, vit.width
+        block = float(flops.block(length, width, vit.mlp_hidden))
+        block += float(flops.dense(length, extra, vit.mlp_hidden))
+        macs = vit.embed_macs + vit.depth * block + float(vit.head_macs)
+        normed = vit.embed_norms + length * ((2 * vit.depth + 1) * width + vit.depth * extra)
+        if old is None:
+            return macs, normed
+        context = (width + self.feature_width) * self.feature_hidden
+        blend = _upsampling_macs(old, new)
+        if self.feature_reuse:
+            macs += vit.depth * (old * old * context + extra * blend)
+            normed += vit.depth * old * old * width
+        if self.relation_reuse:
+            before, channels = vit.prefix_length + old * old, vit.depth * vit.heads
+            macs += before**2 * 2 * self.relation_ratio * channels**2
+            macs += channels * (before + length) * blend
+        return macs, normed
+
+    def macs(self, tokens: ArrayLike) -> np.ndarray:
+        """Multiply-accumulates of images that left at the exit with so many patch tokens.
+
+        Any other number of tokens counts as the next larger exit's.
+        """
+        exits = np.searchsorted(self.exit_tokens, np.asarray(tokens))
+        return self.exit_macs()[np.minimum(exits, len(self.grids) - 1)]
+
+    def __call__(self, images: Array, *, train: bool = False) -> Output:
+        """Computes all exits.
+
+        Args:
+          images: [B, S, S, 3] float32, normalised; S is `image_size`.
+          train: turns stochastic depth on (rng stream "dropout").
+
+        Returns:
+          `exits` [B, stages, classes]; `logits` are the last exit's.
+        """
+        handed, exits = None, []
+        for stage in range(len(self.grids)):
+            done = self.run_stage(images, handed, stage=stage, train=train)
+            exits.append(done.logits)
+            handed = done.handed
+        tokens = jnp.full((images.shape[0],), self.exit_tokens[-1], jnp.int32)
+        return Output(logits=exits[-1], tokens=tokens, exits=jnp.stack(exits, axis=1))
+
+    def run_stage(
+        self, images: Array, handed: Handed | None = None, *, stage: int, train: bool = False
+    ) -> Exit:
+        """Computes one stage, given what the stage before handed on.
+
+        Rows do not depend on each other: images may come from several batches of earlier stages.
+
+        Args:
+          images: as for `__call__`.
+          handed: of stage - 1 for these images; None for stage 0.
+          stage: which, from 0.
+          train: see `__call__`.
+        """
+        vit = self.stage[stage]
+        vit.check_shape(images)
+        x = vit.embed(images, train=train)
+        x = vit.with_prefix(x.reshape(x.shape[0], -1, vit.width))
+        rates, scores = vit.drop_rates(train=train), []
+        reused = self._reused(stage, handed)
+        for layer, block in enumerate(vit.blocks):
+            rate = None if rates is None else rates[layer]
+            x, own = block.reusing(x, rate, *reused(layer))
+            scores.append(own)
+        logits, _ = vit.classify(vit.norm(x), train=train)
+        return Exit(logits, None if stage == len(self.grids) - 1 else self._handed(x, scores))
+
+    def _reused(
+        self, stage: int, handed: Handed | None
+    ) -> Callable[[int], tuple[Array | None, Array | None]]:
+        """A function of the layer that gives its relation and its features, made when asked for.
+
+        So that of all layers' relations, each as large as a layer's scores, one exists at a time.
+        """
+        if stage == 0:
+            return lambda layer: (None, None)
+        if handed is None:
+            raise ValueError(f"Stage {stage} wants what stage {stage - 1} handed on.")
+        reuse, there = self.reuse[stage - 1], handed
+        mixed = reuse.mixed_scores(there)
+        return lambda layer: (reuse.relation_of(layer, mixed), reuse.features_of(layer, there))
+
+    def _handed(self, x: Array, scores: list[Array]) -> Handed:
+        joined = None
+        if self.relation_reuse:
+            joined = jnp.concatenate([s.astype(x.dtype) for s in scores], axis=1)
+        return Handed(tokens=x if self.feature_reuse else None, scores=joined)
