@@ -316,3 +316,18 @@ def test_a_row_has_places_for_whatever_images_it_holds(case, lengths):
     kept, removed = plan.places(length, prefix, 5)
     assert sum(plan.kept[n] + prefix for n in lengths) <= kept <= length
     assert sum(n - plan.kept[n] for n in lengths) <= removed
+
+
+@pytest.mark.parametrize("add", [merging.add_by_product, merging.add_by_scatter])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_removed_tokens_are_added_to_their_hosts(add, dtype):
+    rng = np.random.default_rng(0)
+    onto = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    moved = jnp.asarray(rng.normal(size=(3, 8, 4)), dtype)
+    host = rng.integers(0, 6, (3, 8)).astype(np.int32)  # 5: dropped
+    expected = onto.copy()
+    for b, r in np.ndindex(*host.shape):
+        if host[b, r] < 5:
+            expected[b, host[b, r]] += np.asarray(moved, np.float32)[b, r]
+    found = add(jnp.asarray(onto), moved, jnp.asarray(host))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
