@@ -24,6 +24,7 @@ from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
 from msvit_jax.models.layout import in_slots
+from msvit_jax.models.output import GateOutput
 from msvit_jax.train import init_from
 from msvit_jax.train.step import max_tokens, normalise, smooth
 
@@ -46,17 +47,19 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A few images and what the gate made of them, to draw.
+    """A few images and what the model made of their tokens, to draw.
 
     Attributes:
       images: [n, H, W, 3] uint8.
-      coarse: [n, R], 1 where a region is coarse.
-      probability: [n, R] of staying coarse.
+      coarse: [n, R], 1 where a region is coarse; None without a gate.
+      probability: [n, R] of staying coarse; None without a gate.
+      merged: [n, stages, rows, columns], see `Output.merge_maps`; None if no layer reduces tokens.
     """
 
     images: np.ndarray
-    coarse: np.ndarray
-    probability: np.ndarray
+    coarse: np.ndarray | None = None
+    probability: np.ndarray | None = None
+    merged: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Evaluation:
     Attributes:
       figures: see `metrics.summarise`.
       coarse_rates: [R], share of images in which each region stayed coarse; None without a gate.
-      samples: the first images; None without a gate.
+      samples: the first images; None of a model that gives all images all tokens.
     """
 
     figures: dict[str, Any]
@@ -126,7 +129,8 @@ class Evaluator:
             valid=batch["valid"],
             mask=batch.get("segmentation_mask"),
         )
-        return sums, output.gate
+        side = model.image_size // model.patch_size
+        return sums, (output.gate, output.merge_maps((side, side)))
 
     def __call__(self, params: Any, threshold: float | None = None) -> Evaluation:
         """Evaluates.
@@ -142,9 +146,9 @@ class Evaluator:
         with jax.set_mesh(self._mesh):
             for host_batch in self._batches:
                 batch = sharding.shard_batch(self._mesh, host_batch)
-                sums, gate = self._step(params, batch, traced)
-                if samples is None and gate is not None and self._samples:
-                    samples = _keep(host_batch, gate, self._samples)
+                sums, decided = self._step(params, batch, traced)
+                if samples is None and self._samples and any(x is not None for x in decided):
+                    samples = _keep(host_batch, decided, self._samples)
                 # One batch behind, so that the device always has work and memory stays bounded.
                 if last is not None:
                     total = _plus(total, last)
@@ -169,14 +173,22 @@ def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums
     return host if total is None else total + host
 
 
-def _keep(batch: dict[str, np.ndarray], gate: Any, count: int) -> Samples:
-    """Takes the first images of this process with their decisions."""
+def _keep(
+    batch: dict[str, np.ndarray], decided: tuple[GateOutput | None, Array | None], count: int
+) -> Samples:
+    """Takes the first images of this process with the gate's decisions and their merge maps."""
+    gate, merged = decided
     count = min(count, int(batch["valid"].sum()))
-    return Samples(
-        images=batch["image"][:count],
-        coarse=_local_rows(gate.coarse, count),
-        probability=1 / (1 + np.exp(-_local_rows(gate.logits, count))),
-    )
+    samples = Samples(batch["image"][:count])
+    if gate is not None:
+        samples = dataclasses.replace(
+            samples,
+            coarse=_local_rows(gate.coarse, count),
+            probability=1 / (1 + np.exp(-_local_rows(gate.logits, count))),
+        )
+    if merged is not None:
+        samples = dataclasses.replace(samples, merged=_local_rows(merged, count))
+    return samples
 
 
 def _local_rows(x: Array, count: int) -> np.ndarray:

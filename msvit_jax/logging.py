@@ -95,7 +95,7 @@ class Logger:
     def evaluation(
         self, step: int, epoch: float, result: Evaluation, grid: tuple[int, int] | None
     ) -> None:
-        """Reports an evaluation, with gate rates and token maps as pictures.
+        """Reports an evaluation, with gate rates, token maps and merge maps as pictures.
 
         Args:
           step: see `report`.
@@ -104,9 +104,9 @@ class Logger:
           grid: (rows, columns) of the gate's regions, or None.
         """
         self.report("eval", step, epoch, result.figures)
-        if not self._active or grid is None:
+        if not self._active:
             return
-        if result.coarse_rates is not None:
+        if result.coarse_rates is not None and grid is not None:
             self._later(self._rates, step, result.coarse_rates.reshape(grid))
         if result.samples is not None:
             self._later(self._maps, step, result.samples, grid)
@@ -129,12 +129,18 @@ class Logger:
         picture = np.kron((1 - rates)[None], np.ones((1, 16, 16)))
         self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
 
-    def _maps(self, step: int, samples: Samples, grid: tuple[int, int]) -> None:
+    def _maps(self, step: int, samples: Samples, grid: tuple[int, int] | None) -> None:
         from msvit_jax import visualize  # brings matplotlib, which not every run needs
 
         for index, image in enumerate(samples.images):
-            picture = visualize.token_map(image, samples.coarse[index], grid)
-            self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
+            coarse = None
+            if samples.coarse is not None and grid is not None:
+                coarse = samples.coarse[index].reshape(grid)
+                picture = visualize.token_map(image, samples.coarse[index], grid)
+                self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
+            if samples.merged is not None:  # where the tokens are in the end
+                picture = visualize.merge_map(image, samples.merged[index, -1], coarse=coarse)
+                self._board.add_image(f"merged/{index}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Finishes what is under way."""

@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
     predictor = Predictor.load(
         given.workdir, str(step), batch_size=given.batch_size, layout=given.layout
     )
-    if given.pictures and predictor.threshold is None:
-        raise errors.UserError("--pictures draws what a gate decided; this model has none.")
+    if given.pictures:
+        _check_pictures(predictor)
     if given.tokens is not None:
         _calibrate(predictor, files, given.tokens)
     with tqdm.tqdm(total=len(files), unit="image", disable=None) as bar:
@@ -83,6 +83,17 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
     ]
 
 
+def _check_pictures(predictor: Predictor) -> None:
+    """Before anything is computed."""
+    from msvit_jax.visualize import examples  # brings matplotlib
+
+    if not examples.has_pictures(predictor.model):
+        raise errors.UserError(
+            "--pictures draws what a gate decided and which tokens were merged; this model does "
+            "neither."
+        )
+
+
 def _draw(
     predictor: Predictor, files: Sequence[pathlib.Path], predictions: Predictions, out: pathlib.Path
 ) -> None:
@@ -95,9 +106,8 @@ def _draw(
         )
         for file in files[: examples.ON_SHEET]
     ]
-    strips = examples.gate_strips(shown, predictions)
-    sheet = examples.write(strips, [example.name for example in shown], out)
-    print(f"\npictures of {len(shown)} of {len(files)} images in {out}, together in {sheet}")
+    drawn = examples.write(shown, predictions, examples.reducing_layers(predictor.model), out)
+    print(f"\npictures of {len(shown)} of {len(files)} images in {out}, together in {drawn.sheet}")
 
 
 if __name__ == "__main__":

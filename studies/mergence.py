@@ -11,8 +11,9 @@ From the configs of this repository, for every seed and all from the same dense 
 * at fewer MACs: MSViT (configs/digits_msvit.py), mergence, and MSViT that merges besides, whose
   gate is given more tokens for as many MACs
 
-Everything is fine-tuned for the epochs of configs/digits_mergence.py and judged after its last
-step. Writes docs/results/mergence.md and mergence.json. What is done already is not done again.
+Everything is fine-tuned for the epochs of configs/digits_mergence.py, the arms at fewer MACs for
+half of them, and judged after its last step. Writes docs/results/mergence.md and mergence.json.
+What is done already is not done again.
 Cost: about an hour and a half on two CPU cores.
 """
 
@@ -61,6 +62,7 @@ def arms(study: digits.Study) -> dict[str, digits.Figures]:
     found = {"dense": study.arm("dense", "digits_vit")}
     epochs = configs.load(str(digits.ROOT / "configs/digits_mergence.py")).epochs
     tuned = {"init_from": study.workdir("dense"), "epochs": epochs}
+    halved = {"epochs": epochs / 2}
     single = {"model.scales": "(8,)"}
     asked: dict[str, tuple[str, dict[str, Any]]] = {
         "mergence": ("digits_mergence", {}),
@@ -68,14 +70,14 @@ def arms(study: digits.Study) -> dict[str, digits.Figures]:
             name: ("digits_mergence", {**single, **reduction(REDUCERS[name])})
             for name in ("top-k", "EViT", "ToMe")
         },
-        "MSViT + mergence": ("digits_msvit", BOTH),
-        "mergence, fewer": ("digits_mergence", {"model.keep": 0.3}),
-        "MSViT": ("digits_msvit", {}),
+        "MSViT + mergence": ("digits_msvit", {**BOTH, **halved}),
+        "mergence, fewer": ("digits_mergence", {"model.keep": 0.3, **halved}),
+        "MSViT": ("digits_msvit", halved),
         "dense, longer": ("digits_mergence", {**single, "model.reducer": "none"}),
     }
     with concurrent.futures.ThreadPoolExecutor() as pool:
         waited = {
-            name: pool.submit(study.arm, folder(name), config, **tuned, **more)
+            name: pool.submit(study.arm, folder(name), config, **{**tuned, **more})
             for name, (config, more) in asked.items()
         }
         for name in UNTRAINED:
@@ -128,8 +130,9 @@ HEAD = """# Token Mergence on scattered digits
 
 Made by `python studies/mergence.py`, which says what is trained: 64 px, patches of 8 px, 64 wide,
 4 layers; top-1 (%) on 2,000 validation images after the last step, mean and standard deviation over
-seeds. All but "dense" are fine-tuned from it, equally long; "below dense" is in points, beside the
-dense model that was trained as long. Tokens are without the class token.
+seeds. All but "dense" are fine-tuned from it, those of a table equally long (four epochs, at fewer
+MACs two); "below dense" is in points, beside the dense model that was trained four epochs longer.
+Tokens are without the class token.
 Multiply-accumulates (MACs), not FLOPs.
 """
 

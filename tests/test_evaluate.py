@@ -106,6 +106,21 @@ def test_thresholds_change_the_decisions_and_compile_once(mixed):
     np.testing.assert_array_equal(result.samples.coarse, decided)
 
 
+def test_samples_of_a_model_that_reduces_tokens_are_its_merge_maps():
+    config = tiny_run.config("mergence_tiny_patch16_224")
+    config.model.update(scales=(2, 4), keep=0.6)
+    model = configs.build_model(configs.resolve(config, len(tiny_run.CLASSES)))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    mesh = sharding.make_mesh()
+    evaluator = evaluate.Evaluator(model, config.data, batch_size=16, mesh=mesh, samples=3)
+    samples = evaluator(jax.device_put(params, sharding.replicated(mesh))).samples
+    assert samples.coarse is None
+    images = normalise(jnp.asarray(samples.images), model.mean, model.std)
+    expected = model.apply({"params": params}, images)
+    assert samples.merged.shape == (3, 2, 4, 4)
+    np.testing.assert_array_equal(samples.merged.reshape(3, 2, 16)[:, 1], expected.hosts[1])
+
+
 def test_same_weights_behind_another_gate(mixed, capsys):
     figures = evaluate.evaluate_run(mixed, overrides=["model.gate=random", "model.fine_share=0.25"])
     assert figures["tokens_mean"] == 3 + 4

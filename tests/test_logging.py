@@ -1,6 +1,9 @@
+import time
+
+import numpy as np
 import pytest
 
-from msvit_jax import logging
+from msvit_jax import evaluate, logging, visualize
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,29 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     logger.close()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_merge_maps_are_drawn_with_and_without_a_gate(tmp_path, monkeypatch):
+    images = np.zeros((2, 16, 16, 3), np.uint8)
+    merged = np.zeros((2, 3, 4, 4), np.int32)
+    merged[:, 2, 0, :2] = (0, 1)
+    coarse = np.ones((2, 4), np.float32)
+    logger = logging.Logger(tmp_path, steps=3, start=0, active=True)
+    drawn = {}
+    keep = lambda name, picture, step, **_: drawn.update({name: picture})  # noqa: E731
+    monkeypatch.setattr(logger._board, "add_image", keep)
+    gated = evaluate.Samples(images, coarse, coarse, merged)
+    for samples, grid in ((evaluate.Samples(images, merged=merged), None), (gated, (2, 2))):
+        drawn.clear()
+        result = evaluate.Evaluation({"top1": 1.0}, samples=samples)
+        logger.evaluation(1, 0.1, result, grid)
+        while not all(job.done() for job in logger._jobs):
+            time.sleep(0.01)
+        regions = None if grid is None else coarse[0].reshape(grid)
+        wanted = visualize.merge_map(images[0], merged[0, -1], coarse=regions)
+        np.testing.assert_array_equal(drawn["merged/0"], wanted)
+        assert ("tokens/1" in drawn) == (grid is not None)
+    logger.close()
 
 
 def test_what_goes_wrong_in_the_background_is_raised(tmp_path):

@@ -72,6 +72,27 @@ def test_the_command(workdir, photos, tmp_path):
     assert drawn == [*(f"00{i}_{i}.png" for i in range(7)), "contact_sheet.png"]
 
 
+def test_pictures_of_a_run_that_merges_tokens(photos, tmp_path):
+    config = tiny_run.config("mergence_tiny_patch16_224", steps=2, log_images=0)
+    config.model.update(scales=(2, 4), keep=0.6)
+    loop.train(config, tmp_path / "run")
+    done = _predict(f"--workdir={tmp_path / 'run'}", photos, f"--pictures={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 8
+    result = json.loads(done.stdout.splitlines()[-1])
+    model = checkpoint.load_run(tmp_path / "run").model
+    assert result["gmacs_mean"] == pytest.approx(model.macs(16) / 1e9)
+    assert result["tokens_mean"] == 16
+
+
+def test_pictures_of_a_dense_run_are_refused(photos, tmp_path):
+    loop.train(tiny_run.config(steps=1), tmp_path / "run")
+    done = _predict(f"--workdir={tmp_path / 'run'}", photos, f"--pictures={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert "this model does neither" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_ends_with_a_message_and_no_traceback(workdir):
     done = _predict(f"--workdir={workdir}")
     assert done.returncode == 2

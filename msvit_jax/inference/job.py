@@ -66,6 +66,7 @@ class Job:
         self.tokens = np.zeros(count, np.int32)
         self.coarse: np.ndarray | None = None
         self.probability: np.ndarray | None = None
+        self.merged: np.ndarray | None = None
 
     def run(self, decided: Iterator[Decided], progress: Callable[[int], Any]) -> None:
         """Answers all images.
@@ -125,13 +126,19 @@ class Job:
     def _finish(self) -> int:
         """Reads the answers of the oldest call; returns how many there are."""
         call, answers = self._on_the_way.popleft()
-        logits, tokens, fits = jax.device_get((answers.logits, answers.tokens, answers.fits))
+        logits, tokens, fits, merged = jax.device_get(
+            (answers.logits, answers.tokens, answers.fits, answers.merged)
+        )
+        if self.merged is None and merged is not None:
+            self.merged = np.zeros((self._count, *merged.shape[1:]), merged.dtype)
         answered = 0
         for place, image in enumerate(call.places):
             if image == PADDING:
                 continue
             if fits[place]:
                 self.logits[image], self.tokens[image] = logits[place], tokens[place]
+                if self.merged is not None:
+                    self.merged[image] = merged[place]
                 del self._images[image]
                 answered += 1
             else:

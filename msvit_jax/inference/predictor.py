@@ -39,6 +39,10 @@ class Predictions:
         ones; None of a model without a gate.
       coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
       exits: [N] int32, the exit of a cascade, from 0, that each image left at; None of others.
+      merged: [N, stages, rows, columns] int16, after each reduction of a model that reduces tokens
+        the patch, counted row by row, that holds the token which each patch of the grid is part
+        of: itself for those that nobody took in; -1 for those that were dropped. A coarse token is
+        held by the first of its four patches. The same in every layout. None of other models.
       class_names: of the classes; empty where they are not known.
     """
 
@@ -47,6 +51,7 @@ class Predictions:
     coarse: np.ndarray | None = None
     coarse_probability: np.ndarray | None = None
     exits: np.ndarray | None = None
+    merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -275,7 +280,9 @@ class Predictor:
             )
         job = Job(self._programs, self._policy, source.count)
         job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
-        answers = Predictions(job.logits, job.tokens, class_names=self.class_names)
+        answers = Predictions(
+            job.logits, job.tokens, merged=job.merged, class_names=self.class_names
+        )
         if job.coarse is None or job.probability is None:
             return answers
         shape = (source.count, *self.model.gate_grid)

@@ -41,11 +41,13 @@ class Answers:
       logits: [B, classes] float32.
       tokens: [B] int32.
       fits: [B] bool; false where there is no answer.
+      merged: [B, stages, rows, columns] int16, see `Output.merge_maps`.
     """
 
     logits: Array
     tokens: Array
     fits: Array
+    merged: Array | None = None
 
 
 class Programs:
@@ -128,12 +130,16 @@ class Programs:
           coarse: [B, R] float32 decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)
+        side = model.image_size // model.patch_size
 
         def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
             decided = {} if coarse is None else {"coarse": coarse}
             output = model.apply(variables, images, train=False, **decided)
             fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
-            return Answers(output.logits, output.tokens, fits)
+            merged = output.merge_maps((side, side))
+            if merged is not None:
+                merged = merged.astype(jnp.int16)  # kept for every image of a call
+            return Answers(output.logits, output.tokens, fits, merged)
 
         if coarse is not None:
             coarse = jax.device_put(coarse, self._split)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from msvit_jax import flops
 from msvit_jax.errors import UserError
 from msvit_jax.inference.schedule import Buckets, Cheapest, Policy, Rows, Shape
 from msvit_jax.tokens import grid
@@ -117,8 +116,11 @@ def _row_shapes(
     in_a_row = width // largest
     full = math.ceil(batch / groups / in_a_row)
     steps = np.ceil(np.geomspace(full, 1, count) - 1e-9).astype(int)  # the first is always `full`
-    one_row = vit.depth * float(flops.block(width, vit.width, vit.mlp_hidden))
-    prefix_alone = vit.depth * float(flops.block(vit.prefix_length, vit.width, vit.mlp_hidden))
+    # Layers that reduce tokens are counted as if a row were one image.
+    ends = float(vit.embed_macs + vit.head_macs)
+    one_row, prefix_alone = (
+        float(vit.macs(length - vit.prefix_length)) - ends for length in (width, vit.prefix_length)
+    )
     fixed = batch * (float(model.macs(0)) - prefix_alone)  # embeddings and heads
     return [
         Shape(

@@ -110,6 +110,20 @@ class Packed:
         flat = x.reshape(*self.packing.owner.shape, x.shape[-1])
         return self.packing.restore(flat, count=count)
 
+    def named(self, position: Array) -> Array:
+        """For each token of an image another one of it, named by its place among the image's.
+
+        Args:
+          position: where the other one lies in its row of `tokens`, shape as theirs; -1: nowhere.
+
+        Returns:
+          [B, N] int32; -1 for nowhere, anything for tokens that have no place.
+        """
+        count = self.packing.place.shape[1]
+        token = (self.packing.source % count).reshape(position.shape)
+        name = jnp.take_along_axis(token, jnp.maximum(position, 0), axis=1)
+        return self.restore(jnp.where(position < 0, -1, name)[..., None])[..., 0]
+
 
 def images_per_group(batch: int, layout: Layout) -> int:
     """How many images of a batch are packed together.

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from msvit_jax import flops
 from msvit_jax.models.output import Output
 from msvit_jax.models.reduction import Stage
-from msvit_jax.models.vit import PatchEmbed, ViT, check_images
+from msvit_jax.models.vit import PatchEmbed, ViT, check_images, gelu
 from msvit_jax.tokens import grid
 
 
@@ -27,7 +27,9 @@ class ScaleFeatures(nn.Module):
     """Another patch size's embedding, brought to the backbone's grid.
 
     Smaller patches are averaged over the cell they lie in, larger ones repeated over the cells they
-    cover. The projection starts at zero: a model starts as if the scale were not there.
+    cover. A GELU comes before: the mean of linear features of smaller patches is linear in the
+    cell, which the backbone's own embedding already is, and would add nothing. The projection
+    starts at zero: a model starts as if the scale were not there.
     """
 
     width: int
@@ -39,6 +41,7 @@ class ScaleFeatures(nn.Module):
     def __call__(self, images: Array) -> Array:
         """[B, H, W, 3] -> [B, H / cell, W / cell, D]."""
         x = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")(images)
+        x = gelu(x)
         if self.patch_size < self.cell:
             x = grid.pool(x, self.cell // self.patch_size)
         zeros = nn.initializers.zeros

@@ -19,7 +19,7 @@ from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.output import GateOutput, Output
-from msvit_jax.models.vit import PatchEmbed, ViT, check_images, merged_patches
+from msvit_jax.models.vit import PatchEmbed, ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import grid
 
 
@@ -258,9 +258,11 @@ class MSViT(nn.Module):
             encoded = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, self.backbone.prefix_length)
             x = encoded.spread() if self.backbone.pool == "mean" else encoded.tokens
-            alive = encoded.alive
+            alive, hosts = encoded.alive, encoded.hosts
         else:
-            x, alive, fits = self._encode_packed(tokens, weights, logits, train)
+            x, alive, fits, hosts = self._encode_packed(tokens, weights, logits, train)
+        active = weights > 0.5 if fits is None else (weights > 0.5) & fits[:, None]
+        hosts = tuple(jnp.where(active, host, -1) for host in hosts)
         if alive is not None and self.backbone.pool == "mean":
             areas = areas * alive[:, self.backbone.prefix_length :].astype(areas.dtype)
         class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
@@ -272,6 +274,7 @@ class MSViT(nn.Module):
             distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
             fits=fits,
             merged=merged,
+            hosts=host_patches(hosts, self.backbone.prefix_length),
         )
 
     def _tokens(self, images: Array, coarse: Array) -> tuple[Array, Array, Array]:
@@ -285,11 +288,11 @@ class MSViT(nn.Module):
 
     def _encode_packed(
         self, tokens: Array, weights: Array, logits: Array, train: bool
-    ) -> tuple[Array, Array | None, Array]:
+    ) -> tuple[Array, Array | None, Array, tuple[Array, ...]]:
         """Encodes in the model's layout.
 
-        Returns what `ViT.classify` needs, which of its tokens were not dropped, and which images
-        fit [B].
+        Returns what `ViT.classify` needs, which of its tokens were not dropped, which images fit
+        [B], and hosts among the tokens [B, P + N].
         """
         prefix = self.backbone.prefix_length
         layout = dataclasses.replace(
@@ -305,7 +308,8 @@ class MSViT(nn.Module):
         alive = encoded.alive
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]
-        return packed.restore(encoded.spread(), count=needed), alive, packed.packing.fits
+        hosts = tuple(packed.named(host) for host in encoded.hosts)
+        return packed.restore(encoded.spread(), count=needed), alive, packed.packing.fits, hosts
 
 
 def _only_fitting(logits: Array, fits: Array | None) -> Array:

@@ -1,7 +1,10 @@
 """What a model returns."""
 
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
+
+from msvit_jax.tokens import grid
 
 
 @struct.dataclass
@@ -32,6 +35,8 @@ class Output:
       merged: after each reduction of a model that reduces tokens, [B, N] int32: the place in the
         shortened sequence, prefix included, of the token that each patch of the grid (each slot of
         a mixed-scale model) now is part of; -1 if it was dropped. None in packed layouts.
+      hosts: likewise, in every layout, the patch (slot) that holds that place, itself for those
+        that nobody took in; -1 also for slots without a token, and images that do not fit.
       exits: [B, stages, classes] float32, logits of every exit of a cascade; `logits` are the last.
     """
 
@@ -41,4 +46,23 @@ class Output:
     distilled_logits: Array | None = None
     fits: Array | None = None
     merged: tuple[Array, ...] | None = None
+    hosts: tuple[Array, ...] | None = None
     exits: Array | None = None
+
+    def merge_maps(self, size: tuple[int, int]) -> Array | None:
+        """Which cells of the image are one token after each reduction, whatever the layout.
+
+        Args:
+          size: (rows, columns) of the grid of patches.
+
+        Returns:
+          [B, stages, rows, columns] int32: the cell, counted row by row, that holds the token which
+          a cell is part of, itself for those that nobody took in; -1 if it was dropped. A coarse
+          token is held by the first of its cells. None of a model that reduces nothing.
+        """
+        if self.hosts is None:
+            return None
+        if self.gate is None:
+            return jnp.stack(self.hosts, axis=1).reshape(-1, len(self.hosts), *size)
+        maps = [grid.hosts_to_map(hosts, self.gate.coarse, size) for hosts in self.hosts]
+        return jnp.stack(maps, axis=1)

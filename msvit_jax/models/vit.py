@@ -4,6 +4,7 @@ ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation 
 (Touvron et al. 2021, CaiT) and register tokens (Darcet et al. 2024), as timm's models have them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -288,10 +289,13 @@ class Encoded:
     Attributes:
       tokens: [B, N, D], fewer than went in if layers reduced them.
       carried: their state, if layers reduced them.
+      hosts: after each reduction, [B, N] int32: for each token that went in the one of them that
+        holds the place which it is part of; -1 if it was dropped.
     """
 
     tokens: Array
     carried: Carried | None = None
+    hosts: tuple[Array, ...] = ()
 
     def spread(self) -> Array:
         """For each token that went in the one that it became part of; zeros where it was dropped.
@@ -602,13 +606,22 @@ class ViT(nn.Module):
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         stages = self.stages
         carried = reduction.start(x, stages) if stages else None
+        # A token keeps its luck. Where luck decides nothing, names in its stead tell which tokens
+        # are left; where it does, nothing is merged, and each that is left holds its own place.
+        names = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32)[None], x.shape[:2])
+        named = carried is not None and carried.luck is None
+        if carried is not None and named:
+            carried = dataclasses.replace(carried, luck=names)
+        hosts: list[Array] = []
         for layer, block in enumerate(self.blocks):
             rate = None if rates is None else rates[layer]
             if carried is not None and layer in stages:
                 x, mask, carried = block.reducing(x, rate, mask, carried)
+                host = merging.take(carried.luck, jnp.maximum(carried.place, 0)) if named else names
+                hosts.append(jnp.where(carried.place < 0, -1, host.astype(jnp.int32)))
             else:
                 x = block(x, rate, mask)
-        return Encoded(self.norm(x), carried)
+        return Encoded(self.norm(x), carried, tuple(hosts))
 
     def drop_rates(self, *, train: bool) -> Array | None:
         """Stochastic depth's rate in each block, [depth]; None: it is off."""
@@ -708,6 +721,7 @@ class ViT(nn.Module):
             tokens=jnp.full((batch,), size[0] * size[1], jnp.int32),
             distilled_logits=distilled,
             merged=merged_patches(encoded, self.prefix_length),
+            hosts=host_patches(encoded.hosts, self.prefix_length),
         )
 
 
@@ -716,6 +730,11 @@ def merged_patches(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
     if encoded.carried is None:
         return None
     return tuple(place[:, prefix:] for place in encoded.carried.history)
+
+
+def host_patches(hosts: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:
+    """`Output.hosts` from hosts of whole sequences, with their prefix: each [B, P + N]."""
+    return tuple(jnp.maximum(host[:, prefix:] - prefix, -1) for host in hosts) or None
 
 
 def check_images(images: Array, multiple: int) -> None:

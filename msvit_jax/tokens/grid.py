@@ -103,6 +103,23 @@ def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array
     return from_regions(repeated, grid)
 
 
+def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
+    """A dense map of which cell stands for which, from slots that name slots.
+
+    Args:
+      hosts: [B, R * 4] int32, a slot for each slot; -1: none.
+      is_coarse: [B, R] decisions, 0 or 1.
+      size: (rows, columns) of cells.
+
+    Returns:
+      [B, rows, columns] int32, cells counted row by row; -1: none.
+    """
+    cells = jnp.arange(size[0] * size[1], dtype=jnp.int32).reshape(1, *size, 1)
+    named = to_regions(cells).reshape(-1)[jnp.maximum(hosts, 0)]
+    slots = jnp.where(hosts < 0, -1, named).reshape(*is_coarse.shape, REGION**2, 1)
+    return slots_to_map(slots, is_coarse, (size[0] // REGION, size[1] // REGION))[..., 0]
+
+
 def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
     """Resizes position embeddings [h, w, D] to another grid, bicubic with antialiasing."""
     if positions.shape[:2] == tuple(grid):

@@ -114,12 +114,11 @@ class Merge:
 
     def place(self, count: int) -> Array:
         """Where each of the `count` tokens went: [B, N] int32; -1 if dropped."""
-        rows = jnp.arange(self.kept.shape[0])[:, None]
-        gone = jnp.full((self.kept.shape[0], count), -1, jnp.int32)
+        places = jnp.arange(self.kept.shape[1], dtype=jnp.int32)[None]
         host = jnp.where(self.host < self.kept.shape[1], self.host, -1)
-        places = jnp.broadcast_to(jnp.arange(self.kept.shape[1])[None], self.kept.shape)
-        moved = gone.at[rows, self.kept].set(places.astype(jnp.int32), mode="drop")
-        return moved.at[rows, self.removed].set(host.astype(jnp.int32), mode="drop")
+        place = jnp.concatenate([jnp.broadcast_to(places, self.kept.shape), host], axis=1)
+        token = jnp.concatenate([self.kept, self.removed], axis=1)
+        return _put(place, token, count, fill=-1)
 
     @property
     def _to_host(self) -> Array:
@@ -327,10 +326,10 @@ def _tome(tokens: Tokens, stay: Array, places: tuple[int, int]) -> Merge:
     sources, targets = (_listed(chosen, spare) for chosen in (source, target))
     best, similarity = _nearest(tokens.keys, tokens, sources, targets)
     count = tokens.x.shape[1]
-    rank = _ranks(_scattered(similarity, sources, count), tokens.member & source[:, :, None])
+    rank = _ranks(_put(similarity, sources, count), tokens.member & source[:, :, None])
     goes = tokens.of_image(tokens.counts) - stay
     kept, removed, place = _placed(tokens, source & (rank < goes), places)
-    host_token = _scattered(take(targets, best), sources, count)
+    host_token = _put(take(targets, best), sources, count)
     host = take(take(place, host_token), removed, fill=places[0])
     own, share = take(tokens.size, kept), take(tokens.size, removed)
     return Merge(kept, removed, host, own, share).normalised()
@@ -381,10 +380,11 @@ def _inverted(place: Array, places: int) -> Array:
     return jnp.where(here.any(axis=2), token, count).astype(jnp.int32)
 
 
-def _scattered(values: Array, index: Array, count: int) -> Array:
-    """Undoes `take`: values [B, K] of tokens index [B, K] -> [B, N], 0 for the others."""
-    rows = jnp.arange(index.shape[0])[:, None]
-    return jnp.zeros((index.shape[0], count), values.dtype).at[rows, index].set(values, mode="drop")
+def _put(values: Array, index: Array, count: int, fill: float = 0) -> Array:
+    """Undoes `take`: values [B, K] of tokens index [B, K] -> [B, N], `fill` for the others."""
+    nothing = jnp.full((count,), fill, values.dtype)
+    # Row by row, so that rows which are spread over devices stay where they are.
+    return jax.vmap(lambda v, i: nothing.at[i].set(v, mode="drop"))(values, index)
 
 
 def _nearest(features: Array, tokens: Tokens, ours: Array, theirs: Array) -> tuple[Array, Array]:

@@ -2,21 +2,27 @@
 
 from msvit_jax.visualize.maps import (
     GATE_COLUMNS,
+    MERGE_LEGEND,
+    count_tokens,
     enlarge,
     gate_heat_map,
     gate_strip,
+    merge_map,
     token_map,
 )
 from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
 
 __all__ = [
     "GATE_COLUMNS",
+    "MERGE_LEGEND",
     "Column",
     "Picture",
     "Strip",
+    "count_tokens",
     "enlarge",
     "gate_heat_map",
     "gate_strip",
+    "merge_map",
     "panel",
     "save",
     "token_map",

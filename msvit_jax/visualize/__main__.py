@@ -1,9 +1,10 @@
-"""Draws where a trained model keeps fine tokens.
+"""Draws where a trained model keeps fine tokens, and which tokens it merges.
 
     python -m msvit_jax.visualize --workdir=DIR [--out=DIR] <images>
 
-Each image appears beside its mixed-scale grid and its gate's heat map, in a PNG of its own and on a
-contact sheet. Without images, examples of the run's evaluation split are drawn.
+Each image appears beside its mixed-scale grid and its gate's heat map, and beside a map of its
+tokens after each layer that merges or drops some, whatever of it the model has: in a PNG of its own
+and on a contact sheet. Without images, examples of the run's evaluation split are drawn.
 """
 
 import pathlib
@@ -14,7 +15,9 @@ from absl import flags
 from msvit_jax import checkpoint, errors
 from msvit_jax.visualize import examples
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained run with a gate.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Of a trained run with a gate or a reducer.", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "Where pictures go; by default <workdir>/pictures.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best', 'latest', or a step.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of the one that the run was trained on.")

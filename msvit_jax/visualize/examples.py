@@ -14,11 +14,20 @@ from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.shapes import has_gate
 from msvit_jax.tokens.grid import REGION
-from msvit_jax.visualize.maps import GATE_COLUMNS, gate_strip
-from msvit_jax.visualize.sheet import Strip, panel, save
+from msvit_jax.visualize.maps import (
+    GATE_COLUMNS,
+    MERGE_LEGEND,
+    count_tokens,
+    enlarge,
+    gate_strip,
+    merge_map,
+)
+from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
 
 BATCH = 32  # images run at once
 ON_SHEET = 64  # more would make a picture that no viewer opens
+SIDE_BY_SIDE = 4  # pictures of a strip, at most, for two of them to stand beside each other
+MOST_STAGES = 6  # of a model that reduces in every layer more would make no readable line
 SHEET = "contact_sheet.png"
 
 
@@ -45,18 +54,18 @@ def draw_run(
     """Draws what a trained run does with image files, or with examples of its evaluation split.
 
     Args:
-      run: with a gate.
+      run: of a model with a gate, or with layers that reduce tokens.
       out: folder for the pictures and the contact sheet.
       files: paths of images.
       count: how many examples, where there are no files.
 
     Raises:
-      UserError: see `from_files`, `from_dataset` and `draw_gate`.
+      UserError: see `from_files`, `from_dataset` and `predict`.
     """
     config = run.config.data
     examples = from_files(files, config) if files else from_dataset(config, count)
-    strips = draw_gate(run.model, run.variables, examples, _class_names(config))
-    return Drawn(strips, write(strips, [example.name for example in examples], out))
+    predictions = predict(run.model, run.variables, examples, _class_names(config))
+    return write(examples, predictions, reducing_layers(run.model), out)
 
 
 def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
@@ -95,24 +104,25 @@ def from_dataset(config: ConfigDict, count: int) -> list[Example]:
     ]
 
 
-def draw_gate(
+def predict(
     model: Any, variables: Any, examples: Sequence[Example], class_names: Sequence[str] = ()
-) -> list[Strip]:
-    """Runs a model with a gate and draws what the gate decided.
+) -> Predictions:
+    """Runs a model that decides about its tokens on examples.
 
     Args:
-      model: with a `gate_grid`.
+      model: with a gate, or with layers that reduce tokens.
       variables: for `model.apply`.
       examples: at the model's image size.
       class_names: in the order of the labels; without them classes are numbers.
 
     Raises:
-      UserError: the model has no gate.
+      UserError: every image gets all of its tokens in every layer.
     """
-    if not has_gate(model):
+    if not has_pictures(model):
         raise UserError(
-            "The model has no gate: every image gets all of its tokens, so there is nothing to "
-            "draw. Choose the workdir of a mixed-scale model (msvit_...)."
+            "The model has no gate and reduces no tokens: every image gets all of its tokens in "
+            "every layer, so there is nothing to draw. Choose the workdir of a mixed-scale model "
+            "(msvit_...) or of one that merges tokens (mergence_..., or any with a reducer)."
         )
     predictor = Predictor(
         model,
@@ -121,40 +131,106 @@ def draw_gate(
         layout="slots",  # a few images: one program is compiled
         class_names=class_names,
     )
-    return gate_strips(examples, predictor(np.stack([example.image for example in examples])))
+    return predictor(np.stack([example.image for example in examples]))
 
 
-def gate_strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:
-    """Draws what a gate decided about examples that a Predictor has run."""
-    coarse, probability = predictions.coarse, predictions.coarse_probability
-    assert coarse is not None
-    assert probability is not None
-    _, rows, columns = coarse.shape
-    most = REGION**2 * rows * columns
+def has_pictures(model: Any) -> bool:
+    """Whether there is anything to draw of a model: a gate, or layers that reduce tokens."""
+    return has_gate(model) or bool(reducing_layers(model))
+
+
+def reducing_layers(model: Any) -> tuple[int, ...]:
+    """The layers that reduce tokens, counted from 1."""
+    stages = getattr(getattr(model, "backbone", model), "stages", {})
+    return tuple(layer + 1 for layer in stages)
+
+
+def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:
+    """Draws examples that a Predictor has run: the image, the gate's columns, the merge maps."""
     return [
-        gate_strip(
-            example.image,
-            coarse[index].reshape(-1),
-            probability[index].reshape(-1),
-            (rows, columns),
-            caption=_caption(example, predictions, index, most),
+        Strip(
+            [enlarge(example.image), *_pictures(example, predictions, index)],
+            _caption(example, predictions, index),
             wrong=example.label not in (None, int(predictions.labels[index])),
         )
         for index, example in enumerate(examples)
     ]
 
 
-def write(strips: Sequence[Strip], names: Sequence[str], out: pathlib.Path | str) -> pathlib.Path:
-    """Writes one PNG for each strip and a contact sheet of the first 64; returns the sheet's path.
+def headings(
+    predictions: Predictions, layers: Sequence[int], images: slice = slice(None)
+) -> list[Column]:
+    """Titles of the pictures of `strips`; merge maps are called "layer 4: 138 tokens".
+
+    Args:
+      predictions: about the examples.
+      layers: that reduce tokens, counted from 1.
+      images: those on the sheet, whose tokens are counted.
+    """
+    columns = [Column("image")]
+    if predictions.coarse is not None:
+        columns += GATE_COLUMNS[1:]
+    if predictions.merged is not None:
+        counts = count_tokens(predictions.merged[images])
+        for stage in shown_stages(len(layers)):
+            least, most = counts[:, stage].min(), counts[:, stage].max()
+            tokens = f"{least}" if least == most else f"{least} to {most}"
+            columns.append(Column(f"layer {layers[stage]}: {tokens} tokens"))
+    return columns
+
+
+def shown_stages(count: int) -> list[int]:
+    """The stages that are drawn: all, or of many a few, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, MOST_STAGES)).astype(int).tolist()
+
+
+def write(
+    examples: Sequence[Example],
+    predictions: Predictions,
+    layers: Sequence[int],
+    out: pathlib.Path | str,
+) -> Drawn:
+    """Writes one PNG for each example and a contact sheet of the first 64.
 
     Files are called after their numbers and names, which need not differ.
+
+    Args:
+      examples: to draw.
+      predictions: about them, in their order; more are ignored.
+      layers: of the model that reduce tokens, counted from 1.
+      out: folder.
     """
     out = pathlib.Path(out)
-    for number, (strip, name) in enumerate(zip(strips, names, strict=True)):
-        stem = pathlib.Path(name).stem.replace(" ", "_")
-        save(panel([strip], GATE_COLUMNS), out / f"{number:03d}_{stem}.png")
-    columns = 2 if len(strips) > 3 else 1
-    return save(panel(strips[:ON_SHEET], GATE_COLUMNS, columns=columns), out / SHEET)
+    drawn = strips(examples, predictions)
+    legend = "" if predictions.merged is None else MERGE_LEGEND
+    for number, (strip, example) in enumerate(zip(drawn, examples, strict=True)):
+        stem = pathlib.Path(example.name).stem.replace(" ", "_")
+        titles = headings(predictions, layers, slice(number, number + 1))
+        save(panel([strip], titles, legend=legend), out / f"{number:03d}_{stem}.png")
+    shown = drawn[:ON_SHEET]
+    titles = headings(predictions, layers, slice(len(shown)))
+    columns = 2 if len(drawn) > 3 and len(titles) <= SIDE_BY_SIDE else 1
+    sheet = panel(shown, titles, columns=columns, legend=legend)
+    return Drawn(drawn, save(sheet, out / SHEET))
+
+
+def _pictures(example: Example, predictions: Predictions, index: int) -> list[Picture]:
+    """What a model made of an image."""
+    pictures: list[Picture] = []
+    coarse, probability = predictions.coarse, predictions.coarse_probability
+    if coarse is not None and probability is not None:
+        grid = coarse.shape[1:]
+        decided = coarse[index].reshape(-1), probability[index].reshape(-1)
+        strip = gate_strip(example.image, *decided, grid)
+        pictures += strip.pictures[1:]
+    if predictions.merged is not None:
+        maps = predictions.merged[index]
+        regions = None if coarse is None else coarse[index]
+        pictures += [
+            merge_map(example.image, maps[stage], coarse=regions)
+            for stage in shown_stages(len(maps))
+        ]
+    return pictures
 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
@@ -165,13 +241,17 @@ def _class_names(config: ConfigDict) -> tuple[str, ...]:
         return ()
 
 
-def _caption(example: Example, predictions: Predictions, index: int, most: int) -> str:
+def _caption(example: Example, predictions: Predictions, index: int) -> str:
     predicted = int(predictions.labels[index])
     sure = predictions.probabilities[index, predicted]
     shown = example.name
     if example.label is not None:
         shown = f"label {predictions.class_name(example.label)}"
-    return (
-        f"{shown} · predicted {predictions.class_name(predicted)} ({sure:.0%})"
-        f" · {predictions.tokens[index]} of {most} tokens"
-    )
+    caption = f"{shown} · predicted {predictions.class_name(predicted)} ({sure:.0%})"
+    tokens = f"{predictions.tokens[index]}"
+    if predictions.coarse is not None:
+        tokens += f" of {REGION**2 * predictions.coarse[index].size}"
+    if predictions.merged is not None:
+        tokens += f" tokens, {count_tokens(predictions.merged[index])[-1]} after the last layer"
+        return f"{caption} · {tokens}"
+    return f"{caption} · {tokens} tokens"

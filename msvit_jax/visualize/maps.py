@@ -1,4 +1,4 @@
-"""Pictures of what a model did with one image: per-region numbers drawn on its pixels.
+"""Pictures of what a model did with one image: numbers per region or patch drawn on its pixels.
 
 A further kind of picture is one more function here and one more `Column` of its sheet.
 """
@@ -8,6 +8,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from msvit_jax.tokens.grid import REGION
 from msvit_jax.visualize.sheet import HEAT_OPACITY, Column, Picture, Strip, heat
 
 MIN_SIDE = 256  # small sources are enlarged to this, or cells and captions cannot be read
@@ -17,8 +18,13 @@ GATE_COLUMNS = (
     Column("gate", heat=("P(fine)  0", "1")),
 )
 
+MERGE_LEGEND = "yellow: patch that holds a token · flat and dim: merged into one · black: dropped"
+
 _FINE_LINE = (255, 221, 51)
 _COARSE_LINE = (112, 112, 112)
+_HOST_LINE = _FINE_LINE
+_GROUP_LINE = (150, 150, 150)
+_DROPPED = 0.12  # what dropped patches are multiplied with: something of them remains visible
 
 
 def enlarge(image: Picture, scale: int | None = None) -> Picture:
@@ -58,8 +64,7 @@ def token_map(
     if not np.isin(decisions, (0, 1)).all():
         raise ValueError("`coarse` must hold 0 and 1 only; threshold the probabilities first.")
     is_coarse = decisions == 1
-    pooled = np.asarray(Image.fromarray(image).reduce(2)).repeat(2, axis=0).repeat(2, axis=1)
-    dimmed = np.rint(pooled * brightness).astype(np.uint8)
+    dimmed = np.rint(_pooled(image) * brightness).astype(np.uint8)
     mixed = np.where(_spread(is_coarse, height, width)[..., None], dimmed, image)
     return _outline_tokens(enlarge(mixed, scale), is_coarse)
 
@@ -95,6 +100,58 @@ def gate_heat_map(
     return enlarge(heat(_spread(p_fine, height, width), grey, opacity), scale)
 
 
+def merge_map(
+    image: Picture,
+    hosts: np.ndarray,
+    *,
+    coarse: np.ndarray | None = None,
+    scale: int | None = None,
+    brightness: float = 0.7,
+) -> Picture:
+    """Draws which patches are now part of the same token.
+
+    The patch that holds a token shows its own pixels inside a yellow frame. Those that were merged
+    into it show the mean colour of the whole group, dimmed, and grey lines against other groups.
+    Dropped patches are nearly black.
+
+    Args:
+      image: uint8 [H, W, 3]; H and W are multiples of the grid.
+      hosts: [rows, columns] of integers: the patch, counted row by row, that holds the token which
+        a patch is part of, itself where nobody took it in; -1 if it was dropped
+        (`Output.merge_maps`). A coarse token's four patches name the first of them.
+      coarse: [rows / 2, columns / 2], of a mixed-scale model, 1 for a coarse region: it is shown as
+        one patch, pooled 2x2.
+      scale: enlargement in whole pixels; None makes the short side at least 256.
+      brightness: what merged patches are multiplied with.
+
+    Returns:
+      uint8 [H * scale, W * scale, 3].
+
+    Raises:
+      ValueError: the image does not fit the grid, or `hosts` names what is no host.
+    """
+    hosts = _checked_hosts(hosts)
+    height, width = _patch_size(image, hosts.shape)
+    is_coarse = np.zeros(hosts.shape, bool)
+    if coarse is not None:
+        is_coarse = _spread(np.asarray(coarse) > 0.5, REGION, REGION)
+    held = _held(hosts, is_coarse)
+    drawn = np.where(_spread(is_coarse, height, width)[..., None], _pooled(image), image)
+    drawn = drawn.astype(np.float64)
+    for host in np.unique(hosts[~held & (hosts >= 0)]):
+        group = hosts == host
+        mean = image[_spread(group, height, width)].mean(axis=0)
+        drawn[_spread(group & ~held, height, width)] = brightness * mean
+    drawn[_spread(hosts < 0, height, width)] *= _DROPPED
+    return _outline_groups(enlarge(np.rint(drawn).astype(np.uint8), scale), hosts, held)
+
+
+def count_tokens(hosts: np.ndarray) -> np.ndarray:
+    """Tokens left in merge maps: [..., rows, columns] -> [...]."""
+    cells = np.arange(math.prod(hosts.shape[-2:])).reshape(hosts.shape[-2:])
+    return (hosts == cells).sum(axis=(-2, -1))
+
+
 def gate_strip(
     image: Picture,
     coarse: np.ndarray,
@@ -109,9 +166,27 @@ def gate_strip(
     return Strip(pictures, caption, wrong)
 
 
+def _pooled(image: Picture) -> Picture:
+    """The mean of every 2x2 pixels, on all four of them."""
+    height, width, _ = image.shape
+    small = np.asarray(Image.fromarray(image).reduce(2))
+    return small.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+
+
 def _check_image(image: Picture) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"Expected a uint8 image [H, W, 3], got {image.dtype} {image.shape}.")
+
+
+def _patch_size(image: Picture, grid: tuple[int, ...]) -> tuple[int, int]:
+    _check_image(image)
+    rows, columns = grid
+    if image.shape[0] % rows or image.shape[1] % columns:
+        raise ValueError(
+            f"An image of {image.shape[0]} x {image.shape[1]} pixels cannot be cut into"
+            f" {rows} x {columns} patches."
+        )
+    return image.shape[0] // rows, image.shape[1] // columns
 
 
 def _region_size(image: Picture, grid: tuple[int, int]) -> tuple[int, int]:
@@ -154,4 +229,51 @@ def _outline_tokens(picture: Picture, is_coarse: np.ndarray) -> Picture:
             top, left = row * height + y * (height // parts), column * width + x * (width // parts)
             corner = (left + width // parts - 1, top + height // parts - 1)
             draw.rectangle(((left, top), corner), outline=colour)
+    return np.asarray(canvas)
+
+
+def _checked_hosts(hosts: np.ndarray) -> np.ndarray:
+    hosts = np.asarray(hosts)
+    if hosts.ndim != 2 or not np.issubdtype(hosts.dtype, np.integer):
+        raise ValueError(f"Expected integers [rows, columns], got {hosts.dtype} {hosts.shape}.")
+    named = np.unique(hosts[hosts >= 0])
+    if (
+        (hosts < -1).any()
+        or (named >= hosts.size).any()
+        or (hosts.reshape(-1)[named] != named).any()
+    ):
+        raise ValueError("`hosts` must name patches that name themselves, or -1.")
+    return hosts
+
+
+def _held(hosts: np.ndarray, is_coarse: np.ndarray) -> np.ndarray:
+    """[rows, columns] bool, the patches that hold a token: one, or a coarse token's four."""
+    row, column = np.indices(hosts.shape)
+    first = row // REGION * REGION * hosts.shape[1] + column // REGION * REGION
+    return hosts == np.where(is_coarse, first, np.arange(hosts.size).reshape(hosts.shape))
+
+
+def _outline_groups(picture: Picture, hosts: np.ndarray, held: np.ndarray) -> Picture:
+    """Lines just inside a patch: frames around those that hold a token, borders between groups."""
+    canvas = Image.fromarray(picture)
+    draw = ImageDraw.Draw(canvas)
+    rows, columns = hosts.shape
+    height, width = picture.shape[0] // rows, picture.shape[1] // columns
+    # Outside is another group.
+    groups, frames = np.pad(hosts, 1, constant_values=-2), np.pad(held, 1)
+    for row, column in np.ndindex(rows, columns):
+        top, left = row * height, column * width
+        bottom, right = top + height - 1, left + width - 1
+        sides = {
+            (0, 1): ((left, top), (right, top)),
+            (2, 1): ((left, bottom), (right, bottom)),
+            (1, 0): ((left, top), (left, bottom)),
+            (1, 2): ((right, top), (right, bottom)),
+        }
+        for (down, across), line in sides.items():
+            beside = (row + down, column + across)
+            if held[row, column] and not (frames[beside] and groups[beside] == hosts[row, column]):
+                draw.line(line, fill=_HOST_LINE)
+            elif groups[beside] != hosts[row, column]:
+                draw.line(line, fill=_GROUP_LINE)
     return np.asarray(canvas)

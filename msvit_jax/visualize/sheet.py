@@ -37,13 +37,16 @@ class Strip:
     wrong: bool = False  # the caption is red when the prediction is known to be wrong
 
 
-def panel(strips: Sequence[Strip], headings: Sequence[Column] = (), *, columns: int = 1) -> Picture:
+def panel(
+    strips: Sequence[Strip], headings: Sequence[Column] = (), *, columns: int = 1, legend: str = ""
+) -> Picture:
     """Sets strips of one size below each other, in one or several columns, on white paper.
 
     Args:
       strips: the examples; all with pictures of the same number and sizes.
       headings: one for each picture of a strip, written once at the top; none for no top line.
       columns: strips beside each other.
+      legend: a line at the bottom, if any.
 
     Raises:
       ValueError: no strips, or strips that differ in their pictures' sizes.
@@ -58,6 +61,8 @@ def panel(strips: Sequence[Strip], headings: Sequence[Column] = (), *, columns: 
     if headings:
         widths = [picture.shape[1] for picture in strips[0].pictures]
         rows.insert(0, np.hstack([_draw_headings(headings, widths)] * columns))
+    if legend:
+        rows.append(_draw_text(legend, rows[0].shape[1]))
     return np.vstack(rows)
 
 

@@ -161,6 +161,7 @@ def test_models_without_a_gate(devices):
     expected = model.apply(variables, images).logits
     np.testing.assert_allclose(predictions.logits, expected, atol=1e-4)
     assert predictions.coarse is None
+    assert predictions.merged is None
     assert predictions.coarse_probability is None
     assert set(predictions.tokens) == {GRID}
     assert predictor.programs == ("normalise", "dense")
@@ -172,6 +173,66 @@ def test_models_without_a_gate(devices):
     ):
         with pytest.raises(UserError, match="no gate with a threshold"):
             change()
+
+
+REDUCED = {"depth": 2, "reduce_layers": (1, 2), "keep": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("name", "reducer"),
+    [
+        ("mergence_tiny_patch16_224", "mergence"),
+        ("vit_tiny_patch16_224", "topk"),
+        ("vit_tiny_patch16_224", "tome"),
+    ],
+)
+def test_models_that_reduce_tokens(name, reducer):
+    scales = {"scales": (4, 8)} if name.startswith("mergence") else {}
+    options = {**OPTIONS, **REDUCED, **scales, "num_classes": 5, "reducer": reducer}
+    model = msvit_jax.create_model(name, **options)
+    variables = _larger(model.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3))))
+    images = normalise(jnp.asarray(_pool()[:11]), model.mean, model.std)
+    expected = jax.jit(model.apply)(variables, images)
+    predictions = Predictor(model, variables, batch_size=4, mesh=_mesh(2))(_pool()[:11])
+    np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert set(predictions.tokens) == {GRID}
+    assert predictions.merged.shape == (11, 2, 8, 8)
+    for stage, (places, hosts) in enumerate(zip(expected.merged, expected.hosts, strict=True)):
+        merged = predictions.merged[:, stage].reshape(11, GRID)
+        np.testing.assert_array_equal(merged, hosts)
+        np.testing.assert_array_equal(merged == -1, places == -1)
+
+
+def test_mixed_scale_models_that_reduce_tokens_answer_alike_in_every_shape():
+    model = _model(**REDUCED, reducer="mergence")
+    zeros = jnp.zeros((1, SIDE, SIDE, 3))
+    variables = _larger(jax.jit(model.init)(jax.random.key(1), zeros))
+    options = {"batch_size": 4, "buckets": (40,), "max_programs": 5}
+    predictor = Predictor(model, variables, mesh=_mesh(1), **options)
+    predictions = predictor(_pool()[:13])
+    used = {name.split()[0] for name in predictor.compiled}
+    assert used == {"normalise", "gate", "budget", "rows"}
+    images = normalise(jnp.asarray(_pool()[:13]), model.mean, model.std)
+    expected = jax.jit(model.apply)(variables, images)
+    assert len(np.unique(expected.tokens)) > 2
+    np.testing.assert_array_equal(predictions.tokens, expected.tokens)
+    np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(predictions.merged, expected.merge_maps((8, 8)))
+
+
+def test_rows_cost_what_their_layers_leave():
+    """A batch in rows costs less if layers reduce; without it as many full layers as before."""
+    dense, reduced = (
+        Predictor(_model(**change), None, layout="rows", mesh=_mesh(1), batch_size=8)
+        for change in ({"depth": 2}, {**REDUCED, "reducer": "topk"})
+    )
+    for predictor in (dense, reduced):
+        assert predictor._policy.shapes[-1].row_width == 128
+    wide, narrow = (predictor._policy.shapes[-1].macs for predictor in (dense, reduced))
+    block, alone = (4 * n * 16 * 16 + 2 * n * n * 16 + 2 * n * 16 * 64 for n in (128, 1))
+    rest = float(_model(depth=2).macs(0)) - 2 * alone  # embeddings, gate and head
+    assert wide == pytest.approx(8 * 2 * block + 8 * rest)
+    assert narrow < 0.8 * wide
 
 
 def test_a_gate_of_fixed_share_has_decisions_but_no_threshold():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import msvit_jax
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.tokens import packing
-from tests.models.test_vit import make, rough
+from tests.models.test_vit import TINY, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
 SIDE = 24  # 9 regions of 8 px: 9 to 36 patch tokens
@@ -22,9 +22,10 @@ BATCH = 8
 @functools.cache
 def slots(**options):
     """A model of 9 regions, rough parameters, images, and its compiled forward pass."""
-    model, variables, _ = make(NAME, image_size=SIDE, patch_size=4, **options)
+    sizes = {"image_size": SIDE, "patch_size": 4}
+    model = msvit_jax.create_model(NAME, **(TINY | sizes | options))
     images = jax.random.normal(jax.random.key(3), (BATCH, SIDE, SIDE, 3))
-    return model, rough(variables), images
+    return model, rough(jax.eval_shape(model.init, jax.random.key(0), images)), images
 
 
 @functools.cache
@@ -180,14 +181,19 @@ def test_trimmed_fills_up_with_the_regions_nearest_to_fine():
         assert not (same - kept)
 
 
-@pytest.mark.parametrize("options", [{"scan_layers": True}, {"drop_path": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"scan_layers": True}, {"drop_path": 0.5}, {"drop_path": 0.5, "reducer": "mergence"}],
+    ids=str,
+)
 def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
     model, variables, images = slots(**options)
     coarse = decisions(4, 0.6)
     rngs = {"gate": jax.random.key(1), "dropout": jax.random.key(2)}
 
     def apply(model):
-        return model.apply(variables, images, train=True, coarse=coarse, rngs=rngs)
+        call = lambda v, x: model.apply(v, x, train=True, coarse=coarse, rngs=rngs)  # noqa: E731
+        return jax.jit(call)(variables, images)
 
     expected = apply(model).logits
     for layout in (
@@ -199,9 +205,18 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
         np.testing.assert_allclose(output.logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[4]], ids=str)
-def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout):
-    model, variables, images = slots()
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        (LAYOUTS[2], {}),
+        (LAYOUTS[4], {}),
+        (LAYOUTS[4], {"reducer": "mergence"}),
+        (LAYOUTS[2], {"reducer": "tome"}),
+    ],
+    ids=str,
+)
+def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout, options):
+    model, variables, images = slots(**options)
     model = model.clone(**layout)
     mesh = jax.make_mesh(
         (2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -45,6 +47,16 @@ def test_dense_model_goes_below_the_backbone():
         "scale_embed (not in the source)",
         "residual",
     }
+
+
+def test_other_scales_start_fresh_where_the_source_is_dense():
+    weights = _weights(_model())
+    merging = _model("mergence_tiny_patch16_224", scales=(2, 4, 8))
+    taken, report = _fit(weights, merging)
+    assert set(taken) == {f"backbone/{name}" for name in weights}
+    fresh = {"/".join(name.split("/")[:2]) for name in report.fresh}
+    assert fresh == {"scale_2/embed", "scale_2/proj", "scale_8/embed", "scale_8/proj"}
+    assert "fresh: scale_2/embed/proj/bias (not in the source)" in str(report)
 
 
 def test_backbone_of_a_mixed_scale_model_becomes_a_dense_one():
@@ -124,3 +136,26 @@ def test_a_mixed_scale_run_starts_from_a_dense_runs_weights(tmp_path, capsys):
     for name, value in weights.items():
         np.testing.assert_array_equal(started[f"backbone/{name}"], value)
     assert f"{len(weights)} parameters matched; fresh: gate_mlp/fc1/bias" in capsys.readouterr().out
+
+
+def test_a_merging_run_starts_from_and_is_taught_by_a_dense_run(tmp_path, capsys):
+    loop.train(tiny_run.config(steps=1), tmp_path / "dense")
+    config = tiny_run.config(
+        "mergence_tiny_patch16_224",
+        init_from=str(tmp_path / "dense"),
+        loss__distillation__teacher=str(tmp_path / "dense"),
+        loss__distillation__weight=1.0,
+        model__scales=(2, 4),
+        model__keep=0.5,
+        fall__hold_epochs=1 / 3,  # the first step, with all tokens
+        log_every_steps=1,
+        steps=2,
+    )
+    figures = loop.train(config, tmp_path / "merging")
+    assert figures["examples"] == tiny_run.VALIDATION
+    assert "fresh: scale_2/embed/proj/bias (not in the source)" in capsys.readouterr().out
+    lines = (tmp_path / "merging" / "metrics.jsonl").read_text().splitlines()
+    losses = [r["total_loss"] for r in map(json.loads, lines) if r["kind"] == "train"]
+    # With all tokens and scales that are still zero the student is its teacher.
+    assert abs(losses[0]) < 1e-6
+    assert losses[1] > 1e-5

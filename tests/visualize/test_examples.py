@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, visualize
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
+from msvit_jax.inference import Predictions
 from msvit_jax.train.step import normalise
 from msvit_jax.visualize import examples
 from tests import tiny_run
@@ -53,7 +54,9 @@ def test_captions_say_what_the_model_said(gated):
     chosen = examples.from_dataset(gated.config.data, 5)
     output = _outputs(gated, np.stack([example.image for example in chosen]))
     shares = jax.nn.softmax(output.logits)
-    strips = examples.draw_gate(gated.model, gated.variables, chosen, tiny_run.CLASSES)
+    strips = examples.strips(
+        chosen, examples.predict(gated.model, gated.variables, chosen, tiny_run.CLASSES)
+    )
     for row, (example, strip) in enumerate(zip(chosen, strips, strict=True)):
         predicted = int(shares[row].argmax())
         assert strip.caption == (
@@ -121,8 +124,70 @@ def test_files_that_cannot_be_drawn_are_named(gated, tmp_path, content, message)
         examples.from_files([str(path)], gated.config.data)
 
 
-def test_a_model_without_a_gate_has_nothing_to_draw(tmp_path):
-    with pytest.raises(UserError, match=r"no gate.*nothing to draw"):
+REDUCING = {
+    "mergence": ("mergence_tiny_patch16_224", {"scales": (2, 4)}),
+    "topk": ("vit_tiny_patch16_224", {"reducer": "topk"}),
+    "mixed-scale": ("msvit_tiny_patch16_224", {"reducer": "mergence", "gate_bias": 0.0}),
+}
+
+
+def _reducing(kind):
+    name, options = REDUCING[kind]
+    config = tiny_run.config(name)
+    config.model.update({**options, "keep": 0.6})
+    return _run(config)
+
+
+@pytest.mark.parametrize("kind", REDUCING)
+def test_merge_maps_are_drawn_layer_by_layer(kind, tmp_path):
+    run = _reducing(kind)
+    assert examples.reducing_layers(run.model) == (1, 2)  # of two
+    chosen = examples.from_dataset(run.config.data, 3)
+    images = np.stack([example.image for example in chosen])
+    output = _outputs(run, images)
+    maps = np.asarray(output.merge_maps((4, 4)))
+    predictions = examples.predict(run.model, run.variables, chosen, tiny_run.CLASSES)
+    strips = examples.strips(chosen, predictions)
+    gated = kind == "mixed-scale"
+    counts = [[len(set(m.reshape(-1).tolist()) - {-1}) for m in stages] for stages in maps]
+    for row, strip in enumerate(strips):
+        assert len(strip.pictures) == 3 + 2 * gated
+        coarse = output.gate.coarse[row].reshape(2, 2) if gated else None
+        for drawn, hosts in zip(strip.pictures[-2:], maps[row], strict=True):
+            expected = visualize.merge_map(images[row], hosts, coarse=coarse)
+            np.testing.assert_array_equal(drawn, expected)
+        first = f"{output.tokens[row]} of 16" if gated else "16"
+        assert strip.caption.endswith(f"{first} tokens, {counts[row][-1]} after the last layer")
+    titles = [column.title for column in examples.headings(predictions, (1, 2))]
+    if gated:
+        assert [column.title for column in visualize.GATE_COLUMNS[1:]] == titles[1:3]
+    else:
+        assert titles == ["image", "layer 1: 10 tokens", "layer 2: 6 tokens"]
+    drawn = examples.draw_run(run, tmp_path, count=3)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert len(drawn.strips) == 3
+
+
+def test_headings_say_how_many_tokens_the_images_of_the_sheet_have():
+    hosts = np.full((2, 1, 2, 2), -1, np.int16)
+    hosts[0, 0, 0], hosts[1, 0, 0, 0] = (0, 1), 0
+    logits, tokens = np.zeros((2, 3)), np.full(2, 4)
+    predictions = Predictions(logits, tokens, merged=hosts)
+    heading = lambda *images: examples.headings(predictions, (4,), *images)[1].title  # noqa: E731
+    assert heading() == "layer 4: 1 to 2 tokens"
+    assert heading(slice(1, 2)) == "layer 4: 1 tokens"
+
+
+def test_of_many_layers_a_few_are_drawn():
+    assert examples.shown_stages(3) == [0, 1, 2]
+    shown = examples.shown_stages(12)
+    assert len(shown) == examples.MOST_STAGES
+    assert shown[0] == 0
+    assert shown[-1] == 11
+
+
+def test_a_model_that_gives_all_tokens_to_all_images_has_nothing_to_draw(tmp_path):
+    with pytest.raises(UserError, match=r"no gate and reduces no tokens.*nothing to draw"):
         examples.draw_run(_run(tiny_run.config()), tmp_path / "out", count=2)
     assert not (tmp_path / "out").exists()
 

@@ -50,6 +50,13 @@ def test_headings_stand_above_their_columns_and_the_heat_has_a_colour_bar():
     assert coloured.size > 50
 
 
+def test_the_legend_is_one_line_at_the_bottom():
+    plain = visualize.panel([_strip(7)])
+    sheet = visualize.panel([_strip(7)], legend="yellow: this")
+    np.testing.assert_array_equal(sheet[: len(plain)], plain)
+    assert (sheet[len(plain) :] < 100).any()
+
+
 def test_strips_of_different_sizes_do_not_make_a_panel():
     with pytest.raises(ValueError, match="strips of one size"):
         visualize.panel([_strip(0), _strip(0, size=300)])

@@ -1,0 +1,142 @@
+"""Which patch holds the token that each patch is part of, in every layout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import msvit_jax
+from msvit_jax.tokens import merging
+
+SIDE, GRID = 32, 64
+SIZES = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 3}
+REDUCED = {"reduce_layers": (1, 3), "keep": 0.6}
+LAYOUTS = {
+    "budget": {"budget": (64, 44)},
+    "budget, one": {"budget": 64},
+    "trimmed": {"budget": (64, 64)},
+    "rows": {"rows": 8, "row_width": 70},
+    "rows, tiles": {"rows": 4, "row_width": 128},
+}
+
+
+def _images(count=8):
+    """Even on the left, noisy on the right: their gates differ."""
+    rng = np.random.default_rng(0)
+    contrast = rng.uniform(0, 1, (count, 4, 1, 4, 1, 1)) ** 2
+    images = contrast * rng.normal(size=(count, 4, 8, 4, 8, 3))
+    return jnp.asarray(images.reshape(count, SIDE, SIDE, 3), jnp.float32)
+
+
+@functools.cache
+def _variables(name):
+    """Random, and larger than at the start, so that images and their gates differ."""
+    model = msvit_jax.create_model(name, **SIZES)
+    start = jax.jit(model.init)(jax.random.key(0), _images(1))
+
+    def larger(path, x):
+        return (20 if "fc4" in jax.tree_util.keystr(path) else 3) * x if x.ndim > 1 else x
+
+    return jax.tree_util.tree_map_with_path(larger, start)
+
+
+@functools.cache
+def _apply(name, **options):
+    options = {key: dict(value) if key == "sizes" else value for key, value in options.items()}
+    model = msvit_jax.create_model(name, **SIZES, **REDUCED, **options.pop("sizes", {}), **options)
+    # As long as `_variables` is: no reducer has parameters.
+    return jax.device_get(jax.jit(model.apply)(_variables(name), _images()))
+
+
+def test_a_model_that_reduces_nothing_has_no_hosts():
+    model = msvit_jax.create_model("vit_tiny_patch16_224", **SIZES)
+    assert model.apply(_variables("vit_tiny_patch16_224"), _images()).hosts is None
+
+
+@pytest.mark.parametrize("reducer", ["mergence", "topk", "evit"])
+def test_the_hosts_are_the_patches_that_the_class_token_looks_at_most(reducer):
+    name = "vit_tiny_patch16_224"
+    first, _ = _apply(name, reducer=reducer).hosts
+    dense = msvit_jax.create_model(name, **SIZES).bind(_variables(name))
+    x = dense.with_prefix(dense.embed(_images()).reshape(8, GRID, -1))
+    qkv = _variables(name)["params"]["blocks_0"]["attn"]["qkv"]
+    projected = dense.blocks[0].norm1(x) @ qkv["kernel"] + qkv["bias"].reshape(1, 1, -1)
+    query, key, _ = np.moveaxis(projected.reshape(8, 1 + GRID, 3, 2, 8), 2, 0)
+    scores = np.einsum("bhd,bnhd->bhn", query[:, 0], key) / np.sqrt(8)
+    received = np.asarray(jax.nn.softmax(scores, axis=-1))[:, :, 1:].mean(axis=1)
+    crucial = int(np.ceil(0.6 * GRID))
+    kept = crucial + (reducer == "evit")  # the first of the others holds their sum
+    for image in range(8):
+        most = np.argsort(-received[image])[:kept]
+        np.testing.assert_array_equal(np.setdiff1d(first[image], [-1]), np.sort(most))
+        gone = np.delete(first[image], most)
+        if reducer == "topk":
+            assert (gone == -1).all()
+        elif reducer == "evit":
+            assert (gone == most[-1]).all()
+        else:
+            assert (gone >= 0).all()
+
+
+@pytest.mark.parametrize("reducer", merging.REDUCERS)
+def test_hosts_tell_the_same_groups_as_places(reducer):
+    output = _apply("vit_tiny_patch16_224", reducer=reducer)
+    for places, hosts in zip(output.merged, output.hosts, strict=True):
+        for place, host in zip(places, hosts, strict=True):
+            np.testing.assert_array_equal(place < 0, host < 0)
+            alive = place >= 0
+            pairs = set(zip(place[alive].tolist(), host[alive].tolist(), strict=True))
+            assert len(pairs) == len({p for p, _ in pairs}) == len({h for _, h in pairs})
+            assert all(place[h] == p for p, h in pairs)  # a host is part of its own token
+            assert [h for _, h in sorted(pairs)] == sorted(h for _, h in pairs)  # in their order
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reducer", ["mergence", "random"])
+def test_hosts_are_the_same_in_every_layout(layout, reducer):
+    options = {"reducer": reducer, "gate_bias": 0.0}
+    slots = _apply("msvit_tiny_patch16_224", **options)
+    assert len(np.unique(slots.tokens)) > 3
+    kind = layout.split(",")[0]
+    sizes = tuple(LAYOUTS[layout].items())
+    packed = _apply("msvit_tiny_patch16_224", layout=kind, sizes=sizes, **options)
+    assert packed.fits.sum() >= 6
+    for expected, hosts in zip(slots.hosts, packed.hosts, strict=True):
+        np.testing.assert_array_equal(hosts[packed.fits], expected[packed.fits])
+        assert (hosts[~packed.fits] == -1).all()
+
+
+def test_slots_without_a_token_have_no_host_and_are_none():
+    output = _apply("msvit_tiny_patch16_224", reducer="mergence", gate_bias=0.0)
+    hidden = np.zeros((8, 16, 4), bool)
+    hidden[:, :, 1:] = output.gate.coarse[:, :, None] == 1
+    hidden = hidden.reshape(8, GRID)
+    for hosts in output.hosts:
+        np.testing.assert_array_equal(hosts == -1, hidden)
+        assert not np.take_along_axis(hidden, np.maximum(hosts, 0), axis=1).any()
+
+
+def test_maps_of_mixed_scale_tokens_cover_their_regions():
+    output = _apply("msvit_tiny_patch16_224", reducer="mergence", gate_bias=0.0)
+    maps = np.asarray(output.merge_maps((8, 8)))
+    assert maps.shape == (8, 2, 8, 8)
+
+    def cell(slot):  # regions row by row, slots row by row within a region
+        region, inner = divmod(int(slot), 4)
+        return region // 4 * 2 + inner // 2, region % 4 * 2 + inner % 2
+
+    for stage, hosts in enumerate(output.hosts):
+        for image, slot in np.ndindex(8, GRID):
+            region, inner = divmod(slot, 4)
+            own = slot - inner if output.gate.coarse[image, region] else slot
+            row, column = cell(hosts[image, own])
+            assert maps[(image, stage, *cell(slot))] == 8 * row + column
+
+
+def test_maps_of_plain_tokens_are_their_grid():
+    output = _apply("vit_tiny_patch16_224", reducer="topk")
+    maps = np.asarray(output.merge_maps((8, 8)))
+    np.testing.assert_array_equal(maps[:, 1].reshape(8, GRID), output.hosts[1])
+    assert (maps == -1).any()
