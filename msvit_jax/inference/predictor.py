@@ -16,10 +16,13 @@ from jax.sharding import Mesh
 from msvit_jax import checkpoint, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import shapes
+from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference.budgets import fitted_thresholds
 from msvit_jax.inference.calibrate import Calibration, threshold_for
+from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.images import Images, Source, open_images
 from msvit_jax.inference.job import Job, decide
-from msvit_jax.inference.programs import Programs
+from msvit_jax.inference.programs import Programs, carry_name, stage_name
 from msvit_jax.models.layout import in_slots
 
 _PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
@@ -35,6 +38,7 @@ class Predictions:
       coarse: [N, rows, columns] bool, the regions that got one coarse token instead of four fine
         ones; None of a model without a gate.
       coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
+      exits: [N] int32, the exit of a cascade, from 0, that each image left at; None of others.
       merged: [N, stages, rows, columns] int16, after each reduction of a model that reduces tokens
         the patch, counted row by row, that holds the token which each patch of the grid is part
         of: itself for those that nobody took in; -1 for those that were dropped. A coarse token is
@@ -46,6 +50,7 @@ class Predictions:
     tokens: np.ndarray
     coarse: np.ndarray | None = None
     coarse_probability: np.ndarray | None = None
+    exits: np.ndarray | None = None
     merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
 
@@ -79,6 +84,7 @@ class Predictor:
     A gated model runs in two steps. Its gate looks at batches as they come; then images wait with
     the number of their tokens until enough of them can share a static shape (see `schedule`).
     What does not fit is run again where everything fits, until all images have their answers.
+    A cascade runs stage by stage, each image until an exit is sure enough of it (see `cascade`).
     Answers depend neither on the batch size nor on devices, layout and order, up to rounding.
 
     Calls may come from several threads; each has its own queue.
@@ -99,6 +105,7 @@ class Predictor:
         buckets: Sequence[int] | None = None,
         row_width: int | None = None,
         threshold: float | None = None,
+        thresholds: Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
         crop: float = 1.0,
         mesh: Mesh | None = None,
@@ -116,6 +123,9 @@ class Predictor:
           buckets: budgets in patch tokens per image; None: about ten.
           row_width: tokens of a row; None: the smallest multiple of 128 that holds any image.
           threshold: of the gate, instead of the model's own; see also `calibrate`.
+          thresholds: of a cascade, the largest softmax probability from which on an image leaves,
+            for each exit but the last; None: all images leave at the last. See also
+            `calibrate_exits`.
           class_names: in the order of the labels.
           crop: share of the short side of image files that is kept, as the data's `eval_crop`.
           mesh: devices to spread batches over; None: all of them.
@@ -143,25 +153,43 @@ class Predictor:
             most_shapes=max_programs - len(_PREPARATION),
         )
         self._programs = Programs(self.model, variables, self._batch, self._mesh)
+        self._exit_thresholds: tuple[float, ...] | None = None
+        if is_cascade(model):
+            stages = len(model.exit_tokens)
+            self._exit_thresholds = (*[exits.NEVER] * (stages - 1), exits.ALWAYS)
+        if thresholds is not None:
+            self.thresholds = thresholds
         self.class_names = _checked_names(class_names, self.model.num_classes)
         self.crop = crop
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, which: str = "best", **options: Any) -> "Predictor":
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        which: str = "best",
+        *,
+        budget: float | None = None,
+        **options: Any,
+    ) -> "Predictor":
         """Loads a trained run with its class names and the crop of its evaluation.
 
         Args:
           path: workdir of the run.
           which: 'best', 'latest', or a step.
+          budget: of a cascade, mean GMACs per image, by the thresholds that eval.py fitted.
           **options: of the Predictor.
 
         Raises:
-          UserError: see `checkpoint.load_run`.
+          UserError: see `checkpoint.load_run` and `budgets.fitted_thresholds`.
         """
         step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
         run = checkpoint.load_run(path, step)
         about = checkpoint.read_about(path, step)
         known = {"class_names": about.get("class_names"), "crop": run.config.data.eval_crop}
+        if budget is not None:
+            _check_cascade(run.model)
+            exits.check_budget(budget * 1e9, run.model.exit_macs())
+            known["thresholds"] = fitted_thresholds(path, budget)
         return cls(run.model, run.variables, **{**known, **options})
 
     @property
@@ -184,8 +212,22 @@ class Predictor:
             )
 
     @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """An image leaves at the first exit that is so sure of it; None of other models."""
+        return self._exit_thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Sequence[float]) -> None:
+        _check_cascade(self.model)
+        self._exit_thresholds = exits.check(values, len(self.model.exit_tokens))
+
+    @property
     def programs(self) -> tuple[str, ...]:
         """Names of all programs that may be compiled: never more than `max_programs`."""
+        if is_cascade(self.model):
+            stages = range(len(self.model.exit_tokens))
+            carries = [carry_name(stage) for stage in stages[1:]]
+            return (_PREPARATION[0], *map(stage_name, stages), *carries)
         preparation = _PREPARATION if self._programs.gated else _PREPARATION[:1]
         return (*preparation, *(shape.name for shape in self._policy.shapes))
 
@@ -200,6 +242,11 @@ class Predictor:
         Several are compiled at a time where there are cores for it.
         """
         side = self.model.image_size
+        if is_cascade(self.model):
+            # Nobody is ever sure: every stage runs, and carries all images to the next.
+            pixels = np.zeros((1, side, side, 3), np.uint8)
+            self._cascade(self._open(pixels), [exits.NEVER] * (len(self.model.exit_tokens) - 1))
+            return self
         images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
         coarse = None
         if self._programs.gated:
@@ -225,6 +272,12 @@ class Predictor:
             cannot be read.
         """
         source = self._open(images)
+        if self.thresholds is not None:
+            cascade = self._cascade(source, self.thresholds, progress)
+            tokens = self.model.exit_tokens[cascade.exits].astype(np.int32)
+            return Predictions(
+                cascade.logits, tokens, exits=cascade.exits, class_names=self.class_names
+            )
         job = Job(self._programs, self._policy, source.count)
         job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
         answers = Predictions(
@@ -238,6 +291,41 @@ class Predictor:
             coarse=job.coarse.reshape(shape) > 0.5,
             coarse_probability=job.probability.reshape(shape),
         )
+
+    def _cascade(
+        self,
+        source: Source,
+        thresholds: Sequence[float],
+        progress: Callable[[int], Any] | None = None,
+    ) -> CascadeJob:
+        stages = len(self.model.exit_tokens)
+        job = CascadeJob(self._programs, stages, thresholds, source.count)
+        job.run(source, progress or (lambda count: None))
+        return job
+
+    def calibrate_exits(self, images: Images, budget: float) -> tuple[float, ...]:
+        """Sets a cascade's thresholds so that a sample's images cost that much on average.
+
+        By the geometric scheme, which needs no labels (`thresholds.geometric_within`); of its
+        thresholds it takes those that come closest to the budget from below.
+
+        Args:
+          images: a sample, see `__call__`; all exits are computed for all of them.
+          budget: mean GMACs per image.
+
+        Returns:
+          The thresholds.
+
+        Raises:
+          UserError: a budget below the first exit's cost, or a model that is no cascade.
+        """
+        _check_cascade(self.model)
+        macs = self.model.exit_macs()
+        exits.check_budget(budget * 1e9, macs)
+        job = self._cascade(self._open(images), [exits.NEVER] * (len(macs) - 1))
+        found = exits.geometric_within(job.certainty, macs, budget * 1e9)
+        self.thresholds = found
+        return found
 
     def _open(self, images: Images) -> Source:
         return open_images(images, size=self.model.image_size, crop=self.crop)
@@ -268,6 +356,16 @@ class Predictor:
         calibration = threshold_for(np.concatenate(probability), tokens)
         self.threshold = calibration.threshold
         return calibration
+
+
+def is_cascade(model: Any) -> bool:
+    """Whether a model has several exits."""
+    return hasattr(model, "exit_tokens")
+
+
+def _check_cascade(model: Any) -> None:
+    if not is_cascade(model):
+        raise UserError("This model is no cascade: it has one exit, so there are no thresholds.")
 
 
 def _checked_names(names: Sequence[str] | None, classes: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from msvit_jax import sharding
 from msvit_jax.inference.schedule import Shape
 from msvit_jax.inference.shapes import has_gate
+from msvit_jax.models.dvt import Exit
 from msvit_jax.train.step import normalise
 
 
@@ -144,6 +145,45 @@ class Programs:
             coarse = jax.device_put(coarse, self._split)
         return self._start(shape.name, program, self._variables, images, coarse)
 
+    def run_stage(self, stage: int, images: Array, handed: Any) -> Exit:
+        """Runs one stage of a cascade.
+
+        Args:
+          stage: from 0.
+          images: as `put` returns them.
+          handed: what the stage before handed on for them; None for stage 0.
+        """
+        model = self._model
+
+        def program(variables: Any, images: Array, handed: Any) -> Exit:
+            return model.apply(variables, images, handed, stage=stage, method="run_stage")
+
+        return self._start(stage_name(stage), program, self._variables, images, handed)
+
+    def carry(self, stage: int, old: Any, new: Any, index: np.ndarray) -> tuple[Any, Any]:
+        """Gathers rows of two batches into two others.
+
+        Args:
+          stage: that the rows are for.
+          old: arrays of a batch.
+          new: likewise.
+          index: [2 B] int32, rows of `old` and, from B on, of `new`.
+
+        Returns:
+          The rows of the first and of the second half of the index.
+        """
+        if not jax.tree.leaves(new):  # nothing is reused
+            return new, new
+
+        def program(old: Any, new: Any, index: Array) -> tuple[Any, Any]:
+            both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), old, new)
+            halves = index.reshape(2, -1)
+            first, second = (jax.tree.map(lambda x: x[half], both) for half in halves)  # noqa: B023
+            return first, second
+
+        placed = jax.device_put(index, self._whole)
+        return self._start(carry_name(stage), program, old, new, placed)
+
     def _start(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         with self._starting:
             compiling = self._compiling[name]
@@ -154,6 +194,16 @@ class Programs:
                     self._compiled[name] = jitted.lower(*arguments).compile()
         with self._starting:
             return self._compiled[name](*arguments)
+
+
+def stage_name(stage: int) -> str:
+    """The program of a cascade's stage, for people, who count from 1."""
+    return f"stage {stage + 1}"
+
+
+def carry_name(stage: int) -> str:
+    """The program that gathers what images that wait for a stage reuse."""
+    return f"carry to stage {stage + 1}"
 
 
 def in_shape(model: Any, shape: Shape) -> Any:

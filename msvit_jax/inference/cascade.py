@@ -1,0 +1,135 @@
+"""Early exit that saves the time: one call of a Predictor with a cascade.
+
+Every stage is a program for a batch of one size. Images whose exit is not sure enough wait, with
+what the stage hands on, on the devices, until they fill a batch of the next stage:
+
+    images --> stage 0 --> sure? --> answer
+                  | no
+                  v
+               images and rows that wait --> stage 1 --> sure? --> answer ...
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference.images import Source
+from msvit_jax.inference.programs import Programs
+from msvit_jax.models.dvt import Exit
+
+_ON_THE_WAY = 2  # calls given to the devices before the answers of the first are read
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """Images that wait for a stage, less than a batch of them.
+
+    Attributes:
+      numbers: of the images, as they lie in `rows`.
+      rows: what the stage before handed on for them, arrays of a whole batch on the devices.
+    """
+
+    numbers: list[int] = dataclasses.field(default_factory=list)
+    rows: Any = None
+
+
+class CascadeJob:
+    """The images of one call: those that wait for each stage, those on their way, the answers.
+
+    Attributes:
+      logits: [N, classes] float32 of the exit that each image left at.
+      exits: [N] int32, that exit, from 0.
+      certainty: [N, stages], of the exits that were computed, zero beyond.
+    """
+
+    def __init__(
+        self, programs: Programs, stages: int, thresholds: Sequence[float], count: int
+    ) -> None:
+        """Starts without images.
+
+        Args:
+          programs: of the model.
+          stages: of the cascade.
+          thresholds: see `thresholds.check`.
+          count: of images that will come.
+        """
+        self._programs, self._stages = programs, stages
+        self._thresholds = exits.check(thresholds, stages)
+        self._images: dict[int, np.ndarray] = {}  # until they are answered
+        self._waiting = [_Waiting() for _ in range(stages)]
+        self._full: collections.deque[tuple[int, list[int], Any]] = collections.deque()
+        self._on_the_way: collections.deque[tuple[int, list[int], Exit]] = collections.deque()
+        self.logits = np.zeros((count, programs.classes), np.float32)
+        self.exits = np.zeros(count, np.int32)
+        self.certainty = np.zeros((count, stages))
+
+    def run(self, source: Source, progress: Callable[[int], Any]) -> None:
+        """Answers all images.
+
+        Args:
+          source: of the images, in order.
+          progress: told how many more images have their answers.
+        """
+        chunks: Iterator[tuple[range, np.ndarray]] | None = source.chunks(self._programs.batch)
+        while True:
+            if self._full:
+                self._start(*self._full.popleft())
+            elif chunks is not None:
+                chunk = next(chunks, None)
+                if chunk is None:
+                    chunks = None
+                else:
+                    self._images.update(zip(*chunk, strict=True))
+                    self._start(0, list(chunk[0]), None)
+            elif self._on_the_way:
+                progress(self._finish())
+            else:
+                stage = next((s for s, w in enumerate(self._waiting) if w.numbers), None)
+                if stage is None:
+                    return
+                waiting, self._waiting[stage] = self._waiting[stage], _Waiting()
+                self._start(stage, waiting.numbers, waiting.rows)
+            if len(self._on_the_way) > _ON_THE_WAY:
+                progress(self._finish())
+
+    def _start(self, stage: int, numbers: list[int], handed: Any) -> None:
+        """Gives the devices a batch; its answers are read later."""
+        images = [self._images[number] for number in numbers]
+        batch = self._programs.put(images, range(len(images)))
+        done = self._programs.run_stage(stage, batch, handed)
+        self._on_the_way.append((stage, numbers, done))
+
+    def _finish(self) -> int:
+        """Reads the answers of the oldest batch; returns how many images leave."""
+        stage, numbers, done = self._on_the_way.popleft()
+        logits = np.asarray(jax.device_get(done.logits))[: len(numbers)]
+        certain = exits.certainty(logits[:, None])[:, 0]
+        self.logits[numbers], self.certainty[numbers, stage] = logits, certain
+        stays = certain < self._thresholds[stage]  # never at the last exit
+        for number, stay in zip(numbers, stays.tolist(), strict=True):
+            if not stay:
+                self.exits[number] = stage
+                del self._images[number]
+        if stays.any():
+            self._carry(stage + 1, numbers, np.flatnonzero(stays), done.handed)
+        return int((~stays).sum())
+
+    def _carry(self, stage: int, numbers: list[int], staying: np.ndarray, handed: Any) -> None:
+        """Lets images wait for a stage; a full batch of them will run next."""
+        waiting, size = self._waiting[stage], self._programs.batch
+        together = waiting.numbers + [numbers[row] for row in staying]
+        # Rows that wait, then the new batch's; of those, a batch and what is left over.
+        index = np.zeros(2 * size, np.int32)
+        index[: len(together)] = [*range(len(waiting.numbers)), *(size + staying)]
+        old = handed if waiting.rows is None else waiting.rows
+        first, rest = self._programs.carry(stage, old, handed, index)
+        if len(together) < size:
+            self._waiting[stage] = _Waiting(together, first)
+        else:
+            self._full.append((stage, together[:size], first))
+            self._waiting[stage] = _Waiting(together[size:], rest if len(together) > size else None)
