@@ -56,7 +56,7 @@ def command(run: str) -> list[str]:
         f"--layouts={RUNS[run]}",
         f"--tokens={TOKENS}",
         f"--config.batch_size={BATCH * chips}",
-        # A fifth of the time to compile, for the same step.
+        # The same step, with less to compile.
         *(["--config.model.scan_layers=True"] if what == "train" else []),
     ]
 
