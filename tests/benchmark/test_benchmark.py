@@ -147,7 +147,7 @@ def test_sides_take_turns():
     [
         ({"layouts": ("slot",)}, "Unknown layout 'slot' of forward.*Did you mean 'slots'"),
         ({"layouts": ("trimmed",)}, "Unknown layout 'trimmed' of forward"),
-        ({"model": DENSE}, f"not a mixed-scale model; give '{MODEL}'"),
+        ({"model": DENSE}, rf"'{DENSE}' is dense: nothing to compare. Give a model with a gate"),
         ({"model": "msvit_tiny"}, "There is no model 'msvit_tiny'"),
         ({"dtype": "float64"}, "dtype='float64' is none of"),
         ({"batches": (0,)}, "batch and rounds must be 1 or more"),
@@ -206,8 +206,3 @@ def test_the_dense_side_never_merges():
     options = _options(overrides=(*_options().overrides, "reducer=topk", "keep=0.5"))
     assert sides.build(options).backbone.stages
     assert not sides.build(options, dense=True).stages
-
-
-def test_a_dense_model_alone_is_refused():
-    with pytest.raises(UserError, match="is dense: nothing to compare"):
-        _options(model=DENSE, layouts=("reduced",))
