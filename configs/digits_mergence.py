@@ -7,7 +7,8 @@ Features of 4 px patches beside those of 8 px; 51 % of the patch tokens stay in 
 and 4: 64, 33, 17 and 9 of 64, for 33 % fewer MACs than dense. Everything but the paper's idea is
 our reconstruction.
 Cost: 4 epochs, 3 to 5 minutes on one CPU core, after the dense run.
-Expect: not yet measured.
+Expect: top-1 96.80, 97.35 and 97.55 % with seeds 0, 1 and 2, dense trained as long 97.25, 97.85 and
+97.10 (docs/results/mergence.md).
 """
 
 from ml_collections import config_dict
