@@ -4,7 +4,7 @@
 
 Takes files, folders and globs. Prints a table, then one JSON object as the last line. --tokens sets
 the gate's threshold so that these images get that many tokens on average; --pictures draws where
-the tokens went.
+the tokens went. --budget=GMACS sets a cascade's exits by the thresholds that eval.py fitted.
 """
 
 import json
@@ -35,7 +35,11 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     step = checkpoint.find_step(given.workdir, given.which)
     predictor = Predictor.load(
-        given.workdir, str(step), batch_size=given.batch_size, layout=given.layout
+        given.workdir,
+        str(step),
+        budget=given.budget,
+        batch_size=given.batch_size,
+        layout=given.layout,
     )
     if given.pictures:
         _check_pictures(predictor)
@@ -53,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
         "step": step,
         "images": len(files),
         "threshold": predictor.threshold,
+        "thresholds": predictor.thresholds,
         "tokens_mean": float(predictions.tokens.mean()),
         "gmacs_mean": float(macs.mean()) / 1e9,
     }
@@ -117,5 +122,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 32, "Images run at a time.")
     flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
+    flags.DEFINE_float("budget", None, "Mean GMACs per image to set a cascade's exits to.")
     flags.DEFINE_string("pictures", None, "Folder for pictures of where the tokens went.")
     errors.run(main)

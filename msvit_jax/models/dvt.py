@@ -230,6 +230,10 @@ class DVT(nn.Module):
         for side in self.grids:
             self._stage(side).check()
 
+    def stage_model(self, stage: int) -> ViT:
+        """A stage's transformer, from 0, without its parameters."""
+        return self._stage(self.grids[stage])
+
     def _stage(self, side: int) -> ViT:
         return self.backbone.clone(grid=side, parent=None, name=None)
 

@@ -1,10 +1,11 @@
-"""Draws where a trained model keeps fine tokens, and which tokens it merges.
+"""Draws where a trained model keeps fine tokens, which tokens it merges, and what leaves early.
 
     python -m msvit_jax.visualize --workdir=DIR [--out=DIR] <images>
 
 Each image appears beside its mixed-scale grid and its gate's heat map, and beside a map of its
 tokens after each layer that merges or drops some, whatever of it the model has: in a PNG of its own
-and on a contact sheet. Without images, examples of the run's evaluation split are drawn.
+and on a contact sheet. Of a cascade the sheet shows images that leave at each exit, --examples of
+each. Without images, examples of the run's evaluation split are drawn.
 """
 
 import pathlib
@@ -13,15 +14,19 @@ from collections.abc import Sequence
 from absl import flags
 
 from msvit_jax import checkpoint, errors
-from msvit_jax.visualize import examples
+from msvit_jax.inference.predictor import is_cascade
+from msvit_jax.visualize import examples, exits
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Of a trained run with a gate or a reducer.", required=True
+    "workdir", None, "Of a trained run with a gate, a reducer or exits.", required=True
 )
 _OUT = flags.DEFINE_string("out", None, "Where pictures go; by default <workdir>/pictures.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best', 'latest', or a step.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of the one that the run was trained on.")
 _EXAMPLES = flags.DEFINE_integer("examples", 8, "How many, where no images are given.")
+_BUDGET = flags.DEFINE_float(
+    "budget", None, "Of a cascade, mean GMACs per image by fitted thresholds (eval.py)."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,7 +36,13 @@ def main(argv: Sequence[str]) -> None:
     if _DATA_DIR.value is not None:
         run.config.data.data_dir = _DATA_DIR.value
     out = _OUT.value or pathlib.Path(_WORKDIR.value) / "pictures"
-    drawn = examples.draw_run(run, out, files=argv[1:], count=_EXAMPLES.value)
+    files, count = argv[1:], _EXAMPLES.value
+    if is_cascade(run.model):
+        drawn = exits.draw_run(
+            run, out, workdir=_WORKDIR.value, budget=_BUDGET.value, files=files, count=count
+        )
+    else:
+        drawn = examples.draw_run(run, out, files=files, count=count)
     for strip in drawn.strips:
         print(strip.caption)
     print(f"written to {drawn.sheet.parent}, together in {drawn.sheet}")
