@@ -39,7 +39,8 @@ What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_
 waiting for other chips. Training steps scan over the layers: cycles count every turn of the loops,
 GMACs, bytes and collectives only one. Layouts have places for a mean of {TOKENS} of 196 patch
 tokens (with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts spread by 30.
-All figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is in tpu_compile.json.
+All figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is in
+tpu_compile.json.
 """
 
 
