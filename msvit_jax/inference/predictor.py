@@ -322,10 +322,19 @@ class Predictor:
         _check_cascade(self.model)
         macs = self.model.exit_macs()
         exits.check_budget(budget * 1e9, macs)
-        job = self._cascade(self._open(images), [exits.NEVER] * (len(macs) - 1))
-        found = exits.geometric_within(job.certainty, macs, budget * 1e9)
+        found = exits.geometric_within(self.certainty(images), macs, budget * 1e9)
         self.thresholds = found
         return found
+
+    def certainty(self, images: Images) -> np.ndarray:
+        """How sure every exit of a cascade is of images, all exits computed: [N, stages].
+
+        Raises:
+          UserError: a model that is no cascade; see also `__call__`.
+        """
+        _check_cascade(self.model)
+        never = [exits.NEVER] * (len(self.model.exit_tokens) - 1)
+        return self._cascade(self._open(images), never).certainty
 
     def _open(self, images: Images) -> Source:
         return open_images(images, size=self.model.image_size, crop=self.crop)

@@ -132,16 +132,25 @@ def judge(scores: Scores, thresholds: Sequence[float], exit_macs: np.ndarray) ->
 def geometric(certain: np.ndarray, q: float) -> tuple[float, ...]:
     """Thresholds by which a share proportional to q**k leaves at exit k, as in the official code.
 
+    Args:
+      certain: [n, stages].
+      q: below 1 most leave early; the official code takes p / 20 for p in `GEOMETRIC`.
+    """
+    share = q ** np.arange(1.0, certain.shape[1] + 1)
+    return by_shares(certain, share / share.sum())
+
+
+def by_shares(certain: np.ndarray, share: Sequence[float] | np.ndarray) -> tuple[float, ...]:
+    """Thresholds by which given shares of all images leave at each exit.
+
     Exit by exit, the floor(n * share)-th most certain of the images still there sets the threshold,
     and all that reach it are gone. Where no image is to leave, or too few are left, none does.
 
     Args:
       certain: [n, stages].
-      q: below 1 most leave early; the official code takes p / 20 for p in `GEOMETRIC`.
+      share: [stages], of all images; the last one's follows from the others.
     """
     count, stages = certain.shape
-    share = q ** np.arange(1.0, stages + 1)
-    share /= share.sum()
     there = np.ones(count, bool)
     thresholds = []
     for exit_ in range(stages - 1):

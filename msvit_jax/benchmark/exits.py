@@ -1,0 +1,163 @@
+"""What of a cascade's early exits becomes time.
+
+    python -m msvit_jax.benchmark.exits [--model=dvt_deit_small] [--batch=32] [--images=256]
+        [--shares=0.5,0.3,0.2] [--rounds=5] [--set=width=64 --set=depth=4]
+
+Three Predictors answer the same random images in turns, with random weights: the cascade with
+thresholds by which given shares of the images leave at each exit, the same cascade run to its last
+exit, and the dense backbone. A table, then one JSON object as the last line; `realised` is the
+speed-up over what the multiply-accumulates promise.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+from msvit_jax import config as configs
+from msvit_jax import evaluate, flops, host
+from msvit_jax.benchmark import machine
+from msvit_jax.benchmark.turns import spread, take_turns
+from msvit_jax.errors import UserError, run
+from msvit_jax.inference import Predictor
+from msvit_jax.inference import thresholds as exits
+from msvit_jax.models import registry
+
+SIDES = ("exits", "last exit", "dense")
+COLUMNS = (
+    "side",
+    "batch",
+    "images_per_second",
+    "gmacs",
+    "against",
+    "speedup",
+    "mac_ratio",
+    "realised",
+)
+
+
+def measure(
+    model: str,
+    *,
+    batch: int,
+    images: int,
+    shares: Sequence[float],
+    rounds: int,
+    overrides: dict[str, Any],
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Measures; one record for each side and, of "exits", for each of the others.
+
+    Args:
+      model: a cascade's name.
+      batch: images of a call of a compiled program.
+      images: that are answered in each round.
+      shares: of the images that leave at each exit.
+      rounds: how often, after two to warm up.
+      overrides: attributes of the cascade; the dense model takes those that it has.
+      seed: of weights and images.
+
+    Raises:
+      UserError: no cascade, or shares that do not fit its exits.
+    """
+    if model not in registry.CASCADES:
+        raise UserError(f"{model!r} is no cascade; there are {', '.join(registry.CASCADES)}.")
+    cascade = registry.create_model(model, **overrides)
+    stages = len(cascade.exit_tokens)
+    if len(shares) != stages or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
+        raise UserError(f"--shares={list(shares)}: {stages} shares are needed that sum to 1.")
+    taken = {k: v for k, v in overrides.items() if k in registry.dense_options(model)}
+    if cascade.image_size % cascade.grid_size == 0:  # as many tokens as the last stage
+        taken["patch_size"] = cascade.image_size // cascade.grid_size
+    dense = registry.create_model(registry.dense_model(model), **taken)
+    pixels = np.random.default_rng(seed).integers(0, 256, (images, *_shape(cascade)), np.uint8)
+    variables = [_random(module, seed) for module in (cascade, dense)]
+    early, last = (Predictor(cascade, variables[0], batch_size=batch) for _ in range(2))
+    plain = Predictor(dense, variables[1], batch_size=batch)
+    early.thresholds = exits.by_shares(early.certainty(pixels), shares)
+    answers = [predictor(pixels) for predictor in (early, last, plain)]
+    macs = [
+        float(flops.macs_per_image(predictor.model, answer.tokens).mean())
+        for predictor, answer in zip((early, last, plain), answers, strict=True)
+    ]
+    seconds = take_turns([[_timed(p, pixels)] for p in (early, last, plain)], rounds, warmup=1)
+    records = [
+        {
+            "side": name,
+            "model": registry.dense_model(model) if name == "dense" else model,
+            "batch": batch,
+            "shares": list(shares),
+            **spread("images_per_second", images / seconds[:, index]),
+            "gmacs": macs[index] / 1e9,
+        }
+        for index, name in enumerate(SIDES)
+    ]
+    return records[1:] + [
+        {**records[0], "against": SIDES[other], **_compared(seconds, macs, other)}
+        for other in (1, 2)
+    ]
+
+
+def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[str, Any]:
+    speedup = spread("speedup", seconds[:, other] / seconds[:, 0])
+    ratio = macs[other] / macs[0]
+    return {**speedup, "mac_ratio": ratio, "realised": speedup["speedup"] / ratio}
+
+
+def _shape(model: Any) -> tuple[int, int, int]:
+    return (model.image_size, model.image_size, 3)
+
+
+def _random(model: Any, seed: int) -> Any:
+    zeros = jnp.zeros((1, *_shape(model)))
+    return jax.jit(model.init)(jax.random.key(seed), zeros)
+
+
+def _timed(predictor: Predictor, pixels: np.ndarray) -> Callable[[], float]:
+    def call() -> float:
+        start = time.perf_counter()
+        predictor(pixels)  # its answers are on the host
+        return time.perf_counter() - start
+
+    return call
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, Any]:
+    config = configs.base()
+    for key, value in map(configs.split_override, texts):
+        configs.set_key(config, f"model.{key}", value)
+    return {key: value for key, value in config.model.items() if key != "name"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}.")
+    logging.set_verbosity(logging.ERROR)
+    kept = host.keep_freed_memory()
+    given = flags.FLAGS
+    records = measure(
+        given.model,
+        batch=given.batch,
+        images=given.images,
+        shares=[float(share) for share in given.shares],
+        rounds=given.rounds,
+        overrides=_overrides(given.set),
+    )
+    print(evaluate.table(records, COLUMNS), flush=True)
+    print(json.dumps({**machine.describe(), "keeps_freed_memory": kept, "records": records}))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", "dvt_deit_small", "A cascade.")
+    flags.DEFINE_integer("batch", 32, "Images of a call of a compiled program.")
+    flags.DEFINE_integer("images", 256, "Images that are answered in each round.")
+    flags.DEFINE_list("shares", ["0.5", "0.3", "0.2"], "Of the images that leave at each exit.")
+    flags.DEFINE_integer("rounds", 5, "How often all sides run, after one to warm up.")
+    flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=width=64.")
+    run(main)
