@@ -120,8 +120,8 @@ def prepared_classes(name: str, data_dir: str = "") -> int | None:
         folder = _find(name, data_root(data_dir))
     except UserError:
         return None
-    label = tfds.builder_from_directory(folder).info.features.get("label")
-    return getattr(label, "num_classes", None)
+    features = tfds.builder_from_directory(folder).info.features
+    return getattr(features["label"], "num_classes", None) if "label" in features else None
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:

@@ -154,6 +154,12 @@ def test_dataset_info(config):
     )
 
 
+def test_classes_of_a_data_set_are_known_where_it_is(config, tmp_path):
+    sources.open_dataset(config.name, config.data_dir)  # prepares it
+    assert sources.prepared_classes(config.name, config.data_dir) == 10
+    assert sources.prepared_classes(config.name, str(tmp_path)) is None
+
+
 def test_device_batches_start_early_and_keep_the_order():
     started = []
 
