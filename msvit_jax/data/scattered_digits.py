@@ -67,6 +67,14 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             clutter=4,
         ),
         ScatteredDigitsConfig(
+            name="small",
+            description="Small canvases that little of a digit's place varies on: learned in a minute.",
+            canvas=32,
+            digit_size=(15.0, 19.0),
+            train_examples=8_000,
+            validation_examples=1_000,
+        ),
+        ScatteredDigitsConfig(
             name="tiny",
             description="The default variant with few examples, for tests and trials.",
             train_examples=320,
