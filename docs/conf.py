@@ -1,0 +1,58 @@
+"""Sphinx: the pages of this folder and a reference made from docstrings; `make docs` builds it."""
+
+import re
+from typing import Any
+
+import msvit_jax
+
+project = "msvit_jax"
+release = msvit_jax.__version__
+extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"msvit_jax {release}"
+smartquotes = False  # "--flag" stays what it is
+myst_heading_anchors = 3  # headings can be linked to, as page.md#heading
+
+# Modules are imported, so the package's own environment is needed; `__main__` is private.
+apidoc_modules = [
+    {"path": "../msvit_jax", "destination": "api", "separate_modules": True, "module_first": True}
+]
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+add_module_names = False
+default_role = "literal"  # `name` in docstrings, as in Markdown
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a class says what its attributes are, once
+napoleon_use_rtype = False
+
+_FLAX_FIELDS = re.compile(r", parent: .*(?=\))")
+
+
+def setup(app: Any) -> None:
+    """Connects what adapts docstrings and signatures."""
+    app.connect("autodoc-process-docstring", _keep_commands)
+    app.connect("autodoc-process-signature", _leave_out_flax_fields)
+
+
+def _keep_commands(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Makes literal blocks of what a module's docstring indents, which is a command line."""
+    if what != "module":
+        return
+    kept: list[str] = []
+    for line in lines:
+        starts = line.startswith("    ") and len(kept) > 1 and not kept[-1]
+        if starts and not kept[-2].startswith("    "):
+            kept += ["::", ""]
+        kept.append(line)
+    lines[:] = kept
+
+
+def _leave_out_flax_fields(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str | None, Any]:
+    """Removes the two fields that Flax adds to every module."""
+    return signature and _FLAX_FIELDS.sub("", signature), returns
