@@ -137,7 +137,9 @@ class QKV(nn.Module):
         kernel = self.param("kernel", init_weights, (width, 3 * width))
         shape = (3, self.heads, width // self.heads)
         kernel = kernel.astype(self.dtype).reshape(width, *shape)
-        if x.shape[0] * x.shape[1] < width:
+        tokens = x.shape[0] * x.shape[1]
+        # A batch whose size is only known when it runs (`export`) is taken for a large one.
+        if isinstance(tokens, int) and tokens < width:
             whole = jnp.einsum("bnd,dche->bnche", x, kernel)
             parts = [whole[:, :, i] for i in range(3)]
         else:
