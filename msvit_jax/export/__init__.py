@@ -1,6 +1,6 @@
 """Hands a model to others: its weights in several formats, or its compiled functions.
 
-`python -m msvit_jax.export --workdir=RUN --format=... --out=...`, or `write(Source.load(RUN), ...)`.
+On the command line `python -m msvit_jax.export`, in Python `write(Source.load("runs/vit"), ...)`.
 """
 
 from msvit_jax.export.compiled import Options

@@ -1,7 +1,7 @@
 """Hands a run's weights, or its compiled functions, to others.
 
     python -m msvit_jax.export --workdir=RUN --format=safetensors --out=model.safetensors
-    python -m msvit_jax.export --workdir=RUN --format=compiled --layout=budget --budget=127 --out=DIR
+    python -m msvit_jax.export --workdir=RUN --format=compiled --budget=127 --layout=budget --out=D
 
 Formats: safetensors (our names), timm and big_vision (of the dense trunk), huggingface (a directory
 for from_pretrained), dvt (the official names), orbax (parameters alone) and compiled (functions by
@@ -21,7 +21,9 @@ from msvit_jax.export.writing import check
 def main(argv: Sequence[str]) -> None:
     """Loads, writes, and prints one line of JSON."""
     if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}; options are written --name=value.")
+        raise errors.UserError(
+            f"Unexpected argument {argv[1]!r}; options are written --name=value."
+        )
     checkpoint.quiet_orbax()
     given = flags.FLAGS
     options = Options(

@@ -30,6 +30,7 @@ from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import Handed
 from msvit_jax.models.layout import in_slots
 from msvit_jax.train.step import normalise
+from msvit_jax.weights import ours
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LAYOUTS = ("slots", "budget")
@@ -114,7 +115,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
     }
-    save_weights(source, directory / WEIGHTS)
+    ours.save(directory / WEIGHTS, source.params, source.about)
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     shutil.copyfile(runner.__file__, directory / "run.py")
     _write_flatbuffers(directory / runner.FLATBUFFERS)
@@ -323,10 +324,3 @@ def _write_flatbuffers(path: pathlib.Path) -> None:
         for file in importlib.metadata.files("flatbuffers") or ():
             if file.suffix == ".py" or file.name == "METADATA":
                 packed.write(str(file.locate()), str(file))
-
-
-def save_weights(source: Source, path: pathlib.Path) -> None:
-    """Writes parameters by our names, with what is known of the model."""
-    from safetensors.numpy import save_file
-
-    save_file(source.params, path, metadata={"msvit_jax": json.dumps(source.about)})

@@ -10,12 +10,9 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
 from msvit_jax import weights
-from msvit_jax.errors import UserError
 from msvit_jax.export.source import Source
-from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.weights import huggingface, ours
-
-_BACKBONE = "backbone/"
+from msvit_jax.weights.formats import trunk_of
 
 
 def write_ours(source: Source, path: pathlib.Path) -> str:
@@ -34,8 +31,7 @@ def write_orbax(source: Source, path: pathlib.Path) -> str:
 
 def write_timm(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk by timm's names; the metadata says which VisionTransformer it is."""
-    vit, params, left_out = _trunk(source, "timm")
-    theirs = weights.to_theirs("timm", params, vit)
+    vit, theirs, left_out = _trunk(source, "timm")
     metadata = {"msvit_jax": source.about, "timm": _timm_arguments(vit)}
     save_file(theirs, path, {"format": "pt", **{k: json.dumps(v) for k, v in metadata.items()}})
     return left_out
@@ -67,26 +63,21 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
 
 def write_big_vision(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk as big_vision's .npz."""
-    vit, params, left_out = _trunk(source, "big_vision")
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **weights.to_theirs("big_vision", params, vit))
+    _, theirs, left_out = _trunk(source, "big_vision")
+    np.savez(path, allow_pickle=False, **theirs)
     return left_out
 
 
 def write_dvt(source: Source, path: pathlib.Path) -> str:
     """Writes a cascade by the names of the official DVT."""
-    model = source.model
-    if not is_cascade(model):
-        raise UserError(f"--format=dvt is for cascades; {source.name!r} is none.")
-    theirs = weights.to_theirs("dvt", source.params, model)
+    theirs = weights.to_theirs("dvt", source.params, source.model)
     save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(source.about)})
     return ""
 
 
 def write_huggingface(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk as a directory that transformers' `from_pretrained` takes."""
-    vit, params, left_out = _trunk(source, "huggingface")
-    theirs = weights.to_theirs("huggingface", params, vit)
+    vit, theirs, left_out = _trunk(source, "huggingface")
     path.mkdir()
     metadata = {"format": "pt", "msvit_jax": json.dumps(source.about)}
     save_file(theirs, path / "model.safetensors", metadata)
@@ -159,46 +150,15 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, np.ndarray], str]:
-    """The plain model under a model, its parameters, and what is left out.
-
-    Raises:
-      UserError: a cascade has several.
-    """
+    """The plain model under a model, its parameters by a format's names, and what is left out."""
     model = source.model
-    if is_cascade(model):
-        raise UserError(
-            f"{source.name!r} is a cascade, which {format_name} has no names for; "
-            "use --format=dvt, safetensors, orbax or compiled."
-        )
-    vit, params = getattr(model, "backbone", model), dict(source.params)
-    left_out = []
-    if vit is not model:
-        others = [name for name in params if not name.startswith(_BACKBONE)]
-        parts = sorted({name.split("/")[0] for name in others})
-        left_out = [f"{part} ({_count(others, part)} arrays)" for part in parts]
-        params = {
-            name.removeprefix(_BACKBONE): x
-            for name, x in params.items()
-            if name.startswith(_BACKBONE)
-        }
-    if vit.reducer != "none":
-        left_out.append(f"reducer={vit.reducer!r}, which has no parameters")
-    if vit.scan_layers:
-        params = _unstacked(params)
-    return vit, params, ", ".join(left_out)
-
-
-def _count(names: list[str], part: str) -> int:
-    return sum(name.split("/")[0] == part for name in names)
-
-
-def _unstacked(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One set of parameters per layer, where a scan over layers has them stacked."""
-    apart: dict[str, np.ndarray] = {}
-    for name, value in params.items():
-        first, _, rest = name.partition("/")
-        if first == "blocks":
-            apart |= {f"blocks_{layer}/{rest}": x for layer, x in enumerate(value)}
-        else:
-            apart[name] = value
-    return apart
+    theirs = weights.to_theirs(format_name, source.params, model)
+    trunk, prefix = trunk_of(model, format_name)
+    others = [name for name in source.params if not name.startswith(prefix)]
+    left_out = [
+        f"{part} ({sum(name.startswith(part + '/') or name == part for name in others)} arrays)"
+        for part in sorted({name.split("/")[0] for name in others})
+    ]
+    if trunk.reducer != "none":
+        left_out.append(f"reducer={trunk.reducer!r}, which has no parameters")
+    return trunk, theirs, ", ".join(left_out)

@@ -40,7 +40,7 @@ def read_image(path: str, size: int, crop: float) -> np.ndarray:
     """The central square of an image file, `crop` of its short side, resized: uint8 [S, S, 3]."""
     from PIL import Image
 
-    image = Image.open(path)
+    image: Image.Image = Image.open(path)
     full, side = image.size, min(image.size) * crop
     if image.format == "JPEG" and side >= 2 * size:  # decoded no larger than needed
         image.draft("RGB", (int(full[0] * size / side), int(full[1] * size / side)))
@@ -146,7 +146,7 @@ class Model:
             numbers, handed = zip(*now, strict=True)
             inputs = [_filled(images[list(numbers)], batch)]
             if stage:
-                inputs.append(jax.tree.map(lambda *rows: _filled(np.stack(rows), batch), *handed))  # noqa: B023
+                inputs.append(jax.tree.map(lambda *rows: _filled(np.stack(rows), batch), *handed))
             done = jax.device_get(self._functions[stage](*inputs))
             sure = softmax(done["logits"]).max(axis=1)
             for row, number in enumerate(numbers):

@@ -9,8 +9,8 @@ import numpy as np
 
 from msvit_jax import checkpoint
 from msvit_jax import config as configs
-from msvit_jax.models.registry import create_model
 from msvit_jax.train.optimizer import flat_names
+from msvit_jax.weights import ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,14 @@ class Source:
     @property
     def model(self) -> Any:
         """The model."""
-        return create_model(self.name, **self.options)
+        return ours.build_model({"model": {"name": self.name, **self.options}})
 
     @property
     def about(self) -> dict[str, Any]:
-        """What travels with the parameters, as JSON has it."""
+        """What travels with the parameters, as JSON has it; see `weights.ours.save`."""
         model = self.model
         return {
-            "model": self.name,
-            "config": self.options,
+            "model": {"name": self.name, **self.options},
             "mean": list(model.mean),
             "std": list(model.std),
             "crop": self.crop,

@@ -19,7 +19,6 @@ from msvit_jax.export import Options, write
 from msvit_jax.export.run import Model, read_image
 from msvit_jax.inference import Predictor
 from msvit_jax.inference import thresholds as exits
-from msvit_jax.train.step import normalise
 from tests.export import made
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -32,7 +31,7 @@ KINDS = {
         *("mergence_tiny_patch16_224", {"scales": (2, 4), "reduce_layers": (1,), "keep": 0.6}),
         *({}, ["forward"]),
     ),
-    "cascade": ("dvt_deit_small", {}, {}, ["stage_1", "stage_2", "stage_3"]),
+    "cascade": ("dvt_deit_small", {}, {}, ["stage_1", "stage_2"]),
 }
 
 
@@ -118,32 +117,50 @@ def test_the_threshold_is_an_input(model):
 def test_images_leave_a_cascade_as_they_leave_the_predictor_s(model):
     predictor = _predictor("cascade")
     certain = predictor.certainty(made.images())
-    thresholds = []
-    there = np.ones(made.COUNT, bool)
-    for exit_ in range(2):  # halfway between two, so that rounding decides nothing
-        high = np.sort(certain[there, exit_])[-2:]
-        thresholds.append(float(high.mean()))
-        there &= certain[:, exit_] < thresholds[-1]
+    # Halfway between two, so that rounding decides nothing.
+    thresholds = (float(np.sort(certain[:, 0])[1:3].mean()),)
     pixels = np.concatenate([made.images(), made.images()[::-1]])
     predictor.thresholds = thresholds
     expected = predictor(pixels)
-    predictor.thresholds = (exits.NEVER, exits.NEVER)
-    assert set(expected.exits) == {0, 1, 2}
+    predictor.thresholds = (exits.NEVER,)
+    assert set(expected.exits) == {0, 1}
     for batch in (1, made.COUNT):
         _check(model("cascade").classify(pixels, batch=batch, thresholds=thresholds), expected)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7, 50])
+def test_what_is_handed_on_goes_with_its_image(batch, exported):
+    """A cascade of functions whose answers give away which image they were computed from."""
+    calls = []
+
+    def stage(index, images, handed=None):
+        number = images[:, 0, 0, 0].astype(np.float32)
+        calls.append((index, len(images)))
+        if index:
+            np.testing.assert_array_equal(handed["tokens"], number + index - 1)
+        sure = np.where(number % 3 <= index, 9.0, 0.0)  # a third leaves at each exit
+        logits = np.stack([sure, 0 * sure, number / 1e6], axis=1)
+        return {"logits": logits, "handed": {"tokens": number + index}}
+
+    model = Model(exported("cascade"))
+    model._functions = [functools.partial(stage, index) for index in range(3)]
+    images = np.zeros((20, made.SIDE, made.SIDE, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(20)
+    answers = model.classify(images, batch=batch, thresholds=(0.9, 0.9))
+    np.testing.assert_array_equal(answers["exits"], np.arange(20) % 3)
+    np.testing.assert_allclose(answers["logits"][:, 2], np.arange(20) / 1e6)
+    assert {count for _, count in calls} == {min(batch, 20)}
+    counts = [sum(index == exit_ for index, _ in calls) for exit_ in range(3)]
+    assert counts == [-(-left // min(batch, 20)) for left in (20, 13, 6)]
+
+
 def test_stages_that_hand_nothing_on(tmp_path):
-    options = {"feature_reuse": False, "relation_reuse": False, "grids": (1, 2)}
+    options = {"feature_reuse": False, "relation_reuse": False}
     source = made.source("dvt_deit_small", **options)
-    write(source, "compiled", tmp_path / "out", Options(thresholds=(0.0,)))
-    model = Model(tmp_path / "out")
-    assert model.about["thresholds"] == [0.0, 0.0]
-    both = [model.classify(made.images(), thresholds=(t,))["logits"] for t in (0.0, exits.NEVER)]
-    variables = {"params": unflatten_dict(source.params, sep="/")}
-    pixels = normalise(made.images(), source.model.mean, source.model.std)
-    expected = source.model.apply(variables, pixels).exits
-    np.testing.assert_allclose(np.stack(both, axis=1), expected, **CLOSE)
+    write(source, "compiled", tmp_path / "out", Options(thresholds=(0.4,)))
+    about = json.loads((tmp_path / "out" / "about.json").read_text())
+    assert about["thresholds"] == [0.4, 0.0]
+    assert about["functions"][1]["inputs"]["handed"] == {}
 
 
 def test_a_gate_of_fixed_share_has_no_threshold_to_give(tmp_path):
@@ -170,7 +187,7 @@ def test_float_pixels_are_on_the_same_scale(tmp_path, model):
 def test_about(exported):
     about = json.loads((exported("budget") / "about.json").read_text())
     source = made.source(GATED)
-    assert about["model"] == GATED
+    assert about["model"]["name"] == GATED
     assert about["mean"] == [0.5, 0.5, 0.5]
     assert about["class_names"] == list(made.NAMES)
     assert (about["layout"], about["budget"], about["threshold"]) == ("budget", 7, 0.5)
@@ -188,7 +205,7 @@ def test_about(exported):
     assert function["outputs"]["coarse"] == "bool[b, 2, 2]"
     stages = json.loads((exported("cascade") / "about.json").read_text())["functions"]
     assert stages[1]["inputs"]["handed"] == stages[0]["outputs"]["handed"]
-    assert stages[1]["inputs"]["handed"]["scores"] == "float32[b, 2, 2, 2]"
+    assert stages[1]["inputs"]["handed"]["scores"] == "float32[b, 2, 5, 5]"
 
 
 # As if nothing but JAX and its own requirements were installed; flatbuffers from the export alone.
@@ -220,19 +237,18 @@ def test_run_py_needs_jax_alone(exported, tmp_path):
     np.save(tmp_path / "images.npy", made.images())
     Image.fromarray(np.tile(made.images()[3], (2, 3, 1))).save(tmp_path / "wide.png")
     files = (tmp_path / "images.npy", tmp_path / "wide.png")
-    done = _run_alone(exported("budget"), *files, "--batch=4", f"--out={tmp_path / 'out.npz'}")
+    done = _run_alone(exported("plain"), *files, f"--out={tmp_path / 'out.npz'}")
     assert done.returncode == 0, done.stderr
     wide = decode.read_file(files[1], made.SIDE, 1.0)
-    predictions = _predictor("budget")(np.concatenate([made.images(), wide[None]]))
-    assert not (predictions.tokens <= 7).all()
+    expected = _predictor("plain")(np.concatenate([made.images(), wide[None]]))
     with np.load(tmp_path / "out.npz") as answers:
-        _check(dict(answers), predictions)
-    first, *_, last = done.stdout.splitlines()
-    label, probability = predictions.labels[0], predictions.probabilities[0].max()
-    name = made.NAMES[label]
-    tokens = predictions.tokens[0]
-    assert first == f"{files[0]}[0]  {name}  {probability:.4f}  tokens {tokens}"
-    assert last.startswith(f"{files[1]}  ")
+        _check(dict(answers), expected)
+    names = [*(f"{files[0]}[{row}]" for row in range(made.COUNT)), files[1]]
+    labels, shares = expected.labels, expected.probabilities.max(axis=1)
+    assert done.stdout.splitlines() == [
+        f"{name}  {made.NAMES[label]}  {share:.4f}"
+        for name, label, share in zip(names, labels, shares, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +277,7 @@ BAD = [
     ("budget", {"layout": "budget", "budget": 17}, "budget=17 is not possible.* 4 to 16 patch"),
     ("budget", {"layout": "budget", "budget": 7.5}, "so it is a whole one"),
     ("share", {"threshold": 0.5}, "has no threshold"),
-    ("cascade", {"thresholds": (0.5,)}, "1 thresholds for 3 exits"),
+    ("cascade", {"thresholds": (0.5, 0.4, 0.3)}, "3 thresholds for 2 exits"),
     ("cascade", {"layout": "budget"}, "layout is for models with a gate"),
     ("cascade", {"budget": 1.0}, "of a run that eval.py fitted"),
 ]
@@ -269,7 +285,7 @@ BAD = [
 
 @pytest.mark.parametrize(("kind", "options", "message"), BAD)
 def test_what_is_not_possible_is_told(kind, options, message, tmp_path):
-    name, changes, *_ = KINDS[kind] if kind in KINDS else (GATED, {"fine_share": 0.5})
+    name, changes, *_ = KINDS.get(kind, (GATED, {"fine_share": 0.5}))
     with pytest.raises(UserError, match=message):
         write(made.source(name, **changes), "compiled", tmp_path / "out", Options(**options))
     assert not list(tmp_path.iterdir())
