@@ -46,8 +46,8 @@ class Source:
         Raises:
           UserError: see `checkpoint.load_run`.
         """
-        step = checkpoint.find_step(workdir, which)
         config = checkpoint.read_config(workdir)
+        step = checkpoint.find_step(workdir, which)
         params = flat_names(checkpoint.load_params(workdir, str(step)))
         about = checkpoint.read_about(workdir, str(step))
         options = configs.model_attributes(config)
