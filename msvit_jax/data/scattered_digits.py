@@ -68,7 +68,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
         ),
         ScatteredDigitsConfig(
             name="small",
-            description="Small canvases that little of a digit's place varies on: learned in a minute.",
+            description="Smaller canvases on which digits move less: learned in minutes, for notebooks.",
             canvas=32,
             digit_size=(15.0, 19.0),
             train_examples=8_000,
