@@ -37,24 +37,6 @@ notebooks-in-place: $(VENV)/.ready
 	rm -rf notebooks/runs
 	$(BIN)/python tools/run_notebooks.py notebooks/*.ipynb
 
-docs: $(VENV)/.ready requirements-docs.txt
-	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
-	@touch $@
-
-demo: $(VENV)/.ready
-	$(BIN)/python -m msvit_jax.demo --workdir=$(RUNS)/demo --data_dir=$(DATA_DIR)
-
-test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
-
-# Tried in a fast mode. `make notebooks-in-place` runs them for real and keeps the outputs.
-notebooks: $(VENV)/.ready
-	$(BIN)/python -m pytest -m notebooks tests/notebooks
-
-notebooks-in-place: $(VENV)/.ready
-	rm -rf notebooks/runs
-	for name in $(NOTEBOOKS); do $(BIN)/python tools/run_notebook.py $$name || exit 1; done
-
 docs: $(VENV)/.ready-docs
 	rm -rf docs/_build docs/api
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -68,7 +68,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
         ),
         ScatteredDigitsConfig(
             name="small",
-            description="Smaller canvases on which digits move less: learned in minutes, for notebooks.",
+            description="Smaller canvases on which digits move less: learned in minutes.",
             canvas=32,
             digit_size=(15.0, 19.0),
             train_examples=8_000,
