@@ -8,17 +8,24 @@ import msvit_jax
 project = "msvit_jax"
 release = msvit_jax.__version__
 extensions = ["myst_parser", "sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "api/modules.rst"]
 html_theme = "furo"
 html_title = f"msvit_jax {release}"
+highlight_language = "none"  # indented blocks are commands; fences name their language
 smartquotes = False  # "--flag" stays what it is
 myst_heading_anchors = 3  # headings can be linked to, as page.md#heading
 
 # Modules are imported, so the package's own environment is needed; `__main__` is private.
 apidoc_modules = [
-    {"path": "../msvit_jax", "destination": "api", "separate_modules": True, "module_first": True}
+    {
+        "path": "../msvit_jax",
+        "destination": "api",
+        "separate_modules": True,
+        "module_first": True,
+        "automodule_options": {"members"},  # what has a docstring
+    }
 ]
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 add_module_names = False
