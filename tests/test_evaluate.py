@@ -51,7 +51,7 @@ def test_weights_by_other_names_are_evaluated_like_their_run(dense, tmp_path, ca
     expected = evaluate.evaluate_run(dense)
     figures = evaluate.evaluate_weights(str(file), str(config))
     assert figures.pop("weights") == str(file)
-    assert f"{file}: 31 parameters matched" in capsys.readouterr().out
+    assert f"{file}: 32 parameters matched" in capsys.readouterr().out
     same = expected.keys() - {"workdir", "step"}
     assert {key: figures[key] for key in same} == {key: expected[key] for key in same}
 

@@ -40,7 +40,7 @@ def kind(model: Any) -> str:
     Raises:
       UserError: there is none.
     """
-    timm.check(model)
+    timm.check(model, NAME)
     if model.pool != "token":
         raise UserError(f"Models of {NAME} classify by the class token, not with pool='mean'.")
     if model.distilled and (model.layer_scale is not None or model.register_tokens):
