@@ -30,6 +30,7 @@ def run(
         timeout=TIMEOUT,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
+        coalesce_streams=True,
         record_timing=False,  # would make every run another file
     )
     return client.execute(env=environment)
