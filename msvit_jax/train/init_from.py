@@ -1,7 +1,8 @@
 """Starting from other parameters: another run's, or a weights file's.
 
 Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`; position
-embeddings are resized to the model's grid; a head for other classes is left at its start.
+embeddings are resized to the model's grid and patch kernels to its patches; a head for other
+classes is left at its start. What `weights.read` finds in a file comes here.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Report:
 
     Attributes:
       matched: taken over as they are.
-      resized: position embeddings, with old and new shape.
+      resized: position embeddings and patch kernels, with old and new shape.
       fresh: left at their start, with the reason.
       unused: in the source and not in the model.
     """
@@ -79,6 +80,11 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
         elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape))
+        elif (
+            value is not None and name.endswith("patch_embed/proj/kernel") and _kernels(value, leaf)
+        ):
+            report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            taken[name] = resize_patches(np.asarray(value, np.float32), leaf.shape[0])
         elif short.startswith(HEADS) and value is not None:
             classes = f"{value.shape[-1]} classes in the source, {leaf.shape[-1]} here"
             report.fresh.append(f"{name} ({classes})")
@@ -111,8 +117,11 @@ def model_shapes(model: nn.Module) -> Any:
         raise UserError(f"The model cannot be built: {error}") from error
 
 
-def params_for(model: nn.Module, weights: Any) -> Any:
+def params_for(model: nn.Module, weights: Any) -> tuple[Any, Report]:
     """Fits a tree or a flat dict of weights to a model, all of whose parameters it must hold.
+
+    Returns:
+      The model's parameters, and what became of each.
 
     Raises:
       UserError: some are missing or of another shape.
@@ -121,7 +130,7 @@ def params_for(model: nn.Module, weights: Any) -> Any:
     taken, report = fit(flat_names(weights), shapes)
     if report.fresh:
         raise UserError("The weights lack parameters of the model: " + ", ".join(report.fresh))
-    return map_names(lambda name, _: taken[name], shapes)
+    return map_names(lambda name, _: taken[name], shapes), report
 
 
 def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,3 +167,25 @@ def _resize(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     cells = jnp.asarray(value[prefix:].reshape(old, old, width))
     resized = np.asarray(grid.resize_positions(cells, (new, new))).reshape(new * new, width)
     return np.concatenate([value[:prefix], resized])
+
+
+def _kernels(value: Any, leaf: Any) -> bool:
+    """Whether both are kernels [p, p, C, D] that differ in their patches alone."""
+    return all(
+        len(x.shape) == 4 and x.shape[0] == x.shape[1] and x.shape[2:] == leaf.shape[2:]
+        for x in (value, leaf)
+    )
+
+
+def resize_patches(kernel: np.ndarray, side: int) -> np.ndarray:
+    """Resizes a patch embedding [p, p, C, D] to patches of another side, [side, side, C, D].
+
+    FlexiViT's way (Beyer et al. 2023, section 3.4): the kernel whose products with resized patches
+    come closest to those of the old one with the patches as they were; for larger patches they are
+    equal. A kernel resized like an image would have products of another size.
+    """
+    old = kernel.shape[0]
+    pixels = jax.image.resize(np.eye(old), (side, old), "bilinear", antialias=False)
+    back = np.linalg.pinv(np.asarray(pixels, np.float64).T)
+    resized = np.einsum("yh,xw,hwcd->yxcd", back, back, kernel, optimize=True)
+    return resized.astype(np.float32)

@@ -383,7 +383,7 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
         with options.unlocked():
             options.model = {"name": name, "num_classes": config.model.num_classes}
         model = configs.build_model(options)
-        params = init_from.params_for(model, weights.read(source, model))
+        params, _ = weights.load_params(source, model)
         teacher = Teacher(model=model, variables={"params": params})
     if teacher.model.num_classes != config.model.num_classes:
         raise UserError(

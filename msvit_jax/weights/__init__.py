@@ -4,11 +4,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msvit_jax.weights.formats import FORMATS, Source, load, read, to_theirs
-    from msvit_jax.weights.ours import describe, save
+    from msvit_jax.weights.formats import (
+        FORMATS,
+        Source,
+        file_of,
+        load,
+        load_params,
+        read,
+        to_theirs,
+    )
+    from msvit_jax.weights.ours import build_model, describe, save
 
-__all__ = ["FORMATS", "Source", "describe", "load", "read", "save", "to_theirs"]
-_OURS = ("describe", "save")
+__all__ = [
+    "FORMATS",
+    "Source",
+    "build_model",
+    "describe",
+    "file_of",
+    "load",
+    "load_params",
+    "read",
+    "save",
+    "to_theirs",
+]
+_OURS = ("build_model", "describe", "save")
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def table(model: Any) -> list[Entry]:
     Raises:
       UserError: the format cannot express it.
     """
-    timm.check(model)
+    timm.check(model, NAME)
     for attribute, usual in (("distilled", False), ("register_tokens", 0), ("layer_scale", None)):
         if getattr(model, attribute) != usual:
             raise UserError(f"{NAME} has no model with {attribute}={getattr(model, attribute)}.")

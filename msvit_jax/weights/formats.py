@@ -12,7 +12,7 @@ import numpy as np
 
 from msvit_jax import checkpoint
 from msvit_jax.errors import UserError, nearest
-from msvit_jax.train.init_from import model_shapes
+from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
 from msvit_jax.weights import big_vision, dvt, entries, files, huggingface, ours, timm
 from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
@@ -73,16 +73,38 @@ def load(source: str | pathlib.Path, model: Any) -> Source:
     Raises:
       UserError: nothing there, not readable, of no known format, or of another model.
     """
+    file = file_of(source)
+    if file is not None:
+        return convert(files.read(file), model, where=str(source))
+    if pathlib.Path(source).is_dir():
+        return Source(flat_names(checkpoint.load_params(source)), ours.NAME)
+    raise UserError(f"{str(source)!r} is neither a workdir nor a weights file.")
+
+
+def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.Report]:
+    """All parameters of a model, fitted to it, and what became of each.
+
+    Args:
+      source: see `load`.
+      model: that they are for.
+
+    Raises:
+      UserError: see `load` and `init_from.params_for`.
+    """
+    found = load(source, model)
+    try:
+        params, report = init_from.params_for(model, found.flat)
+    except UserError as error:
+        raise UserError(f"{str(source)!r} (format {found.format}): {error}") from error
+    report.unused.extend(found.unused)
+    return params, report
+
+
+def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
+    """The weights file that a path names, or that transformers put there; None if there is none."""
     path = pathlib.Path(source)
-    if path.is_dir():
-        inside = [path / name for name in _IN_DIRECTORY if (path / name).is_file()]
-        if not inside:
-            return Source(flat_names(checkpoint.load_params(path)), ours.NAME)
-        path = inside[0]
-    elif not path.is_file():
-        raise UserError(f"{str(source)!r} is neither a workdir nor a weights file.")
-    state = files.read(path)
-    return convert(state, model, where=str(source))
+    candidates = [path, *(path / name for name in _IN_DIRECTORY)]
+    return next((file for file in candidates if file.is_file()), None)
 
 
 def convert(state: State, model: Any, *, where: str = "The source") -> Source:
@@ -125,7 +147,7 @@ def _by_slashes(state: State) -> Flat:
 def _foreign(state: State, model: Any, name: str) -> Source:
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
     unscanned = trunk.clone(scan_layers=False) if _scanned(trunk) else trunk
-    shapes = flat_names(model_shapes(unscanned))
+    shapes = flat_names(init_from.model_shapes(unscanned))
     table = form.table(unscanned)
     named, unused = form.canonical(state, unscanned)
     flat = entries.to_ours(named, table, shapes, adaptable=ADAPTABLE)

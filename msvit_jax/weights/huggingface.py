@@ -40,7 +40,7 @@ def kind(model: Any) -> str:
     Raises:
       UserError: there is none.
     """
-    timm.check(model)
+    timm.check(model, NAME)
     if model.pool != "token":
         raise UserError(f"Models of {NAME} classify by the class token, not with pool='mean'.")
     if model.distilled and (model.layer_scale is not None or model.register_tokens):
@@ -104,15 +104,11 @@ def _wide(kernel: np.ndarray) -> np.ndarray:
 
 
 def _positions(model: Any, theirs: str) -> Entry:
-    """[1, 1 + N, D]; where our class token has no position, it has one of zeros there."""
+    """[1, 1 + N, D]; where our class token has no position, its own is zeros there."""
     if model.prefix_positions:
         return squeezed(theirs, "pos_embed")
-    return one(
-        theirs,
-        "pos_embed",
-        lambda x: x[0],
-        lambda x: np.concatenate([np.zeros_like(x[:1]), x])[None],
-    )
+    pad = lambda x: np.concatenate([np.zeros_like(x[:1]), x])  # noqa: E731
+    return one(theirs, "pos_embed", lambda x: x[0, 1:], lambda x: pad(x)[None])
 
 
 def _joint(theirs: str, ours: str, *, bias: bool) -> Iterator[Entry]:
@@ -130,7 +126,8 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
     """Renames what the format has several names for.
 
     A headless file gets the first part of its names. A classifier of DINOv2 that looks at the
-    patches, too, is left out: ours is another. See `timm.join_prefix_position` for positions.
+    patches, too, is left out: ours is another. The class token's position becomes part of the token
+    for a model where it has none.
 
     Returns:
       The state by the names of `table`, and the names that the model has no use for.
@@ -152,7 +149,7 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
             for name in ("classifier.weight", "classifier.bias")
             if flat.pop(name, None) is not None
         ]
-    timm.join_prefix_position(
-        flat, model, f"{wanted}.embeddings.position_embeddings", f"{wanted}.embeddings.cls_token"
-    )
+    position, token = (f"{wanted}.embeddings.{n}" for n in ("position_embeddings", "cls_token"))
+    if not model.prefix_positions and {position, token} <= flat.keys():
+        flat[token] = flat[token] + flat[position][:, :1]
     return flat, unused

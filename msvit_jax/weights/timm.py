@@ -19,12 +19,12 @@ def fits(names: Iterable[str]) -> bool:
     return {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= names
 
 
-def check(model: Any) -> None:
-    """Raises UserError for a model that timm's vision transformers cannot express."""
+def check(model: Any, form: str = NAME) -> None:
+    """Raises UserError for a model that plain vision transformers of a format cannot express."""
     if isinstance(model, T2TViT):
-        raise UserError(f"{NAME} has no T2T-ViT: its tokeniser has no names in this format.")
+        raise UserError(f"{form} has no T2T-ViT: its tokeniser has no names in this format.")
     if any(model.zeros):
-        raise UserError(f"grid={model.grid} puts zeros around the image, which {NAME} cannot.")
+        raise UserError(f"grid={model.grid} puts zeros around the image, which {form} cannot.")
 
 
 def table(model: Any) -> list[Entry]:

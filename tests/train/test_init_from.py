@@ -127,11 +127,11 @@ def test_object_arrays_are_never_unpickled(tmp_path):
 
 
 def test_a_mixed_scale_run_starts_from_a_dense_runs_weights(tmp_path, capsys):
-    weights = _weights(configs.build_model(configs.resolve(tiny_run.config(), 3)))
-    np.savez(tmp_path / "dense.npz", **weights)
-    config = tiny_run.msvit(
-        init_from=str(tmp_path / "dense.npz"), steps=1, optimizer__freeze="backbone/"
-    )
+    """Written by timm's names."""
+    dense = configs.build_model(configs.resolve(tiny_run.config(), 3))
+    weights, file = _weights(dense), tmp_path / "dense.safetensors"
+    save_file(files.to_theirs("timm", weights, dense), file)
+    config = tiny_run.msvit(init_from=str(file), steps=1, optimizer__freeze="backbone/")
     loop.train(config, tmp_path / "run")
     started = files.read(tmp_path / "run", None)
     for name, value in weights.items():
