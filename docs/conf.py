@@ -1,5 +1,6 @@
 """Sphinx: the pages of this folder and a reference made from docstrings; `make docs` builds it."""
 
+import os
 import re
 from typing import Any
 
@@ -15,6 +16,8 @@ highlight_language = "none"  # indented blocks are commands; fences name their l
 smartquotes = False  # "--flag" stays what it is
 myst_heading_anchors = 3  # headings can be linked to, as page.md#heading
 
+# What has a docstring. In the environment, as packages heed no other way; read at the first import.
+os.environ["SPHINX_APIDOC_OPTIONS"] = "members"
 # Modules are imported, so the package's own environment is needed; `__main__` is private.
 apidoc_modules = [
     {
@@ -22,10 +25,10 @@ apidoc_modules = [
         "destination": "api",
         "separate_modules": True,
         "module_first": True,
-        "automodule_options": {"members"},  # what has a docstring
+        "max_depth": 1,
     }
 ]
-autodoc_default_options = {"member-order": "bysource"}
+autodoc_default_options = {"member-order": "bysource", "exclude-members": "dtype"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 add_module_names = False

@@ -201,8 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
     if given.out:
-        np.savez(given.out, allow_pickle=False, **answers)
+        np.savez(given.out, **answers)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -36,9 +36,10 @@ FORMATS = {
     "orbax": Format("", formats.write_orbax),
 }
 COMPILED = "compiled"  # takes options, and is a directory
+_PLAIN = Options()
 
 
-def check(format_name: str, out: str | pathlib.Path, options: Options = Options()) -> None:  # noqa: B008
+def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) -> None:
     """Checks what can be checked before a model is there.
 
     Raises:
@@ -74,7 +75,7 @@ def write(
     source: Source,
     format_name: str,
     out: str | pathlib.Path,
-    options: Options = Options(),  # noqa: B008
+    options: Options = _PLAIN,
 ) -> str:
     """Writes a model in a format.
 
