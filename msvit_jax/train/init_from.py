@@ -1,7 +1,8 @@
 """Starting from other parameters: another run's, or a weights file's.
 
-Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`; position
-embeddings are resized to the model's grid; a head for other classes is left at its start.
+Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`, and every
+stage of a cascade; position embeddings are resized to the model's grid, kernels of patch embeddings
+to its patches; a head for other classes is left at its start.
 """
 
 import dataclasses
@@ -35,20 +36,22 @@ class Report:
 
     Attributes:
       matched: taken over as they are.
-      resized: position embeddings, with old and new shape.
+      resized: position and patch embeddings, with old and new shape.
+      widened: layers that see a cascade's reused features besides, with old and new shape.
       fresh: left at their start, with the reason.
       unused: in the source and not in the model.
     """
 
     matched: list[str]
     resized: list[str]
+    widened: list[str]
     fresh: list[str]
     unused: list[str]
 
     def __str__(self) -> str:
         """A line per kind, for people."""
         lines = [f"{len(self.matched)} parameters matched"]
-        for title in ("resized", "fresh", "unused"):
+        for title in ("resized", "widened", "fresh", "unused"):
             names: list[str] = getattr(self, title)
             if names:
                 shown = ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")
@@ -101,9 +104,9 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
       UserError: something else than a head has another shape, or is missing; all are listed.
     """
     wanted = flat_names(params)
-    weights = _below_backbone(weights, wanted)
+    weights = _for_stages(_below_backbone(weights, wanted), wanted)
     taken: Flat = {}
-    report = Report([], [], [], [n for n in weights if n not in wanted])
+    report = Report([], [], [], [], [n for n in weights if n not in wanted])
     misfits: list[str] = []
     for name, leaf in wanted.items():
         short = re.sub(r"^(backbone|stage_\d+)/", "", name)
@@ -114,6 +117,13 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
         elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape))
+        elif value is not None and short == "patch_embed/proj/kernel" and _squares(value, leaf):
+            report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            kernel = grid.resize_kernel(np.asarray(value, np.float64), leaf.shape[0])
+            taken[name] = kernel.astype(leaf.dtype)
+        elif value is not None and _widenable(name, value, leaf):
+            report.widened.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            taken[name] = _widen(name, np.asarray(value, leaf.dtype), tuple(leaf.shape))
         elif short.startswith(HEADS) and value is not None:
             classes = f"{value.shape[-1]} classes in the source, {leaf.shape[-1]} here"
             report.fresh.append(f"{name} ({classes})")
@@ -168,6 +178,35 @@ def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
     if has and not needs:
         return {name.removeprefix(prefix): value for name, value in weights.items()}
     return dict(weights)
+
+
+def _for_stages(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a plain model's weights to every stage of a cascade."""
+    stages = sorted({name.split("/")[0] for name in wanted if name.startswith("stage_")})
+    if not stages or any(name.startswith("stage_") for name in weights):
+        return dict(weights)
+    return {f"{stage}/{name}": value for stage in stages for name, value in weights.items()}
+
+
+def _squares(value: Any, leaf: Any) -> bool:
+    """Whether two kernels [p, p, C, D] differ by the size of their patches alone."""
+    same = tuple(value.shape[2:]) == tuple(leaf.shape[2:])
+    return same and all(len(x.shape) == 4 and x.shape[0] == x.shape[1] for x in (value, leaf))
+
+
+def _widenable(name: str, value: Any, leaf: Any) -> bool:
+    """Whether a layer of a later stage is a plain one's that sees more channels (DVT, 3.2)."""
+    grown = value.ndim == len(leaf.shape) and value.shape[0] < leaf.shape[0]
+    later = re.match(r"stage_[1-9]\d*/blocks_\d+/(norm2/|mlp/fc1/kernel)", name)
+    return bool(later) and grown and value.shape[1:] == tuple(leaf.shape[1:])
+
+
+def _widen(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Lets the norm pass the new channels on, and the layer behind it ignore them at first."""
+    start = 1 if name.endswith("norm2/scale") else 0
+    wide = np.full(shape, start, value.dtype)
+    wide[: len(value)] = value
+    return wide
 
 
 def _prefix_length(count: int) -> int | None:
