@@ -128,6 +128,19 @@ def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
     return jax.image.resize(positions, shape, method="bicubic", antialias=True)
 
 
+def resize_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
+    """Resizes the kernel of a patch embedding: [p, p, C, D] -> [size, size, C, D] float32.
+
+    FlexiViT's pseudo-inverse (Beyer et al. 2022, arXiv 2212.08013, section 3.4): of patches that
+    are enlarged, bilinear, the new kernel makes just the tokens that the old one made of them
+    before; of patches made smaller it comes as close as it can.
+    """
+    old = kernel.shape[0]
+    enlarge = jax.image.resize(jnp.eye(old), (size, old), method="bilinear", antialias=False)
+    inverse = np.linalg.pinv(np.asarray(enlarge, np.float64).T)
+    return np.einsum("pi,qj,ijcd->pqcd", inverse, inverse, kernel).astype(np.float32)
+
+
 @functools.cache
 def upsampling(old: int, new: int) -> np.ndarray:
     """The matrix that brings `old` cells of an axis to `new` ones: [new, old] float32, read-only.

@@ -1,8 +1,9 @@
 """Starting from other parameters: another run's, or a weights file's.
 
-Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`; position
-embeddings are resized to the model's grid and patch kernels to its patches; a head for other
-classes is left at its start. What `weights.read` finds in a file comes here.
+Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`, and every
+stage of a cascade; position embeddings are resized to the model's grid, kernels of patch embeddings
+to its patches; a head for other classes is left at its start. What `weights.read` finds in a file
+comes here.
 """
 
 import dataclasses
@@ -32,20 +33,22 @@ class Report:
 
     Attributes:
       matched: taken over as they are.
-      resized: position embeddings and patch kernels, with old and new shape.
+      resized: position and patch embeddings, with old and new shape.
+      widened: layers that see a cascade's reused features besides, with old and new shape.
       fresh: left at their start, with the reason.
       unused: in the source and not in the model.
     """
 
     matched: list[str]
     resized: list[str]
+    widened: list[str]
     fresh: list[str]
     unused: list[str]
 
     def __str__(self) -> str:
         """A line per kind, for people."""
         lines = [f"{len(self.matched)} parameters matched"]
-        for title in ("resized", "fresh", "unused"):
+        for title in ("resized", "widened", "fresh", "unused"):
             names: list[str] = getattr(self, title)
             if names:
                 shown = ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")
@@ -67,9 +70,9 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
       UserError: something else than a head has another shape, or is missing; all are listed.
     """
     wanted = flat_names(params)
-    weights = _below_backbone(weights, wanted)
+    weights = _for_stages(_below_backbone(weights, wanted), wanted)
     taken: Flat = {}
-    report = Report([], [], [], [n for n in weights if n not in wanted])
+    report = Report([], [], [], [], [n for n in weights if n not in wanted])
     misfits: list[str] = []
     for name, leaf in wanted.items():
         short = re.sub(r"^(backbone|stage_\d+)/", "", name)
@@ -80,11 +83,13 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
         elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape))
-        elif (
-            value is not None and name.endswith("patch_embed/proj/kernel") and _kernels(value, leaf)
-        ):
+        elif value is not None and short == "patch_embed/proj/kernel" and _squares(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
-            taken[name] = resize_patches(np.asarray(value, np.float32), leaf.shape[0])
+            kernel = grid.resize_kernel(np.asarray(value, np.float64), leaf.shape[0])
+            taken[name] = kernel.astype(leaf.dtype)
+        elif value is not None and _widenable(name, value, leaf):
+            report.widened.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            taken[name] = _widen(name, np.asarray(value, leaf.dtype), tuple(leaf.shape))
         elif short.startswith(HEADS) and value is not None:
             classes = f"{value.shape[-1]} classes in the source, {leaf.shape[-1]} here"
             report.fresh.append(f"{name} ({classes})")
@@ -144,6 +149,35 @@ def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
     return dict(weights)
 
 
+def _for_stages(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a plain model's weights to every stage of a cascade."""
+    stages = sorted({name.split("/")[0] for name in wanted if name.startswith("stage_")})
+    if not stages or any(name.startswith("stage_") for name in weights):
+        return dict(weights)
+    return {f"{stage}/{name}": value for stage in stages for name, value in weights.items()}
+
+
+def _squares(value: Any, leaf: Any) -> bool:
+    """Whether two kernels [p, p, C, D] differ by the size of their patches alone."""
+    same = tuple(value.shape[2:]) == tuple(leaf.shape[2:])
+    return same and all(len(x.shape) == 4 and x.shape[0] == x.shape[1] for x in (value, leaf))
+
+
+def _widenable(name: str, value: Any, leaf: Any) -> bool:
+    """Whether a layer of a later stage is a plain one's that sees more channels (DVT, 3.2)."""
+    grown = value.ndim == len(leaf.shape) and value.shape[0] < leaf.shape[0]
+    later = re.match(r"stage_[1-9]\d*/blocks_\d+/(norm2/|mlp/fc1/kernel)", name)
+    return bool(later) and grown and value.shape[1:] == tuple(leaf.shape[1:])
+
+
+def _widen(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Lets the norm pass the new channels on, and the layer behind it ignore them at first."""
+    start = 1 if name.endswith("norm2/scale") else 0
+    wide = np.full(shape, start, value.dtype)
+    wide[: len(value)] = value
+    return wide
+
+
 def _prefix_length(count: int) -> int | None:
     """Tokens before a square grid among `count` positions: 0, 1 or 2, else None."""
     return next((p for p in range(3) if math.isqrt(count - p) ** 2 == count - p), None)
@@ -167,25 +201,3 @@ def _resize(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     cells = jnp.asarray(value[prefix:].reshape(old, old, width))
     resized = np.asarray(grid.resize_positions(cells, (new, new))).reshape(new * new, width)
     return np.concatenate([value[:prefix], resized])
-
-
-def _kernels(value: Any, leaf: Any) -> bool:
-    """Whether both are kernels [p, p, C, D] that differ in their patches alone."""
-    return all(
-        len(x.shape) == 4 and x.shape[0] == x.shape[1] and x.shape[2:] == leaf.shape[2:]
-        for x in (value, leaf)
-    )
-
-
-def resize_patches(kernel: np.ndarray, side: int) -> np.ndarray:
-    """Resizes a patch embedding [p, p, C, D] to patches of another side, [side, side, C, D].
-
-    FlexiViT's way (Beyer et al. 2023, section 3.4): the kernel whose products with resized patches
-    come closest to those of the old one with the patches as they were; for larger patches they are
-    equal. A kernel resized like an image would have products of another size.
-    """
-    old = kernel.shape[0]
-    pixels = jax.image.resize(np.eye(old), (side, old), "bilinear", antialias=False)
-    back = np.linalg.pinv(np.asarray(pixels, np.float64).T)
-    resized = np.einsum("yh,xw,hwcd->yxcd", back, back, kernel, optimize=True)
-    return resized.astype(np.float32)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from msvit_jax.tokens import grid
 
@@ -143,6 +144,20 @@ def test_upsampling_matrices_are_the_published_ones(pair):
             over, _, under = weight.partition("/")
             expected[row, int(column)] = float(over) / float(under or 1)
     np.testing.assert_allclose(grid.upsampling(*pair), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [6, 9, 11])
+def test_a_resized_kernel_sees_enlarged_patches_as_it_saw_them_before(size):
+    rng = np.random.default_rng(size)
+    kernel, patches = rng.normal(size=(5, 5, 3, 4)), rng.normal(size=(7, 5, 5, 3))
+    resized = grid.resize_kernel(kernel, size)
+    channels = [
+        [Image.fromarray(p.astype(np.float32)).resize((size, size), Image.BILINEAR) for p in patch]
+        for patch in np.moveaxis(patches, -1, 1)
+    ]
+    enlarged = np.moveaxis(np.asarray(channels), 1, -1)
+    tokens = np.einsum("npqc,pqcd->nd", patches, kernel)
+    np.testing.assert_allclose(np.einsum("npqc,pqcd->nd", enlarged, resized), tokens, atol=1e-4)
 
 
 def test_an_empty_grid_is_told():

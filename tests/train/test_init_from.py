@@ -17,7 +17,10 @@ SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2,
 
 
 def _model(name="vit_tiny_patch16_224", **changes):
-    return create_model(name, **{**SIZES, **changes})
+    options = {**SIZES, **changes}
+    if "grids" in options:  # instead of a patch size
+        del options["patch_size"]
+    return create_model(name, **options)
 
 
 def _weights(model, seed=1):
@@ -48,6 +51,39 @@ def test_dense_model_goes_below_the_backbone():
         "scale_embed (not in the source)",
         "residual",
     }
+
+
+def test_every_stage_of_a_cascade_starts_from_a_dense_model():
+    dense = _model()
+    weights = _weights(dense)
+    cascade = _model("dvt_deit_small", grids=(2, 4), feature_reuse=False, relation_reuse=False)
+    taken, report = _fit(weights, cascade)
+    assert report.fresh == report.widened == report.unused == []
+    assert [line.split()[0] for line in report.resized] == [
+        "stage_0/patch_embed/proj/kernel",
+        "stage_0/pos_embed",
+    ]
+    params = init_from.params_for(cascade, taken)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    exits = cascade.apply({"params": params}, images).exits
+    expected = dense.apply({"params": init_from.params_for(dense, weights)}, images).logits
+    np.testing.assert_array_equal(exits[:, 1], expected)
+
+
+def test_layers_that_see_reused_features_ignore_them_at_first():
+    cascade = _model("dvt_deit_small", grids=(2, 4), feature_width=8, feature_hidden=8)
+    weights = _weights(_model())
+    taken, report = _fit(weights, cascade)
+    assert {name.split()[0] for name in report.widened} == {
+        f"stage_1/blocks_{layer}/{name}"
+        for layer in range(2)
+        for name in ("norm2/scale", "norm2/bias", "mlp/fc1/kernel")
+    }
+    assert {name.split("/")[0] for name in report.fresh} == {"reuse_1"}
+    kernel = taken["stage_1/blocks_0/mlp/fc1/kernel"]
+    np.testing.assert_array_equal(kernel[:16], weights["blocks_0/mlp/fc1/kernel"])
+    assert not kernel[16:].any()
+    np.testing.assert_array_equal(taken["stage_1/blocks_0/norm2/scale"][16:], np.ones(8))
 
 
 def test_other_scales_start_fresh_where_the_source_is_dense():

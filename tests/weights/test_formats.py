@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from msvit_jax import Predictor, create_model, list_models, weights
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import CASCADES
+from msvit_jax.tokens import grid
 from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
 from msvit_jax.weights import formats
@@ -226,7 +227,7 @@ def test_larger_patches_see_the_same_in_larger_images():
     patch = rng.standard_normal((4, 4, 3)).astype(np.float32)
     for side in (6, 8):
         larger = jax.image.resize(patch, (side, side, 3), "bilinear")
-        found = np.einsum("yxc,yxcd->d", larger, init_from.resize_patches(kernel, side))
+        found = np.einsum("yxc,yxcd->d", larger, grid.resize_kernel(kernel, side))
         expected = np.einsum("yxc,yxcd->d", patch, kernel)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
