@@ -7,6 +7,7 @@ mask hides is never kept for its own sake, never a host and never counted.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ class Stage:
         if self.keeps_all:
             return 0 * before
         removed = before - after
-        scores = before * width  # the class token's row
+        scores = before * width + width**2  # the class token's query, and its row
         merge = removed * after * width
         similarities = merge  # of each removed token to each that stays
         if self.reducer == "tome":
@@ -203,17 +204,24 @@ def start(x: Array, made: dict[int, Stage]) -> Carried:
 
 
 def reduce(
-    x: Array, query: Array, key: Array, mask: Mask | None, carried: Carried, stage: Stage
+    x: Array,
+    seen: Array,
+    key: Array,
+    mask: Mask | None,
+    carried: Carried,
+    stage: Stage,
+    queries: Callable[[Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     """Reduces tokens in any layout.
 
     Args:
       x: [B, N, D].
-      query: [B, N, H, d] of the layer's attention.
-      key: likewise.
+      seen: [B, N, D], what the layer's attention saw.
+      key: [B, N, H, d] that it made of that.
       mask: of the layer.
       carried: so far.
       stage: how.
+      queries: what the attention makes of what it sees: [B, M, D] -> [B, M, H, d].
 
     Returns:
       Tokens [B, K, D], their mask and their state.
@@ -223,13 +231,13 @@ def reduce(
         history = (*carried.history, carried.place)
         return x, mask, dataclasses.replace(carried, history=history)
     if not mask.shelves:
-        return _reduce_rows(x, query, key, mask, carried, stage)
+        return _reduce_rows(x, seen, key, mask, carried, stage, queries)
     groups, first = x.shape[0], 0
     parts, places = [], []
-    apart = shelves_apart(mask, x, query, key, carried.size, carried.luck)
-    for (rows, _), (own, (part, q, k, size, luck)) in zip(mask.shelves, apart, strict=True):
+    apart = shelves_apart(mask, x, seen, key, carried.size, carried.luck)
+    for (rows, _), (own, (part, s, k, size, luck)) in zip(mask.shelves, apart, strict=True):
         here = dataclasses.replace(start(part, {}), size=size, luck=luck)
-        parts.append(_reduce_rows(part, q, k, own, here, stage))
+        parts.append(_reduce_rows(part, s, k, own, here, stage, queries))
         count = parts[-1][0].shape[1]
         # Places of this shelf's rows within the group.
         row = jnp.arange(groups * rows, dtype=jnp.int32)[:, None] % rows
@@ -258,14 +266,21 @@ def reduce(
 
 
 def _reduce_rows(
-    x: Array, query: Array, key: Array, mask: Mask, carried: Carried, stage: Stage
+    x: Array,
+    seen: Array,
+    key: Array,
+    mask: Mask,
+    carried: Carried,
+    stage: Stage,
+    queries: Callable[[Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     member, prefix = _who(x, mask, stage.prefix)
     tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.luck)
     if stage.reducer == "tome":
         tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
     elif stage.reducer != "random":
-        asking = merging.importance_queries(query, tokens, mean=stage.mean_query)
+        # A linear map of a mean is the mean of the mapped.
+        asking = queries(merging.who_asks(seen, tokens, mean=stage.mean_query))
         importance = merging.attention_received(asking, key, member)
         tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]

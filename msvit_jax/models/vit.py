@@ -131,39 +131,47 @@ class QKV(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> list[Array]:
-        """[B, N, D] -> three of [B, N, heads, D / heads]."""
+    def __call__(self, x: Array, parts: int = 3) -> list[Array]:
+        """[B, N, D] -> three of [B, N, heads, D / heads], or the first `parts` of them."""
         width = x.shape[-1]
         kernel = self.param("kernel", init_weights, (width, 3 * width))
         shape = (3, self.heads, width // self.heads)
         kernel = kernel.astype(self.dtype).reshape(width, *shape)
-        if x.shape[0] * x.shape[1] < width:
+        if parts == 3 and x.shape[0] * x.shape[1] < width:
             whole = jnp.einsum("bnd,dche->bnche", x, kernel)
-            parts = [whole[:, :, i] for i in range(3)]
+            made = [whole[:, :, i] for i in range(3)]
         else:
-            parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
+            made = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(parts)]
         if not self.bias:
-            return parts
+            return made
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         shift = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
-        return [part + shift[i] for i, part in enumerate(parts)]
+        return [part + shift[i] for i, part in enumerate(made)]
 
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
+    width: int
     heads: int
     qkv_bias: bool = True
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the submodules."""
+        self.qkv = QKV(self.heads, self.qkv_bias, self.dtype)
+        self.proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init_weights)
+
     def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
         """[B, N, D] -> [B, N, D], and its queries and keys; `mask` as in `attention`."""
-        query, key, value = QKV(self.heads, self.qkv_bias, self.dtype, name="qkv")(x)
+        query, key, value = self.qkv(x)
         mixed = attention(query, key, value, mask, implementation=self.implementation)
-        dense = {"dtype": self.dtype, "kernel_init": init_weights}
-        return nn.Dense(x.shape[-1], name="proj", **dense)(mixed.reshape(x.shape)), query, key
+        return self.proj(mixed.reshape(x.shape)), query, key
+
+    def queries(self, x: Array) -> Array:
+        """The queries alone: [B, N, D] -> [B, N, heads, D / heads]."""
+        return self.qkv(x, parts=1)[0]
 
 
 class MLP(nn.Module):
@@ -213,7 +221,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Makes the submodules and parameters."""
         self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
-        self.attn = Attention(self.heads, self.qkv_bias, self.attention_impl, self.dtype)
+        self.attn = Attention(
+            self.width, self.heads, self.qkv_bias, self.attention_impl, self.dtype
+        )
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
         self.mlp = MLP(self.hidden, self.width, self.dtype)
         if self.layer_scale is not None:
@@ -221,9 +231,10 @@ class Block(nn.Module):
             self.ls2 = LayerScale(self.layer_scale)
 
     def _mix_tokens(
-        self, x: Array, drop_rate: Array | None, mask: Mask | None
+        self, x: Array, seen: Array, drop_rate: Array | None, mask: Mask | None
     ) -> tuple[Array, Array, Array]:
-        branch, query, key = self.attn(self.norm1(x), mask)
+        """Attention's half, with its queries and keys; `seen` is the norm of x."""
+        branch, query, key = self.attn(seen, mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
         return x + self._maybe_dropped(branch, drop_rate, mask), query, key
@@ -250,7 +261,7 @@ class Block(nn.Module):
           drop_rate: scalar, probability of dropping each branch of an image; None: never.
           mask: which tokens see which, and whose they are; None: a row is an image.
         """
-        x, _, _ = self._mix_tokens(x, drop_rate, mask)
+        x, _, _ = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
         return self._mix_channels(x, drop_rate, mask)
 
     def reducing(
@@ -258,8 +269,13 @@ class Block(nn.Module):
     ) -> tuple[Array, Mask, Carried]:
         """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
         assert self.stage is not None
-        x, query, key = self._mix_tokens(x, drop_rate, mask)
-        x, shorter, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
+        seen = self.norm1(x)
+        x, _, key = self._mix_tokens(x, seen, drop_rate, mask)
+        # Who asks what is important makes its query anew: where all queries are used besides, the
+        # TPU compiler keeps the scores of every layer in memory, twice a softmax's time.
+        x, shorter, carried = reduction.reduce(
+            x, seen, key, mask, carried, self.stage, self.attn.queries
+        )
         return self._mix_channels(x, drop_rate, shorter), shorter, carried
 
     def reusing(
@@ -277,7 +293,7 @@ class Block(nn.Module):
           [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
         """
         mask = None if relation is None else Mask(bias=relation)
-        x, query, key = self._mix_tokens(x, drop_rate, mask)
+        x, query, key = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
         # The product that attention makes of them, too: XLA computes it once.
         return self._mix_channels(x, drop_rate, mask, features), scores(query, key, mask)
 

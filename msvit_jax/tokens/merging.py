@@ -178,7 +178,7 @@ def attention_received(query: Array, key: Array, member: Array) -> Array:
     of any implementation.
 
     Args:
-      query: [B, M, H, d], one per image: see `importance_queries`.
+      query: [B, M, H, d], one per image, of the token that `who_asks`.
       key: [B, N, H, d].
       member: [B, N, M] bool.
 
@@ -195,25 +195,25 @@ def attention_received(query: Array, key: Array, member: Array) -> Array:
     return (shares / jnp.where(total > 0, total, 1)).sum(axis=2).mean(axis=1)
 
 
-def importance_queries(query: Array, tokens: Tokens, *, mean: bool) -> Array:
-    """The query of each image that says what is important: [B, N, H, d] -> [B, M, H, d].
+def who_asks(seen: Array, tokens: Tokens, *, mean: bool) -> Array:
+    """The token of each image whose query says what is important: [B, N, D] -> [B, M, D].
 
     Args:
-      query: of all tokens.
+      seen: what attention makes its queries of.
       tokens: that they belong to; the first of each image is its class token, unless
-      mean: take the mean query of the image's patch tokens, each counted by its size.
+      mean: take the mean of the image's patch tokens, each counted by its size.
     """
     if mean:
         weight = jnp.where(tokens.member & tokens.patch[:, :, None], tokens.size[:, :, None], 0)
         weight = weight / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
     elif tokens.member.shape[2] == 1:
-        return query[:, :1]
+        return seen[:, :1]
     else:
         weight = tokens.member & (jnp.cumsum(tokens.member, axis=1) == 1)
-    empty = ~tokens.member.any(axis=2)[:, :, None, None]
-    query = jnp.where(empty, 0, query)
-    exact = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    return jnp.einsum("bnm,bnhd->bmhd", weight.astype(query.dtype), query, precision=exact)
+    empty = ~tokens.member.any(axis=2)[:, :, None]
+    seen = jnp.where(empty, 0, seen)
+    exact = lax.Precision.HIGHEST if seen.dtype == jnp.float32 else None
+    return jnp.einsum("bnm,bnd->bmd", weight.astype(seen.dtype), seen, precision=exact)
 
 
 def luck_of(x: Array) -> Array:
