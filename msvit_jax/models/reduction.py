@@ -52,23 +52,24 @@ class Stage:
         """The counts that it leaves of up to `most` patch tokens."""
         return merging.Plan(self.reducer, most, keep=self.keep, remove=self.remove)
 
-    def macs(self, before: np.ndarray, after: np.ndarray, width: int, key_width: int) -> np.ndarray:
+    def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
         """Multiply-accumulates of deciding and merging, for sequences with their prefix.
 
         Args:
           before: tokens, any shape.
           after: likewise.
           width: channels of a token.
-          key_width: channels of a key.
+          heads: of the attention.
         """
         if self.keeps_all:
             return 0 * before
         removed = before - after
-        scores = before * width + width**2  # the class token's query, and its row
+        # The class token's query, that through the keys' kernel, and its row for every head.
+        scores = 2 * width**2 + before * width * heads
         merge = removed * after * width
         similarities = merge  # of each removed token to each that stays
         if self.reducer == "tome":
-            return before / 2 * before / 2 * key_width + merge
+            return before / 2 * before / 2 * (width // heads) + merge
         parts = {"random": 0 * scores, "topk": scores, "evit": scores + merge}
         return parts.get(self.reducer, scores + similarities + merge)
 
@@ -210,7 +211,7 @@ def reduce(
     mask: Mask | None,
     carried: Carried,
     stage: Stage,
-    queries: Callable[[Array], Array],
+    scores: Callable[[Array, Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     """Reduces tokens in any layout.
 
@@ -221,7 +222,8 @@ def reduce(
       mask: of the layer.
       carried: so far.
       stage: how.
-      queries: what the attention makes of what it sees: [B, M, D] -> [B, M, H, d].
+      scores: what a few tokens would see in that attention, before the softmax and up to what is
+        the same for all: [B, M, D], [B, N, D] -> [B, H, M, N].
 
     Returns:
       Tokens [B, K, D], their mask and their state.
@@ -231,13 +233,13 @@ def reduce(
         history = (*carried.history, carried.place)
         return x, mask, dataclasses.replace(carried, history=history)
     if not mask.shelves:
-        return _reduce_rows(x, seen, key, mask, carried, stage, queries)
+        return _reduce_rows(x, seen, key, mask, carried, stage, scores)
     groups, first = x.shape[0], 0
     parts, places = [], []
     apart = shelves_apart(mask, x, seen, key, carried.size, carried.luck)
     for (rows, _), (own, (part, s, k, size, luck)) in zip(mask.shelves, apart, strict=True):
         here = dataclasses.replace(start(part, {}), size=size, luck=luck)
-        parts.append(_reduce_rows(part, s, k, own, here, stage, queries))
+        parts.append(_reduce_rows(part, s, k, own, here, stage, scores))
         count = parts[-1][0].shape[1]
         # Places of this shelf's rows within the group.
         row = jnp.arange(groups * rows, dtype=jnp.int32)[:, None] % rows
@@ -272,16 +274,16 @@ def _reduce_rows(
     mask: Mask,
     carried: Carried,
     stage: Stage,
-    queries: Callable[[Array], Array],
+    scores: Callable[[Array, Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     member, prefix = _who(x, mask, stage.prefix)
     tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.luck)
     if stage.reducer == "tome":
         tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
     elif stage.reducer != "random":
-        # A linear map of a mean is the mean of the mapped.
-        asking = queries(merging.who_asks(seen, tokens, mean=stage.mean_query))
-        importance = merging.attention_received(asking, key, member)
+        # The query of a mean of tokens is the mean of their queries.
+        asking = merging.who_asks(seen, tokens, mean=stage.mean_query)
+        importance = merging.attention_received(scores(asking, seen), member)
         tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]
     # A row ends with a run of empty places, which is no image.

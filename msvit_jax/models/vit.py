@@ -131,22 +131,40 @@ class QKV(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, parts: int = 3) -> list[Array]:
-        """[B, N, D] -> three of [B, N, heads, D / heads], or the first `parts` of them."""
-        width = x.shape[-1]
-        kernel = self.param("kernel", init_weights, (width, 3 * width))
+    def _parameters(self, width: int) -> tuple[Array, Array | None]:
+        """The kernel [D, 3, heads, d] and the bias [3, 1, 1, heads, d]."""
         shape = (3, self.heads, width // self.heads)
+        kernel = self.param("kernel", init_weights, (width, 3 * width))
         kernel = kernel.astype(self.dtype).reshape(width, *shape)
-        if parts == 3 and x.shape[0] * x.shape[1] < width:
-            whole = jnp.einsum("bnd,dche->bnche", x, kernel)
-            made = [whole[:, :, i] for i in range(3)]
-        else:
-            made = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(parts)]
         if not self.bias:
-            return made
+            return kernel, None
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
-        shift = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
-        return [part + shift[i] for i, part in enumerate(made)]
+        return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
+
+    def __call__(self, x: Array) -> list[Array]:
+        """[B, N, D] -> three of [B, N, heads, D / heads]."""
+        kernel, bias = self._parameters(x.shape[-1])
+        if x.shape[0] * x.shape[1] < x.shape[-1]:
+            whole = jnp.einsum("bnd,dche->bnche", x, kernel)
+            parts = [whole[:, :, i] for i in range(3)]
+        else:
+            parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
+        if bias is None:
+            return parts
+        return [part + bias[i] for i, part in enumerate(parts)]
+
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What M tokens would see of N: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
+
+        Attention's scores before the softmax, less what is the same for all N. The few queries go
+        through the kernel of the keys instead of the many tokens, so that nothing is used which
+        attention has made for itself: a TPU then keeps none of that in memory.
+        """
+        kernel, bias = self._parameters(x.shape[-1])
+        query = jnp.einsum("bmd,dhe->bmhe", asking, kernel[:, 0])
+        query = (query if bias is None else query + bias[0]) * query.shape[-1] ** -0.5
+        folded = jnp.einsum("bmhe,dhe->bmhd", query, kernel[:, 1])
+        return jnp.einsum("bmhd,bnd->bhmn", folded, x, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -169,9 +187,9 @@ class Attention(nn.Module):
         mixed = attention(query, key, value, mask, implementation=self.implementation)
         return self.proj(mixed.reshape(x.shape)), query, key
 
-    def queries(self, x: Array) -> Array:
-        """The queries alone: [B, N, D] -> [B, N, heads, D / heads]."""
-        return self.qkv(x, parts=1)[0]
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What the asking tokens would see: [B, M, D], [B, N, D] -> [B, heads, M, N] float32."""
+        return self.qkv.scores(asking, x)
 
 
 class MLP(nn.Module):
@@ -271,10 +289,8 @@ class Block(nn.Module):
         assert self.stage is not None
         seen = self.norm1(x)
         x, _, key = self._mix_tokens(x, seen, drop_rate, mask)
-        # Who asks what is important makes its query anew: where all queries are used besides, the
-        # TPU compiler keeps the scores of every layer in memory, twice a softmax's time.
         x, shorter, carried = reduction.reduce(
-            x, seen, key, mask, carried, self.stage, self.attn.queries
+            x, seen, key, mask, carried, self.stage, self.attn.scores
         )
         return self._mix_channels(x, drop_rate, shorter), shorter, carried
 
@@ -559,8 +575,7 @@ class ViT(nn.Module):
         )
         total = self.embed_macs + blocks.sum(axis=0) + self.head_macs
         for layer, stage in self.stages.items():
-            key_width = self.width // self.heads
-            total = total + stage.macs(left[layer], left[layer + 1], self.width, key_width)
+            total = total + stage.macs(left[layer], left[layer + 1], self.width, self.heads)
         return total
 
     @property

@@ -171,22 +171,19 @@ def compose(first: Array, then: Array) -> Array:
     return take(then, jnp.where(first < 0, then.shape[1], first), fill=-1)
 
 
-def attention_received(query: Array, key: Array, member: Array) -> Array:
+def attention_received(scores: Array, member: Array) -> Array:
     """The attention that each token gets from one query of its image, mean over heads.
 
-    Only one row of each image's attention matrix is computed, so the model's own attention can be
+    Only one row of each image's attention matrix is wanted, so the model's own attention can be
     of any implementation.
 
     Args:
-      query: [B, M, H, d], one per image, of the token that `who_asks`.
-      key: [B, N, H, d].
+      scores: [B, H, M, N] float32, before the softmax, of the token of each image that `who_asks`.
       member: [B, N, M] bool.
 
     Returns:
       [B, N] float32, sums to 1 over the tokens of an image; 0 for inactive places.
     """
-    scaled = query * query.shape[-1] ** -0.5
-    scores = jnp.einsum("bmhd,bnhd->bhmn", scaled, key, preferred_element_type=jnp.float32)
     seen = member.transpose(0, 2, 1)[:, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     largest = jnp.where(seen.any(axis=3, keepdims=True), scores.max(axis=3, keepdims=True), 0)

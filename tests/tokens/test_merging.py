@@ -245,10 +245,9 @@ def test_importance_is_the_attention_of_the_class_token_or_the_mean_patch(kind, 
     # Queries are a linear map of what is seen; here they are what is seen, cut into heads.
     seen = jnp.asarray(query.reshape(ROWS, PLACES, -1))
     asking = merging.who_asks(seen, jax.tree.map(jnp.asarray, tokens), mean=mean)
-    asking = asking.reshape(ROWS, -1, heads, channels)
-    found = np.asarray(
-        merging.attention_received(asking, jnp.asarray(key), jnp.asarray(tokens.member))
-    )
+    asking = asking.reshape(ROWS, -1, heads, channels) / math.sqrt(channels)
+    scores = jnp.einsum("bmhd,bnhd->bhmn", asking, jnp.asarray(key))
+    found = np.asarray(merging.attention_received(scores, jnp.asarray(tokens.member)))
     expected = np.zeros((ROWS, PLACES))
     for row in range(ROWS):
         for image in images_of(tokens, row):
