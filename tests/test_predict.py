@@ -13,7 +13,7 @@ from msvit_jax.data import decode
 from msvit_jax.inference import Predictor
 from msvit_jax.train import loop
 from msvit_jax.train.step import normalise
-from tests import tiny_run
+from tests import jitted, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def _expected(workdir, files, threshold):
     run = checkpoint.load_run(workdir)
     images = np.stack([decode.read_file(file, tiny_run.SIDE, 1.0) for file in files])
     images = normalise(images, run.model.mean, run.model.std)
-    return run.model.apply(run.variables, images, train=False, threshold=threshold)
+    return jitted.apply(run.model, run.variables, images, train=False, threshold=threshold)
 
 
 def _predict(*arguments):
