@@ -14,7 +14,7 @@ import msvit_jax
 from msvit_jax import flops
 from msvit_jax.models import gate as gates
 from msvit_jax.models import vit
-from tests.jitted import apply, init
+from tests.jitted import apply
 from tests.models.test_vit import TINY, make, make_rough, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
@@ -104,7 +104,7 @@ def test_slots_equal_the_papers_masked_transformer(seed, share):
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_all_fine_is_the_plain_transformer(pool):
-    model, variables, images = make(NAME, gate="fine", pool=pool)
+    model, variables, images = make_rough(NAME, gate="fine", pool=pool)
     plain = apply(model.backbone, {"params": variables["params"]["backbone"]}, images)
     output = apply(model, variables, images)
     np.testing.assert_allclose(output.logits, plain.logits, rtol=1e-5, atol=1e-6)
@@ -112,7 +112,7 @@ def test_all_fine_is_the_plain_transformer(pool):
 
 
 def test_all_coarse_is_the_plain_transformer_on_the_halved_image():
-    model, variables, images = make(NAME, gate="coarse")
+    model, variables, images = make_rough(NAME, gate="coarse")
     halved = (
         images[:, ::2, ::2] + images[:, 1::2, ::2] + images[:, ::2, 1::2] + images[:, 1::2, 1::2]
     ) / 4
@@ -138,7 +138,8 @@ def test_all_coarse_is_the_plain_transformer_on_the_halved_image():
     ],
 )
 def test_gradients_reach_every_parameter(options):
-    model, variables, images = make_rough(NAME, gate_bias=0.0, **options)
+    depth = 2 if options.get("scan_layers") else 1
+    model, variables, images = make_rough(NAME, gate_bias=0.0, depth=depth, **options)
     labels = jnp.asarray([0, 1, 2])
 
     def loss(v):
@@ -158,11 +159,17 @@ def test_gradients_reach_every_parameter(options):
 
 @pytest.mark.parametrize("options", [{"scale_embedding": True}, {"coarse_residual": True}])
 def test_zero_initialised_options_start_as_the_model_without(options):
-    plain, variables, images = make(NAME)
+    plain, variables, images = make_rough(NAME)
     model = plain.clone(**options)
-    extended = init(model, images)
-    extended["params"]["backbone"] = variables["params"]["backbone"]
-    extended["params"]["gate_mlp"] = variables["params"]["gate_mlp"]
+
+    @jax.jit
+    def started():  # compiles what the option adds alone
+        made = model.init(jax.random.key(0), images)["params"]
+        return {name: made[name] for name in made.keys() - variables["params"].keys()}
+
+    added = started()
+    assert added
+    extended = {"params": {**variables["params"], **added}}
     coarse = jnp.asarray([[0, 1, 0, 1.0]] * 3)
     chex.assert_trees_all_close(
         apply(model, extended, images, coarse=coarse).logits,
@@ -171,7 +178,7 @@ def test_zero_initialised_options_start_as_the_model_without(options):
 
 
 def test_separate_coarse_embedding_sees_full_resolution():
-    model, variables, images = make(NAME, gate="coarse", coarse_embedding="separate")
+    model, variables, images = make_rough(NAME, gate="coarse", coarse_embedding="separate")
     kernel = variables["params"]["coarse_embed"]["proj"]["kernel"]
     assert kernel.shape == (16, 16, 3, 16)
     checker = jnp.asarray(np.indices((32, 32)).sum(0) % 2 * 2.0 - 1, jnp.float32)[None, :, :, None]
@@ -306,11 +313,11 @@ def test_macs_fall_with_the_tokens():
 )
 def test_bad_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
-        make(NAME, **options)
+        make_rough(NAME, **options)
 
 
 def test_bad_images_and_decisions_are_told():
-    model, variables, images = make(NAME)
+    model, variables, images = make_rough(NAME)
     with pytest.raises(ValueError, match="multiple of 16"):
         model.apply(variables, jnp.zeros((1, 40, 32, 3)))
     with pytest.raises(ValueError, match="coarse has shape"):

@@ -180,7 +180,7 @@ def test_forward_equals_a_numpy_transformer(overrides):
 
 
 def test_distilled_model_returns_both_heads_in_training():
-    model, variables, images = make(distilled=True)
+    model, variables, images = make_rough(distilled=True)
     train = apply(model, variables, images, train=True)
     chex.assert_trees_all_close(
         (train.logits + train.distilled_logits) / 2, apply(model, variables, images).logits
@@ -188,7 +188,7 @@ def test_distilled_model_returns_both_heads_in_training():
 
 
 def test_register_tokens_are_seen_but_have_no_position():
-    model, variables, images = make(register_tokens=3, prefix_positions=False)
+    model, variables, images = make_rough(register_tokens=3, prefix_positions=False)
     assert variables["params"]["pos_embed"].shape == (16, 16)
     changed = jax.tree.map(lambda x: x, variables)
     changed["params"]["reg_tokens"] = changed["params"]["reg_tokens"] + 1
@@ -220,7 +220,7 @@ def test_scanned_and_recomputed_blocks_compute_the_same(remat):
 
 
 def test_positions_are_resized_for_other_image_sizes():
-    model, variables, _ = make()
+    model, variables, _ = make_rough()
     larger = jax.random.normal(jax.random.key(2), (2, 48, 32, 3))
     output = apply(model, variables, larger)
     chex.assert_shape(output.logits, (2, 5))
@@ -241,7 +241,7 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
 
 
 def test_drop_path_acts_in_training_alone():
-    model, variables, images = make(drop_path=0.9)
+    model, variables, images = make_rough(drop_path=0.9)
     still = apply(model, variables, images).logits
     a, b = (
         apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(k)}).logits
@@ -284,7 +284,7 @@ class ModulesUnderTransformations(chex.TestCase):
     ],
 )
 def test_wrong_images_are_told(shape, message):
-    model, variables, _ = make()
+    model, variables, _ = make_rough()
     with pytest.raises(ValueError, match=message):
         model.apply(variables, jnp.zeros(shape))
 
@@ -301,7 +301,7 @@ def test_wrong_images_are_told(shape, message):
 )
 def test_values_that_do_not_fit_together_are_told(overrides, message):
     with pytest.raises(ValueError, match=message):
-        make(**overrides)
+        make_rough(**overrides)
 
 
 def test_unknown_model_names_the_nearest():
