@@ -168,6 +168,7 @@ def test_the_command_prints_a_table_and_then_json(mixed):
     assert (mixed / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_message_and_no_traceback(tmp_path):
     done = _eval(f"--workdir={tmp_path}")
     assert done.returncode == 2

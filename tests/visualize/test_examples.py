@@ -192,6 +192,7 @@ def test_a_model_that_gives_all_tokens_to_all_images_has_nothing_to_draw(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_message_alone(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "msvit_jax.visualize", f"--workdir={tmp_path}"],
