@@ -22,7 +22,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m msvit_jax.demo --workdir=$(RUNS)/demo --data_dir=$(DATA_DIR)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -25,14 +25,6 @@ DENSE, MIXED, MERGENCE = (f"{kind}deit_tiny_patch16_224" for kind in ("", "msvit
 REDUCERS = ("mergence", "topk", "evit", "tome", "random")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These tests compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def make(name, batch=3, **options):
     """A model, parameters that are random everywhere, and images."""
