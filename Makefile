@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DATA_DIR ?= $(HOME)/tensorflow_datasets
 RUNS ?= runs
 
-.PHONY: demo test lint format study clean
+.PHONY: demo test notebooks notebooks-in-place docs lint format study clean
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or run: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
@@ -18,11 +18,29 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
+	@touch $@
+
 demo: $(VENV)/.ready
 	$(BIN)/python -m msvit_jax.demo --workdir=$(RUNS)/demo --data_dir=$(DATA_DIR)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Whether the notebooks run, with few examples; writes nothing.
+notebooks: $(VENV)/.ready
+	$(BIN)/python tools/run_notebooks.py --fast notebooks/*.ipynb
+
+# Runs them for real and keeps their outputs.
+notebooks-in-place: $(VENV)/.ready
+	rm -rf notebooks/runs
+	$(BIN)/python tools/run_notebooks.py notebooks/*.ipynb
+
+docs: $(VENV)/.ready-docs
+	rm -rf docs/_build docs/api
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+	@echo "docs/_build/index.html"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -37,4 +55,4 @@ study: $(VENV)/.ready
 	$(BIN)/python studies/digits.py --workdir=$(RUNS)/study --data_dir=$(DATA_DIR)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) docs/_build docs/api build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

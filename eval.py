@@ -1,13 +1,15 @@
 """Evaluates a run: python eval.py --workdir=DIR [--sweep] [--budget_curve].
 
-Prints a table, then one JSON object as the last line. --model.key=value and --data.key=value
-change the model or the data it is evaluated with: --model.gate=random --model.fine_share=0.3.
+Or a weights file, of any format that the library reads: --weights=FILE --config=FILE. Prints a
+table, then one JSON object as the last line. --model.key=value and --data.key=value change the
+model or the data it is evaluated with: --model.gate=random --model.fine_share=0.3.
 """
 
 import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,8 @@ from msvit_jax import config, errors, evaluate, launch
 from msvit_jax.inference.thresholds import CRITERIA
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's workdir.")
+_CONFIG = flags.DEFINE_string("config", None, "Config of the model and data for --weights.")
+_WEIGHTS = flags.DEFINE_string("weights", None, "Weights file to evaluate instead of a checkpoint.")
 _WHICH = flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
 _SPLIT = flags.DEFINE_string("split", None, "Split to evaluate; the config's eval_split if unset.")
 _BATCH = flags.DEFINE_integer("batch_size", None, "Global batch size; the config's if unset.")
@@ -36,26 +40,41 @@ _CRITERION = flags.DEFINE_enum(
 _FIT = flags.DEFINE_integer(
     "fit_examples", 20_000, "Training images that --budget_curve fits thresholds on."
 )
-flags.mark_flags_as_required(["workdir"])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Evaluates."""
-    launch.start(argv)
+def _check_weights_flags() -> None:
+    if not _CONFIG.value:
+        raise errors.UserError("--weights needs --config=FILE, which names the model and the data.")
+    if _WORKDIR.value or _SWEEP.value or _CURVE.value:
+        raise errors.UserError("--workdir, --sweep and --budget_curve are for runs, not --weights.")
+
+
+def _evaluate_run(given: dict[str, Any]) -> dict[str, Any]:
     curve = {
         "budgets": [float(b) for b in _BUDGETS.value],
         "criterion": _CRITERION.value,
         "fit_examples": _FIT.value,
     }
-    result = evaluate.evaluate_run(
+    return evaluate.evaluate_run(
         pathlib.Path(_WORKDIR.value),
         which=_WHICH.value,
-        split=_SPLIT.value,
-        batch_size=_BATCH.value,
-        overrides=overrides,
         thresholds=[float(t) for t in _THRESHOLDS.value] if _SWEEP.value else (),
         curve=curve if _CURVE.value else None,
+        **given,
     )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluates."""
+    launch.start(argv)
+    given = {"split": _SPLIT.value, "batch_size": _BATCH.value, "overrides": overrides}
+    if _WEIGHTS.value:
+        _check_weights_flags()
+        result = evaluate.evaluate_weights(_WEIGHTS.value, _CONFIG.value, **given)
+    elif _WORKDIR.value:
+        result = _evaluate_run(given)
+    else:
+        raise errors.UserError("Give --workdir=DIR, or --weights=FILE and --config=FILE.")
     if jax.process_index() == 0:
         print(json.dumps(result))
 

@@ -13,7 +13,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: it brings Orbax and the data pipeline, which a model alone does not need.
+    # On first use: they bring Orbax and the data pipeline, which a model alone does not need.
     if name == "Predictor":
         return importlib.import_module("msvit_jax.inference").Predictor
+    if name == "export":
+        return importlib.import_module("msvit_jax.export")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -102,7 +102,7 @@ class Checkpoints:
         Damaged newer ones are moved to `damaged_checkpoints/`.
 
         Args:
-          like: a state of `jax.ShapeDtypeStruct`s with shardings.
+          like: a state of shapes (`jax.ShapeDtypeStruct`) with shardings.
 
         Returns:
           The state, or None if there is no checkpoint; and a message for each damaged one.

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, losses, metrics, sharding
+from msvit_jax import checkpoint, data, flops, losses, metrics, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
@@ -254,17 +254,13 @@ def evaluate_run(
     model = configs.build_model(config)
     step = checkpoint.find_step(workdir, which)
     mesh = sharding.make_mesh()
-    params = init_from.params_for(model, checkpoint.load_params(workdir, str(step)))
+    params, _ = init_from.params_for(model, checkpoint.load_params(workdir, str(step)))
     params = jax.device_put(params, sharding.replicated(mesh))
     size = batch_size or config.eval_batch_size or config.batch_size
     evaluator = Evaluator(model, config.data, batch_size=size, mesh=mesh, split=split)
     about = {"model": config.model.name, "workdir": str(workdir), "step": step}
     figures = {**about, **evaluator(params).figures}
-    _print([figures], COLUMNS)
-    if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
-        print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
-    if "exits_top1" in figures:
-        _print(_exits(figures, model), ("exit", "tokens", "top1", "gmacs"))
+    _print_figures(figures, model)
     if thresholds:
         figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
     if curve is not None:
@@ -275,6 +271,48 @@ def evaluate_run(
         if jax.process_index() == 0:
             print(f"written: {workdir / budgets.CSV_FILE}, {workdir / budgets.PLOT_FILE}")
     return figures
+
+
+def evaluate_weights(
+    source: str,
+    config_file: str,
+    *,
+    split: str | None = None,
+    batch_size: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Evaluates weights of any format and prints a table; what `eval.py --weights` does.
+
+    Args:
+      source: see `weights.load`.
+      config_file: of the model and the data.
+      split: None: the config's.
+      batch_size: global; None: the config's.
+      overrides: 'model.gate=random' and the like.
+
+    Returns:
+      The figures, with `model` and `weights`.
+    """
+    checkpoint.quiet_orbax()
+    config = configs.load(config_file, overrides)
+    config = configs.resolve(config, data.dataset_info(config.data).num_classes)
+    model = configs.build_model(config)
+    params, report = weights.load_params(source, model)
+    if jax.process_index() == 0:
+        print(f"{source}: {report}")
+    size = batch_size or config.eval_batch_size or config.batch_size
+    found = evaluate(model, params, config.data, batch_size=size, split=split)
+    figures = {"model": config.model.name, "weights": source, **found}
+    _print_figures(figures, model)
+    return figures
+
+
+def _print_figures(figures: dict[str, Any], model: Any) -> None:
+    _print([figures], COLUMNS)
+    if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
+        print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
+    if "exits_top1" in figures:
+        _print(_exits(figures, model), ("exit", "tokens", "top1", "gmacs"))
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def xla_macs(function: Callable[..., Any], *arguments: Any) -> float:
 
     Args:
       function: a function that `jax.jit` takes.
-      *arguments: arrays or `jax.ShapeDtypeStruct`s.
+      *arguments: arrays, or their shapes (`jax.ShapeDtypeStruct`).
     """
     analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
     return float(analysis["flops"]) / 2

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from msvit_jax import checkpoint, data, evaluate, flops, sharding
+from msvit_jax import checkpoint, data, evaluate, flops, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
 from msvit_jax.train import loop
+from msvit_jax.train.optimizer import flat_names
 from msvit_jax.train.step import normalise
 from tests import jitted, tiny_run
 
@@ -39,6 +41,19 @@ def cascade(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("cascade")
     loop.train(tiny_run.dvt(steps=6), workdir)
     return workdir
+
+
+def test_weights_by_other_names_are_evaluated_like_their_run(dense, tmp_path, capsys):
+    run, file = checkpoint.load_run(dense), tmp_path / "w.safetensors"
+    save_file(weights.to_theirs("timm", flat_names(run.variables["params"]), run.model), file)
+    config = tmp_path / "config.py"
+    config.write_text("from tests import tiny_run\n\nget_config = tiny_run.config\n")
+    expected = evaluate.evaluate_run(dense)
+    figures = evaluate.evaluate_weights(str(file), str(config))
+    assert figures.pop("weights") == str(file)
+    assert f"{file}: 32 parameters matched" in capsys.readouterr().out
+    same = expected.keys() - {"workdir", "step"}
+    assert {key: figures[key] for key in same} == {key: expected[key] for key in same}
 
 
 def _expected(run):

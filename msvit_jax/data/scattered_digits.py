@@ -66,6 +66,14 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             clutter=4,
         ),
         ScatteredDigitsConfig(
+            name="small",
+            description="Smaller canvases on which digits move less: learned in minutes.",
+            canvas=32,
+            digit_size=(15.0, 19.0),
+            train_examples=8_000,
+            validation_examples=1_000,
+        ),
+        ScatteredDigitsConfig(
             name="tiny",
             description="The default variant with few examples, for tests and trials.",
             train_examples=320,

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from msvit_jax import checkpoint, sharding
+from msvit_jax import checkpoint, sharding, weights
 from msvit_jax.errors import UserError
 from msvit_jax.inference import shapes
 from msvit_jax.inference import thresholds as exits
@@ -24,6 +24,8 @@ from msvit_jax.inference.images import Images, Source, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Programs, carry_name, stage_name
 from msvit_jax.models.layout import in_slots
+from msvit_jax.models.registry import create_model
+from msvit_jax.train.init_from import Report
 
 _PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
 
@@ -93,7 +95,10 @@ class Predictor:
       model: in the slots layout.
       class_names: of its classes, if they are known.
       crop: see `__init__`.
+      report: what became of the parameters of a weights file; None otherwise.
     """
+
+    report: Report | None = None
 
     def __init__(
         self,
@@ -168,20 +173,29 @@ class Predictor:
         path: str | pathlib.Path,
         which: str = "best",
         *,
+        model: str | nn.Module | None = None,
         budget: float | None = None,
         **options: Any,
     ) -> "Predictor":
-        """Loads a trained run with its class names and the crop of its evaluation.
+        """Loads a trained run with its class names and the crop of its evaluation, or weights.
 
         Args:
-          path: workdir of the run.
-          which: 'best', 'latest', or a step.
-          budget: of a cascade, mean GMACs per image, by the thresholds that eval.py fitted.
+          path: workdir of the run; or a weights file of any format that `weights.load` reads.
+          which: of the run: 'best', 'latest', or a step.
+          model: of a weights file: a name of the registry, or a module for other sizes; None: the
+            one that our own files describe. Positions and patch kernels are resized to it, see
+            `report`.
+          budget: of a cascade's run, mean GMACs per image, by the thresholds that eval.py fitted.
           **options: of the Predictor.
 
         Raises:
-          UserError: see `checkpoint.load_run` and `budgets.fitted_thresholds`.
+          UserError: see `checkpoint.load_run`, `budgets.fitted_thresholds` and
+            `weights.load_params`; or the model of a file is not known.
         """
+        if (file := weights.file_of(path)) is not None:
+            return cls._load_file(file, model, budget, options)
+        if model is not None:
+            raise UserError("model= is for weights files; a run says itself what its model is.")
         step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
         run = checkpoint.load_run(path, step)
         about = checkpoint.read_about(path, step)
@@ -191,6 +205,23 @@ class Predictor:
             exits.check_budget(budget * 1e9, run.model.exit_macs())
             known["thresholds"] = fitted_thresholds(path, budget)
         return cls(run.model, run.variables, **{**known, **options})
+
+    @classmethod
+    def _load_file(
+        cls, file: pathlib.Path, model: Any, budget: float | None, options: dict[str, Any]
+    ) -> "Predictor":
+        if budget is not None:
+            raise UserError("budget= is for runs, whose thresholds eval.py has fitted.")
+        about = weights.describe(file) or {}
+        if isinstance(model, str):
+            model = create_model(model)
+        elif model is None:
+            model = weights.build_model(about)
+        params, report = weights.load_params(file, model)
+        known = {key: about[key] for key in ("class_names", "crop") if about.get(key) is not None}
+        predictor = cls(model, {"params": params}, **{**known, **options})
+        predictor.report = report
+        return predictor
 
     @property
     def threshold(self) -> float | None:

@@ -41,6 +41,14 @@ def gelu(x: Array) -> Array:
     return (0.5 * y * (1 + lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
 
+def _tanh_gelu(x: Array) -> Array:
+    """GELU's tanh approximation; big_vision and vision_transformer train with it."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+GELUS = {"exact": gelu, "tanh": _tanh_gelu}  # what `ViT.gelu` may be
+
+
 def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Array:
     """Stochastic depth (Huang et al. 2016): drops a branch of whole images, rescales the rest.
 
@@ -144,7 +152,9 @@ class QKV(nn.Module):
     def __call__(self, x: Array) -> list[Array]:
         """[B, N, D] -> three of [B, N, heads, D / heads]."""
         kernel, bias = self._parameters(x.shape[-1])
-        if x.shape[0] * x.shape[1] < x.shape[-1]:
+        tokens = x.shape[0] * x.shape[1]
+        # A batch whose size is only known when it runs (`export`) is taken for a large one.
+        if isinstance(tokens, int) and tokens < x.shape[-1]:
             whole = jnp.einsum("bnd,dche->bnche", x, kernel)
             parts = [whole[:, :, i] for i in range(3)]
         else:
@@ -193,17 +203,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them; `width` channels come out."""
+    """Two linear layers with a GELU between them; `width` channels come out."""
 
     hidden: int
     width: int
     dtype: Any = jnp.float32
+    gelu: str = "exact"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
-        hidden = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
+        hidden = GELUS[self.gelu](nn.Dense(self.hidden, name="fc1", **dense)(x))
         return nn.Dense(self.width, name="fc2", **dense)(hidden)
 
 
@@ -234,6 +245,7 @@ class Block(nn.Module):
     norm_epsilon: float = 1e-6
     attention_impl: str = "auto"
     dtype: Any = jnp.float32
+    gelu: str = "exact"
     stage: Stage | None = None
 
     def setup(self) -> None:
@@ -243,7 +255,7 @@ class Block(nn.Module):
             self.width, self.heads, self.qkv_bias, self.attention_impl, self.dtype
         )
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
-        self.mlp = MLP(self.hidden, self.width, self.dtype)
+        self.mlp = MLP(self.hidden, self.width, self.dtype, self.gelu)
         if self.layer_scale is not None:
             self.ls1 = LayerScale(self.layer_scale)
             self.ls2 = LayerScale(self.layer_scale)
@@ -374,6 +386,7 @@ class ViT(nn.Module):
       pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
       layer_scale: LayerScale's starting value; None: no LayerScale.
       norm_epsilon: epsilon of the layer norms.
+      gelu: of the blocks, "exact" or "tanh" (its approximation, as in JAX's own ViTs).
       drop_path: stochastic depth's rate in the last block, rising linearly from 0 in the first.
       dtype: compute dtype; parameters, softmax and logits stay float32.
       remat: recompute the blocks' activations in the backward pass instead of keeping them.
@@ -407,6 +420,7 @@ class ViT(nn.Module):
     pool: str = "token"
     layer_scale: float | None = None
     norm_epsilon: float = 1e-6
+    gelu: str = "exact"
     drop_path: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
@@ -450,6 +464,7 @@ class ViT(nn.Module):
             "norm_epsilon": self.norm_epsilon,
             "attention_impl": self.attention_impl,
             "dtype": self.dtype,
+            "gelu": self.gelu,
         }
         if self.scan_layers:
             self.blocks = make_block(**block)
@@ -481,6 +496,8 @@ class ViT(nn.Module):
             raise ValueError(f"pos_init={self.pos_init!r} is none of {names}.")
         if self.pos_init == "sincos" and self.width % 4:
             raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {self.width}.")
+        if self.gelu not in GELUS:
+            raise ValueError(f"gelu={self.gelu!r} is none of {', '.join(GELUS)}.")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True needs pool='token'.")
         if self.stages and self.scan_layers:

@@ -2,12 +2,12 @@
 
 Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`, and every
 stage of a cascade; position embeddings are resized to the model's grid, kernels of patch embeddings
-to its patches; a head for other classes is left at its start.
+to its patches; a head for other classes is left at its start. What `weights.read` finds in a file
+comes here.
 """
 
 import dataclasses
 import math
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from msvit_jax import checkpoint
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.tokens import grid
 from msvit_jax.train.optimizer import flat_names, map_names
@@ -59,42 +56,11 @@ class Report:
         return "; ".join(lines)
 
 
-def read_weights(source: str | pathlib.Path) -> Flat:
-    """Reads parameters by name, 'blocks_0/attn/qkv/kernel', from a workdir or a weights file.
-
-    Args:
-      source: a workdir (its best checkpoint), or a .safetensors or .npz file whose names are
-        joined by '/' or '.'.
-
-    Raises:
-      UserError: nothing there, or not readable.
-    """
-    path = pathlib.Path(source)
-    if path.is_dir():
-        return flat_names(checkpoint.load_params(path))
-    if not path.is_file():
-        raise UserError(f"init_from: {str(source)!r} is neither a workdir nor a weights file.")
-    try:
-        flat = _read_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{str(source)!r} cannot be read as weights: {error}") from error
-    return {name.replace(".", "/").removeprefix("params/"): x for name, x in flat.items()}
-
-
-def _read_file(path: pathlib.Path) -> Flat:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    raise ValueError(f"{path.suffix or 'no'} suffix; .safetensors and .npz are known.")
-
-
 def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
     """Fits weights to a model's parameters.
 
     Args:
-      weights: by name, as from `read_weights`.
+      weights: by name, as from `weights.read`.
       params: the model's tree, arrays or shapes.
 
     Returns:
@@ -156,8 +122,11 @@ def model_shapes(model: nn.Module) -> Any:
         raise UserError(f"The model cannot be built: {error}") from error
 
 
-def params_for(model: nn.Module, weights: Any) -> Any:
+def params_for(model: nn.Module, weights: Any) -> tuple[Any, Report]:
     """Fits a tree or a flat dict of weights to a model, all of whose parameters it must hold.
+
+    Returns:
+      The model's parameters, and what became of each.
 
     Raises:
       UserError: some are missing or of another shape.
@@ -166,7 +135,7 @@ def params_for(model: nn.Module, weights: Any) -> Any:
     taken, report = fit(flat_names(weights), shapes)
     if report.fresh:
         raise UserError("The weights lack parameters of the model: " + ", ".join(report.fresh))
-    return map_names(lambda name, _: taken[name], shapes)
+    return map_names(lambda name, _: taken[name], shapes), report
 
 
 def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, metrics, sharding
+from msvit_jax import checkpoint, data, flops, metrics, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
@@ -142,8 +142,9 @@ class _Run:
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
-            weights = init_from.read_weights(self.config.init_from)
-            taken, report = init_from.fit(weights, self.program.params["model"])
+            source = weights.load(self.config.init_from, self.model)
+            taken, report = init_from.fit(source.flat, self.program.params["model"])
+            report.unused.extend(source.unused)
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)
@@ -382,7 +383,7 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
         with options.unlocked():
             options.model = {"name": name, "num_classes": config.model.num_classes}
         model = configs.build_model(options)
-        params = init_from.params_for(model, init_from.read_weights(source))
+        params, _ = weights.load_params(source, model)
         teacher = Teacher(model=model, variables={"params": params})
     if teacher.model.num_classes != config.model.num_classes:
         raise UserError(

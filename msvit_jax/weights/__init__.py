@@ -1,1 +1,38 @@
 """Weights of other projects: one table per format, key by key with its transformation."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msvit_jax.weights.formats import (
+        FORMATS,
+        Source,
+        file_of,
+        load,
+        load_params,
+        read,
+        to_theirs,
+    )
+    from msvit_jax.weights.ours import build_model, describe, save
+
+__all__ = [
+    "FORMATS",
+    "Source",
+    "build_model",
+    "describe",
+    "file_of",
+    "load",
+    "load_params",
+    "read",
+    "save",
+    "to_theirs",
+]
+_OURS = ("build_model", "describe", "save")
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: reading runs brings Orbax, and the modules here are commands of their own.
+    if name in __all__:
+        module = "ours" if name in _OURS else "formats"
+        return getattr(importlib.import_module(f"msvit_jax.weights.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

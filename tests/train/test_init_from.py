@@ -7,6 +7,7 @@ from safetensors.numpy import save_file
 
 from msvit_jax import config as configs
 from msvit_jax import create_model
+from msvit_jax import weights as files
 from msvit_jax.errors import UserError
 from msvit_jax.train import init_from, loop
 from msvit_jax.train.optimizer import flat_names
@@ -145,30 +146,30 @@ def test_weights_files(tmp_path, suffix, joint):
         np.savez(path, **named)
     else:
         save_file(named, path)
-    jax.tree.map(np.testing.assert_array_equal, init_from.read_weights(path), weights)
+    jax.tree.map(np.testing.assert_array_equal, files.read(path, _model()), weights)
 
 
 @pytest.mark.parametrize("name", ["weights.npz", "weights.safetensors", "weights.txt"])
 def test_files_that_are_no_weights(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x10\x00\x00\x00 nonsense")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        init_from.read_weights(tmp_path / name)
+        files.read(tmp_path / name, _model())
 
 
 def test_object_arrays_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "w.npz", head=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UserError, match="cannot be read as weights"):
-        init_from.read_weights(tmp_path / "w.npz")
+        files.read(tmp_path / "w.npz", _model())
 
 
 def test_a_mixed_scale_run_starts_from_a_dense_runs_weights(tmp_path, capsys):
-    weights = _weights(configs.build_model(configs.resolve(tiny_run.config(), 3)))
-    np.savez(tmp_path / "dense.npz", **weights)
-    config = tiny_run.msvit(
-        init_from=str(tmp_path / "dense.npz"), steps=1, optimizer__freeze="backbone/"
-    )
+    """Written by timm's names."""
+    dense = configs.build_model(configs.resolve(tiny_run.config(), 3))
+    weights, file = _weights(dense), tmp_path / "dense.safetensors"
+    save_file(files.to_theirs("timm", weights, dense), file)
+    config = tiny_run.msvit(init_from=str(file), steps=1, optimizer__freeze="backbone/")
     loop.train(config, tmp_path / "run")
-    started = init_from.read_weights(tmp_path / "run")
+    started = files.read(tmp_path / "run", None)
     for name, value in weights.items():
         np.testing.assert_array_equal(started[f"backbone/{name}"], value)
     assert f"{len(weights)} parameters matched; fresh: gate_mlp/fc1/bias" in capsys.readouterr().out

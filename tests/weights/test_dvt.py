@@ -12,7 +12,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid
 from msvit_jax.train.init_from import model_shapes
 from msvit_jax.train.optimizer import flat_names
-from msvit_jax.weights import dvt
+from msvit_jax.weights import dvt, entries, files
 
 NAMES = ("dvt_deit_small", "dvt_t2t_vit_12", "dvt_t2t_vit_14")
 
@@ -46,9 +46,9 @@ def state(name):
 def test_every_published_key_is_mapped_and_comes_back_exactly(name):
     model, shapes = made(name)
     theirs = state(name)
-    ours = dvt.to_ours(theirs, model, shapes)
+    ours = entries.to_ours(theirs, dvt.table(model), shapes)
     assert {key: x.shape for key, x in ours.items()} == {key: x.shape for key, x in shapes.items()}
-    back = dvt.to_theirs(ours, model)
+    back = entries.to_theirs(ours, dvt.table(model))
     assert back.keys() == theirs.keys()
     for key, x in theirs.items():
         np.testing.assert_array_equal(back[key], x)
@@ -61,7 +61,7 @@ def test_windows_and_convolutions_compute_the_same():
     weight = rng.standard_normal((5, 2 * 3 * 3)).astype(np.float32)
     (entry, _) = dvt._window_linear("kqv", "kqv", 3)
     found = grid.windows(jnp.asarray(image), 3, 1, 0) @ entry.to_ours(weight)
-    (conv, _) = dvt._conv("proj", "proj")
+    (conv, _) = entries.conv("proj", "proj")
     kernel = conv.to_ours(weight.reshape(5, 2, 3, 3))
     for y in range(4):
         for x in range(4):
@@ -78,7 +78,7 @@ def test_all_misfits_are_listed_at_once():
     weights["less_token.norm.wight"] = weights.pop("less_token.norm.weight")
     weights["normal_token.head.weight"] = np.zeros((10, 256), np.float32)
     with pytest.raises(UserError, match="3 misfits") as error:
-        dvt.to_ours(weights, model, shapes)
+        entries.to_ours(weights, dvt.table(model), shapes)
     message = str(error.value)
     assert "less_token.norm.weight: missing. Did you mean 'less_token.norm.wight'?" in message
     assert "normal_token.head.weight: (10, 256) in the source, (1000, 256) expected" in message
@@ -88,7 +88,7 @@ def test_all_misfits_are_listed_at_once():
 def test_weights_of_another_variant_are_told():
     model, shapes = made("dvt_t2t_vit_14")
     with pytest.raises(UserError, match=r"blocks\.13\.norm1\.weight: missing"):
-        dvt.to_ours(state("dvt_t2t_vit_12"), model, shapes)
+        entries.to_ours(state("dvt_t2t_vit_12"), dvt.table(model), shapes)
     two = msvit_jax.create_model("dvt_deit_small", grids=(7, 14))
     with pytest.raises(UserError, match="3 stages, not 2"):
         dvt.table(two)
@@ -98,9 +98,9 @@ def test_a_pth_file_is_read_without_executing_anything(tmp_path):
     torch = pytest.importorskip("torch")
     good, bad = tmp_path / "good.pth", tmp_path / "bad.pth"
     torch.save({"state_dict": {"module.a": torch.ones(2, 3)}, "epoch": 3}, good)
-    np.testing.assert_array_equal(dvt.read_pth(good)["a"], np.ones((2, 3)))
+    np.testing.assert_array_equal(files.read(good)["a"], np.ones((2, 3)))
     torch.save({"state_dict": pathlib.PurePosixPath("/")}, bad)
     with pytest.raises(UserError, match="not a file of weights alone"):
-        dvt.read_pth(bad)
+        files.read(bad)
     with pytest.raises(UserError, match="no file"):
-        dvt.read_pth(tmp_path / "none.pth")
+        files.read(tmp_path / "none.pth")

@@ -1,0 +1,10 @@
+"""Hands a model to others: its weights in several formats, or its compiled functions.
+
+On the command line `python -m msvit_jax.export`, in Python `write(Source.load("runs/vit"), ...)`.
+"""
+
+from msvit_jax.export.compiled import Options
+from msvit_jax.export.source import Source
+from msvit_jax.export.writing import FORMATS, write
+
+__all__ = ["FORMATS", "Options", "Source", "write"]

@@ -1,0 +1,72 @@
+"""Hands a run's weights, or its compiled functions, to others.
+
+    python -m msvit_jax.export --workdir=RUN --format=safetensors --out=model.safetensors
+    python -m msvit_jax.export --workdir=RUN --format=compiled --budget=127 --layout=budget --out=D
+
+Formats: safetensors (our names), timm and big_vision (of the dense trunk), huggingface (a directory
+for from_pretrained), dvt (the official names), orbax (parameters alone) and compiled (functions by
+jax.export, with a run.py that needs JAX alone). Nothing that exists is overwritten.
+"""
+
+import json
+from collections.abc import Sequence
+
+from absl import flags
+
+from msvit_jax import checkpoint, errors
+from msvit_jax.export import Options, Source, write
+from msvit_jax.export.writing import check
+
+
+def main(argv: Sequence[str]) -> None:
+    """Loads, writes, and prints one line of JSON."""
+    if len(argv) > 1:
+        raise errors.UserError(
+            f"Unexpected argument {argv[1]!r}; options are written --name=value."
+        )
+    checkpoint.quiet_orbax()
+    given = flags.FLAGS
+    options = Options(
+        layout=given.layout,
+        budget=given.budget,
+        threshold=given.threshold,
+        thresholds=_numbers(given.thresholds),
+        pixels=given.pixels,
+    )
+    check(given.format, given.out, options)  # before a checkpoint is read
+    source = Source.load(given.workdir, given.which)
+    left_out = write(source, given.format, given.out, options)
+    if left_out:
+        print(f"left out, --format={given.format} has no place for it: {left_out}")
+    summary = {"model": source.name, "step": source.step, "format": given.format, "out": given.out}
+    print(json.dumps(summary))
+
+
+def _numbers(texts: Sequence[str] | None) -> tuple[float, ...] | None:
+    if texts is None:
+        return None
+    try:
+        return tuple(float(text) for text in texts)
+    except ValueError as error:
+        raise errors.UserError(
+            f"--thresholds={','.join(texts)}: give numbers, separated by commas."
+        ) from error
+
+
+if __name__ == "__main__":
+    # Here, because flags are global and other commands have some of these names too.
+    flags.DEFINE_string("workdir", None, "Of a trained run.", required=True)
+    flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
+    flags.DEFINE_string("format", None, "What to write; see above.", required=True)
+    flags.DEFINE_string("out", None, "File or directory to make.", required=True)
+    flags.DEFINE_string("layout", None, "compiled, of a model with a gate: 'slots' or 'budget'.")
+    flags.DEFINE_float(
+        "budget",
+        None,
+        "compiled: with --layout=budget patch tokens per image; of a cascade mean GMACs per image, "
+        "by the thresholds that eval.py fitted.",
+    )
+    flags.DEFINE_float("threshold", None, "compiled: of the gate, instead of the model's.")
+    flags.DEFINE_list("thresholds", None, "compiled: of a cascade's exits but the last.")
+    flags.DEFINE_string("pixels", "uint8", "compiled: type of the pixels, 'uint8' or 'float32'.")
+    errors.run(main)

@@ -1,0 +1,326 @@
+"""The forward function of a model for programs that have JAX and nothing of ours.
+
+Functions are exported by `jax.export` for CPU, CUDA and TPU, with a batch of any size. They take
+pixels, and the parameters as their first argument: one file of weights then serves all functions
+and all batch sizes on the devices once, where parameters baked in would be constants of each
+program that JAX compiles of them.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax import Array, export
+
+from msvit_jax.errors import UserError
+from msvit_jax.export import run as runner
+from msvit_jax.export.source import Source
+from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference.budgets import fitted_thresholds
+from msvit_jax.inference.predictor import is_cascade
+from msvit_jax.inference.shapes import has_gate
+from msvit_jax.models.dvt import Handed
+from msvit_jax.models.layout import in_slots
+from msvit_jax.train.step import normalise
+from msvit_jax.weights import ours
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+LAYOUTS = ("slots", "budget")
+PIXELS = ("uint8", "float32")
+SUFFIX = ".jaxexport"
+WEIGHTS = "model.safetensors"
+
+_BATCH = "b"  # what the batch is called in the functions' shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is compiled.
+
+    Attributes:
+      layout: of a model with a gate, one of `LAYOUTS`; None: slots.
+      budget: with layout="budget" patch tokens that an image has places for; of a cascade mean
+        GMACs per image, by the thresholds that eval.py fitted.
+      threshold: of the gate, unless it is told another one; None: the model's own.
+      thresholds: of a cascade's exits, likewise; None: all images leave at the last.
+      pixels: type of the pixels, one of `PIXELS`; 0 to 255 in any case.
+    """
+
+    layout: str | None = None
+    budget: float | None = None
+    threshold: float | None = None
+    thresholds: Sequence[float] | None = None
+    pixels: str = "uint8"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """A function to export.
+
+    Attributes:
+      name: of its file.
+      call: of the parameters by name and its inputs; returns outputs by name.
+      params: what it wants of the parameters, by name.
+      inputs: by name, in order.
+    """
+
+    name: str
+    call: Callable[..., dict[str, Any]]
+    params: dict[str, Any]
+    inputs: dict[str, Any]
+
+    def exported(self) -> export.Exported:
+        """The function for all platforms."""
+        make = export.export(jax.jit(self.call), platforms=PLATFORMS)
+        return make(self.params, *self.inputs.values())
+
+
+def write(source: Source, directory: pathlib.Path, options: Options) -> None:
+    """Writes functions, weights, about.json and run.py into a directory that does not exist.
+
+    Args:
+      source: of model and parameters.
+      directory: made.
+      options: see there.
+
+    Raises:
+      UserError: options that do not fit the model.
+    """
+    _check_flatbuffers()
+    model = _portable(source.model)
+    settings = _settings(model, source, options)
+    directory.mkdir()
+    described = []
+    for function in _functions(model, source, options):
+        exported = function.exported()
+        (directory / f"{function.name}{SUFFIX}").write_bytes(exported.serialize())
+        described.append(_described(function, exported))
+    about = {
+        "format": "msvit_jax compiled functions, 1",
+        **source.about,
+        "image_size": model.image_size,
+        "pixels": options.pixels,
+        **settings,
+        "weights": WEIGHTS,
+        "functions": described,
+        "platforms": list(PLATFORMS),
+        "jax": jax.__version__,
+        "calling_convention": exported.calling_convention_version,
+    }
+    ours.save(directory / WEIGHTS, source.params, source.about)
+    (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    shutil.copyfile(runner.__file__, directory / "run.py")
+    _write_flatbuffers(directory / runner.FLATBUFFERS)
+
+
+def _portable(model: Any) -> Any:
+    """The model in slots, with attention that every platform has, whatever this one has."""
+    if hasattr(model, "backbone"):
+        model = model.clone(backbone=model.backbone.clone(attention_impl="xla"))
+    else:
+        model = model.clone(attention_impl="xla")
+    return in_slots(model)
+
+
+def _settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
+    """What run.py must know beside the functions; checks the options."""
+    if options.pixels not in PIXELS:
+        raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
+    gated, cascade = has_gate(model), is_cascade(model)
+    if not gated and (options.layout, options.threshold) != (None, None):
+        given = "threshold" if options.layout is None else "layout"
+        raise UserError(f"{given} is for models with a gate; {source.name!r} has none.")
+    if not cascade and options.thresholds is not None:
+        raise UserError(f"thresholds are for cascades; {source.name!r} has one exit.")
+    if gated:
+        return {"kind": "mixed_scale", **_gate_settings(model, options)}
+    if cascade:
+        return {"kind": "cascade", "thresholds": _exit_thresholds(model, source, options)}
+    if options.budget is not None:
+        raise UserError(
+            f"budget is for mixed-scale models and cascades; {source.name!r} spends the same on "
+            "every image."
+        )
+    return {"kind": "plain"}
+
+
+def _gate_settings(model: Any, options: Options) -> dict[str, Any]:
+    layout = options.layout or "slots"
+    if layout == "rows":
+        raise UserError(
+            "layout='rows' packs a batch of one size, and exported functions take batches of any; "
+            "use layout='budget' with budget=."
+        )
+    if layout not in LAYOUTS:
+        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
+    if (layout == "budget") != (options.budget is not None):
+        raise UserError(
+            "layout='budget' needs budget=, the patch tokens that an image has places for; no "
+            "other layout takes one."
+        )
+    adjustable = model.fine_share is None
+    if options.threshold is not None and not adjustable:
+        raise UserError("fine_share is given: the gate decides by rank and has no threshold.")
+    if layout == "budget":
+        _in_budget(model, options.budget)  # checks it
+    threshold = model.threshold if options.threshold is None else options.threshold
+    return {
+        "layout": layout,
+        "budget": None if options.budget is None else int(options.budget),
+        "threshold": float(threshold) if adjustable else None,
+    }
+
+
+def _in_budget(model: Any, budget: float | None) -> Any:
+    if budget is None or budget != int(budget):
+        raise UserError(f"budget={budget} is a number of patch tokens, so it is a whole one.")
+    made = model.clone(layout="budget", budget=int(budget))
+    try:
+        made.check_layout()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return made
+
+
+def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float]:
+    stages = len(model.exit_tokens)
+    if options.budget is None:
+        given = options.thresholds
+        return list(exits.check([exits.NEVER] * (stages - 1) if given is None else given, stages))
+    if options.thresholds is not None or source.workdir is None:
+        raise UserError("Give either budget (of a run that eval.py fitted) or thresholds.")
+    exits.check_budget(options.budget * 1e9, model.exit_macs())
+    return list(fitted_thresholds(source.workdir, options.budget))
+
+
+def _functions(model: Any, source: Source, options: Options) -> list[_Function]:
+    """All functions of a model; the one that is tried first comes first."""
+    (batch,) = export.symbolic_shape(_BATCH)
+    side = model.image_size
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.dtype(options.pixels))
+    if is_cascade(model):
+        return _stages(model, source, images)
+    inputs: dict[str, Any] = {"images": images}
+    if not has_gate(model):
+        return [_Function("forward", _forward(model), _wanted(source), inputs)]
+    if model.fine_share is None:
+        inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
+    # What does not fit a budget runs where everything does.
+    made = [_Function("slots", _forward(model), _wanted(source), inputs)]
+    if options.layout == "budget":
+        fast = _in_budget(model, options.budget)
+        made.insert(0, _Function("budget", _forward(fast), _wanted(source), inputs))
+    return made
+
+
+def _wanted(source: Source, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+        for name, value in source.params.items()
+        if name.startswith(prefixes)
+    }
+
+
+def _forward(model: Any) -> Callable[..., dict[str, Array]]:
+    side = model.image_size // model.patch_size
+
+    def forward(params: Any, images: Array, *threshold: Array) -> dict[str, Array]:
+        own: Any = model
+        if getattr(model, "layout", None) == "budget":
+            # Image by image: a group of several would take the batch's size to lay out.
+            own = model.clone(row_groups=images.shape[0])
+        given = {"threshold": threshold[0]} if threshold else {}
+        images = normalise(images, model.mean, model.std)
+        output = own.apply(_variables(params), images, train=False, **given)
+        answers = {"logits": output.logits}
+        if output.gate is not None:
+            fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
+            regions = lambda x: x.reshape(-1, *model.gate_grid)  # noqa: E731
+            answers |= {
+                "tokens": output.tokens,
+                "fits": fits,
+                "coarse": regions(output.gate.coarse > 0.5),
+                "coarse_probability": regions(jax.nn.sigmoid(output.gate.logits)),
+            }
+        merged = output.merge_maps((side, side))
+        if merged is not None:
+            answers["merged"] = merged.astype(jnp.int16)
+        return answers
+
+    return forward
+
+
+def _stages(model: Any, source: Source, images: Any) -> list[_Function]:
+    made: list[_Function] = []
+    handed: Any = None
+    for stage in range(len(model.exit_tokens)):
+        inputs = {"images": images} if handed is None else {"images": images, "handed": handed}
+        params = _wanted(source, (f"stage_{stage}/", f"reuse_{stage}/"))
+        made.append(_Function(f"stage_{stage + 1}", _stage(model, stage), params, inputs))
+        outputs = jax.eval_shape(made[-1].call, params, *inputs.values())
+        handed = outputs.get("handed")
+    return made
+
+
+def _stage(model: Any, stage: int) -> Callable[..., dict[str, Any]]:
+    def run_stage(params: Any, images: Array, handed: Any = None) -> dict[str, Any]:
+        images = normalise(images, model.mean, model.std)
+        before = None if stage == 0 else Handed(**handed)
+        done = model.apply(_variables(params), images, before, stage=stage, method="run_stage")
+        if done.handed is None:
+            return {"logits": done.logits}
+        after = {"tokens": done.handed.tokens, "scores": done.handed.scores}
+        return {
+            "logits": done.logits,
+            "handed": {name: value for name, value in after.items() if value is not None},
+        }
+
+    return run_stage
+
+
+def _variables(params: dict[str, Array]) -> dict[str, Any]:
+    return {"params": unflatten_dict(params, sep="/")}
+
+
+def _described(function: _Function, exported: export.Exported) -> dict[str, Any]:
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    inputs = {"params": f"{len(function.params)} arrays by name", **_shapes(function.inputs)}
+    return {
+        "name": function.name,
+        "file": f"{function.name}{SUFFIX}",
+        "inputs": inputs,
+        "outputs": _shapes(outputs),
+    }
+
+
+def _shapes(tree: Any) -> Any:
+    """Types and shapes as text, 'float32[b, 1000]'."""
+    return jax.tree.map(lambda x: f"{x.dtype}[{', '.join(map(str, x.shape))}]", tree)
+
+
+def _check_flatbuffers() -> None:
+    try:
+        importlib.metadata.version("flatbuffers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            "JAX writes exported functions with flatbuffers: pip install flatbuffers"
+        ) from error
+
+
+def _write_flatbuffers(path: pathlib.Path) -> None:
+    """Packs the installed flatbuffers, pure Python, which JAX reads the functions with.
+
+    It is not among JAX's own requirements; who runs the functions would have to install it.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for file in importlib.metadata.files("flatbuffers") or ():
+            if file.suffix == ".py" or file.name == "METADATA":
+                packed.write(str(file.locate()), str(file))

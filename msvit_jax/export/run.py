@@ -1,0 +1,211 @@
+"""Classifies images with the functions that lie beside this file.
+
+    python run.py photo.jpg folder/*.png images.npy [--batch=32] [--out=answers.npz]
+
+Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, S, S, 3] of 0 to 255.
+--threshold sets the gate of a mixed-scale model, --thresholds=0.9,0.8 the exits of a cascade.
+about.json says what the functions take and return. In Python: `Model().classify(pixels)`.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+HERE = pathlib.Path(__file__).resolve().parent
+FLATBUFFERS = "flatbuffers.zip"  # what JAX reads exported functions with, unless it is installed
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Arrays by name: the header's length in 8 bytes, a header of JSON, little-endian numbers."""
+    raw = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    header = json.loads(raw[8:start].tobytes())
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        numbers = raw[start + first : start + end].view({"F32": np.float32}[entry["dtype"]])
+        arrays[name] = numbers.reshape(entry["shape"])
+    return arrays
+
+
+def read_image(path: str, size: int, crop: float) -> np.ndarray:
+    """The central square of an image file, `crop` of its short side, resized: uint8 [S, S, 3]."""
+    from PIL import Image
+
+    image: Image.Image = Image.open(path)
+    full, side = image.size, min(image.size) * crop
+    if image.format == "JPEG" and side >= 2 * size:  # decoded no larger than needed
+        image.draft("RGB", (int(full[0] * size / side), int(full[1] * size / side)))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
+    scale = np.tile([image.width / full[0], image.height / full[1]], 2)
+    corner = (np.asarray(full) - side) / 2
+    box = np.minimum(np.concatenate([corner, corner + side]) * scale, [*image.size] * 2)
+    if image.size == (size, size) and tuple(box) == (0, 0, size, size):
+        return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=tuple(box)))
+
+
+class Model:
+    """The functions of a directory, their weights, and what about.json says of them.
+
+    Attributes:
+      about: the contents of about.json.
+    """
+
+    def __init__(self, directory: str | pathlib.Path = HERE) -> None:
+        """Reads them; a function is compiled for each size of batch that it meets."""
+        self._directory = pathlib.Path(directory)
+        sys.path.append(str(self._directory / FLATBUFFERS))
+        self.about = json.loads((self._directory / "about.json").read_text())
+        weights = read_safetensors(self._directory / self.about["weights"])
+        self._weights = {name: jax.device_put(value) for name, value in weights.items()}
+        self._functions = [self._read(entry["file"]) for entry in self.about["functions"]]
+
+    def _read(self, file: str) -> Any:
+        exported = export.deserialize(bytearray((self._directory / file).read_bytes()))
+        (names, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        own = {name: self._weights[name] for name in names}
+        call = jax.jit(exported.call)
+        return lambda *inputs: call(own, *inputs)
+
+    def classify(
+        self,
+        images: np.ndarray,
+        *,
+        batch: int = 32,
+        threshold: float | None = None,
+        thresholds: Sequence[float] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Runs the model on pixels [N, S, S, 3].
+
+        Args:
+          images: of the type that about.json names, 0 to 255.
+          batch: images run at a time; the last batch is filled up with zeros.
+          threshold: of a mixed-scale model's gate, instead of about.json's.
+          thresholds: likewise of a cascade's exits, one for each but the last.
+
+        Returns:
+          The functions' outputs by name, each [N, ...]; of a cascade `logits` of the exit that an
+          image left at, and `exits`, from 0.
+        """
+        images = self._checked(images)
+        batch = min(batch, len(images))
+        if self.about["kind"] == "cascade":
+            return self._cascade(images, batch, thresholds or self.about["thresholds"])
+        rest = []
+        if self.about.get("threshold") is not None:
+            rest = [np.float32(self.about["threshold"] if threshold is None else threshold)]
+        answers = self._in_batches(self._functions[0], images, batch, rest)
+        if not answers.get("fits", np.ones(1, bool)).all():  # those run where every image fits
+            left = np.flatnonzero(~answers["fits"])
+            again = self._in_batches(self._functions[1], images[left], batch, rest)
+            for name, values in again.items():
+                answers[name][left] = values
+        return answers
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        side, dtype = self.about["image_size"], np.dtype(self.about["pixels"])
+        if images.ndim != 4 or not len(images) or images.shape[1:] != (side, side, 3):
+            raise ValueError(f"images are [N, {side}, {side}, 3], not {images.shape}")
+        if not np.can_cast(images.dtype, dtype):
+            raise ValueError(f"images are {dtype} of 0 to 255, not {images.dtype}")
+        return images.astype(dtype, copy=False)
+
+    def _in_batches(
+        self, function: Any, images: np.ndarray, batch: int, rest: Sequence[Any]
+    ) -> dict[str, np.ndarray]:
+        parts = [
+            jax.device_get(function(_filled(images[start : start + batch], batch), *rest))
+            for start in range(0, len(images), batch)
+        ]
+        return {name: np.concatenate([p[name] for p in parts])[: len(images)] for name in parts[0]}
+
+    def _cascade(
+        self, images: np.ndarray, batch: int, thresholds: Sequence[float]
+    ) -> dict[str, np.ndarray]:
+        last = len(self._functions) - 1
+        waiting: list[list[tuple[int, Any]]] = [[(i, None) for i in range(len(images))]]
+        waiting += [[] for _ in range(last)]  # images that wait for each stage: number, handed on
+        logits: list[Any] = [None] * len(images)
+        exits = np.zeros(len(images), np.int32)
+        while any(waiting):
+            # The deepest stage that has a full batch; without one the first that has any image.
+            full = [stage for stage in range(last + 1) if len(waiting[stage]) >= batch]
+            stage = full[-1] if full else next(s for s in range(last + 1) if waiting[s])
+            now, waiting[stage] = waiting[stage][:batch], waiting[stage][batch:]
+            numbers, handed = zip(*now, strict=True)
+            inputs = [_filled(images[list(numbers)], batch)]
+            if stage:
+                inputs.append(jax.tree.map(lambda *rows: _filled(np.stack(rows), batch), *handed))
+            done = jax.device_get(self._functions[stage](*inputs))
+            sure = softmax(done["logits"]).max(axis=1)
+            for row, number in enumerate(numbers):
+                if stage == last or sure[row] >= thresholds[stage]:
+                    logits[number], exits[number] = done["logits"][row], stage
+                else:
+                    carried = jax.tree.map(lambda x: x[row], done["handed"])  # noqa: B023
+                    waiting[stage + 1].append((number, carried))
+        return {"logits": np.stack(logits), "exits": exits}
+
+
+def _filled(rows: np.ndarray, count: int) -> np.ndarray:
+    """Rows and as many of zeros as are missing from `count`."""
+    missing = np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)
+    return np.concatenate([rows, missing]) if len(missing) else rows
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits [N, classes], in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints a line for each image."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("files", nargs="+", help="image files, or .npy files of pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images run at a time")
+    parser.add_argument("--threshold", type=float, help="of a mixed-scale model's gate")
+    parser.add_argument("--thresholds", help="of a cascade's exits: 0.9,0.8")
+    parser.add_argument("--out", help=".npz file for all outputs")
+    given = parser.parse_args(arguments)
+    model = Model()
+    size, crop = model.about["image_size"], model.about["crop"]
+    named: list[str] = []
+    parts: list[np.ndarray] = []
+    for file in given.files:
+        if file.endswith(".npy"):
+            pixels = np.load(file)
+            pixels = pixels[None] if pixels.ndim == 3 else pixels
+        else:
+            pixels = read_image(file, size, crop)[None]
+        named += [file if len(pixels) == 1 else f"{file}[{i}]" for i in range(len(pixels))]
+        parts.append(pixels)
+    thresholds = [float(t) for t in given.thresholds.split(",")] if given.thresholds else None
+    answers = model.classify(
+        np.concatenate(parts), batch=given.batch, threshold=given.threshold, thresholds=thresholds
+    )
+    shares, labels = softmax(answers["logits"]), answers["logits"].argmax(axis=1)
+    classes = model.about["class_names"] or range(shares.shape[1])
+    for row, (name, label) in enumerate(zip(named, labels, strict=True)):
+        more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
+        print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
+    if given.out:
+        np.savez(given.out, **answers)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,117 @@
+"""One export: the format by its name, and an output that is whole or not there."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+from msvit_jax.errors import UserError, nearest
+from msvit_jax.export import compiled, formats
+from msvit_jax.export.compiled import Options
+from msvit_jax.export.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+      suffix: of its file; empty: it is a directory.
+      write: writes a source to a path; returns what was left out, or an empty text.
+    """
+
+    suffix: str
+    write: Callable[[Source, pathlib.Path], str]
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", formats.write_ours),
+    "timm": Format(".safetensors", formats.write_timm),
+    "huggingface": Format("", formats.write_huggingface),
+    "big_vision": Format(".npz", formats.write_big_vision),
+    "dvt": Format(".safetensors", formats.write_dvt),
+    "orbax": Format("", formats.write_orbax),
+}
+COMPILED = "compiled"  # takes options, and is a directory
+_PLAIN = Options()
+
+
+def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) -> None:
+    """Checks what can be checked before a model is there.
+
+    Raises:
+      UserError: see `write`.
+    """
+    names = [*FORMATS, COMPILED]
+    if format_name not in names:
+        raise UserError(
+            f"There is no format {format_name!r}.{nearest(format_name, names)} "
+            f"The formats are {', '.join(names)}."
+        )
+    path = pathlib.Path(out)
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{str(out)!r} exists and is left as it is; give another --out.")
+    if format_name == COMPILED:
+        return
+    suffix = FORMATS[format_name].suffix
+    if suffix and path.suffix != suffix:
+        raise UserError(f"--format={format_name} makes a {suffix} file; {str(out)!r} is none.")
+    given = [
+        field.name
+        for field in dataclasses.fields(Options)
+        if getattr(options, field.name) != field.default
+    ]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: only compiled functions have such options, and "
+            f"--format={format_name} writes weights; use --format={COMPILED}, or leave them out."
+        )
+
+
+def write(
+    source: Source,
+    format_name: str,
+    out: str | pathlib.Path,
+    options: Options = _PLAIN,
+) -> str:
+    """Writes a model in a format.
+
+    Args:
+      source: what is written.
+      format_name: one of `FORMATS`, or "compiled".
+      out: path of a file or directory that does not exist; made whole or not at all.
+      options: of the compiled format.
+
+    Returns:
+      What the format cannot hold and was left out; empty: nothing.
+
+    Raises:
+      UserError: unknown format, an output that exists or has another suffix, options that do not
+        fit, or a model that the format cannot express.
+    """
+    check(format_name, out, options)
+    with _whole(pathlib.Path(out)) as path:
+        if format_name == COMPILED:
+            compiled.write(source, path, options)
+            return ""
+        return FORMATS[format_name].write(source, path)
+
+
+@contextlib.contextmanager
+def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside `out` that becomes `out` at the end, unless an error comes first."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{str(out)!r} cannot be written: {error}.") from error
+    try:
+        yield folder / out.name
+        if out.exists():
+            raise UserError(f"{str(out)!r} was made by somebody else meanwhile; it is left as is.")
+        os.rename(folder / out.name, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,155 @@
+"""Hugging Face transformers: ViT, DeiT with its two heads, DINOv2 with and without registers.
+
+The names are those of its files. With or without a head: a headless model's file lacks the first
+part of each name ('vit.'). Poolers and tokens of masked patches are not used.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from msvit_jax.errors import UserError
+from msvit_jax.weights import timm
+from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, one, same, squeezed
+
+NAME = "huggingface"
+_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
+_UNUSED = re.compile(r"(^|\.)(pooler\.dense\.(weight|bias)|embeddings\.mask_token)$")
+# Names of modules in transformers 5, which saves them under those of version 4.
+_NEW_NAMES = (
+    (r"^(\w+\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"^((?:vit|deit)\..*)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"^((?:vit|deit)\..*)\.mlp\.fc2\.", r"\1.output.dense."),
+)
+
+
+def fits(names: Iterable[str]) -> bool:
+    """Whether a file with these names is in this format."""
+    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
+
+
+def kind(model: Any) -> str:
+    """The architecture of transformers that a plain model is.
+
+    Raises:
+      UserError: there is none.
+    """
+    timm.check(model, NAME)
+    if model.pool != "token":
+        raise UserError(f"Models of {NAME} classify by the class token, not with pool='mean'.")
+    if model.distilled and (model.layer_scale is not None or model.register_tokens):
+        raise UserError(f"{NAME} has no distilled model with LayerScale or registers.")
+    if model.register_tokens and model.layer_scale is None:
+        raise UserError(f"{NAME} has no model with registers and without LayerScale.")
+    if model.layer_scale is not None:
+        return "dinov2_with_registers" if model.register_tokens else "dinov2"
+    return "deit" if model.distilled else "vit"
+
+
+def table(model: Any) -> list[Entry]:
+    """All parameters of a plain model.
+
+    Raises:
+      UserError: see `kind`.
+    """
+    return list(_entries(model, kind(model)))
+
+
+def _entries(model: Any, kind: str) -> Iterator[Entry]:
+    embeddings = f"{kind}.embeddings"
+    yield squeezed(f"{embeddings}.cls_token", "cls_token")
+    yield _positions(model, f"{embeddings}.position_embeddings")
+    if model.distilled:
+        yield squeezed(f"{embeddings}.distillation_token", "dist_token")
+    if model.register_tokens:
+        yield squeezed(f"{embeddings}.register_tokens", "reg_tokens")
+    yield from conv(f"{embeddings}.patch_embeddings.projection", "patch_embed/proj")
+    for layer in range(model.depth):
+        theirs, ours = f"{kind}.encoder.layer.{layer}", f"blocks_{layer}"
+        dino = kind.startswith("dinov2")
+        yield from norm(f"{theirs}.{'norm1' if dino else 'layernorm_before'}", f"{ours}/norm1")
+        yield from _joint(f"{theirs}.attention.attention", f"{ours}/attn/qkv", bias=model.qkv_bias)
+        yield from linear(f"{theirs}.attention.output.dense", f"{ours}/attn/proj")
+        yield from norm(f"{theirs}.{'norm2' if dino else 'layernorm_after'}", f"{ours}/norm2")
+        yield from linear(
+            f"{theirs}.{'mlp.fc1' if dino else 'intermediate.dense'}", f"{ours}/mlp/fc1"
+        )
+        yield from linear(f"{theirs}.{'mlp.fc2' if dino else 'output.dense'}", f"{ours}/mlp/fc2")
+        if dino:
+            yield same(f"{theirs}.layer_scale1.lambda1", f"{ours}/ls1/gamma")
+            yield same(f"{theirs}.layer_scale2.lambda1", f"{ours}/ls2/gamma")
+    yield from norm(f"{kind}.layernorm", "norm")
+    if kind == "deit":
+        yield from linear("cls_classifier", "head")
+        yield from linear("distillation_classifier", "head_dist")
+    elif kind == "vit":
+        yield from linear("classifier", "head")
+    else:
+        yield one("classifier.weight", "head/kernel", lambda w: w[:, : w.shape[1] // 2].T, _wide)
+        yield same("classifier.bias", "head/bias")
+
+
+def _wide(kernel: np.ndarray) -> np.ndarray:
+    """[D, classes] -> [classes, 2 D].
+
+    Its DINOv2 classifies by the class token and the mean of the patches; ours by the first alone.
+    """
+    return np.concatenate([kernel.T, np.zeros_like(kernel.T)], axis=1)
+
+
+def _positions(model: Any, theirs: str) -> Entry:
+    """[1, 1 + N, D]; where our class token has no position, its own is zeros there."""
+    if model.prefix_positions:
+        return squeezed(theirs, "pos_embed")
+    pad = lambda x: np.concatenate([np.zeros_like(x[:1]), x])  # noqa: E731
+    return one(theirs, "pos_embed", lambda x: x[0, 1:], lambda x: pad(x)[None])
+
+
+def _joint(theirs: str, ours: str, *, bias: bool) -> Iterator[Entry]:
+    """Queries, keys and values: three layers there, side by side in one kernel here."""
+    for their, our in (("weight", "kernel"), ("bias", "bias"))[: 1 + bias]:
+        yield Entry(
+            tuple(f"{theirs}.{part}.{their}" for part in ("query", "key", "value")),
+            f"{ours}/{our}",
+            lambda *parts: np.concatenate([part.T for part in parts], axis=-1),
+            lambda x: [part.T for part in np.split(x, 3, axis=-1)],
+        )
+
+
+def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
+    """Renames what the format has several names for.
+
+    A headless file gets the first part of its names. A classifier of DINOv2 that looks at the
+    patches, too, is left out: ours is another. The class token's position becomes part of the token
+    for a model where it has none.
+
+    Returns:
+      The state by the names of `table`, and the names that the model has no use for.
+    """
+    wanted, flat, unused = kind(model), {}, []
+    prefix = next((k for k in _KINDS if f"{k}.embeddings.cls_token" in state), "")
+    for name, x in state.items():
+        if _UNUSED.search(name):
+            unused.append(name)
+            continue
+        new = name if prefix or "classifier" in name else f"{wanted}.{name}"
+        for pattern, by in _NEW_NAMES:
+            new = re.sub(pattern, by, new)
+        flat[new] = x
+    head = flat.get("classifier.weight")
+    if wanted.startswith("dinov2") and head is not None and head[:, head.shape[1] // 2 :].any():
+        unused += [
+            name
+            for name in ("classifier.weight", "classifier.bias")
+            if flat.pop(name, None) is not None
+        ]
+    position, token = (f"{wanted}.embeddings.{n}" for n in ("position_embeddings", "cls_token"))
+    if not model.prefix_positions and {position, token} <= flat.keys():
+        flat[token] = flat[token] + flat[position][:, :1]
+    return flat, unused

@@ -1,0 +1,76 @@
+"""Our own weights files: .safetensors by our names, with what it takes to build the model."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from msvit_jax.errors import UserError
+from msvit_jax.models.registry import create_model
+from msvit_jax.weights import files
+
+NAME = "ours"
+KEY = "msvit_jax"  # of the file's metadata
+
+
+def fits(names: Iterable[str]) -> bool:
+    """Whether a file with these names, joined by '/' or '.', is in this format."""
+    return any(re.search(r"(^|[/.])blocks(_\d+)?[/.].*[/.]kernel$", name) for name in names)
+
+
+def save(
+    path: str | pathlib.Path, flat: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> None:
+    """Writes weights with their description.
+
+    Args:
+      path: of the .safetensors file; it is there whole or not at all.
+      flat: arrays by our names, joined by '/'.
+      about: JSON values. What is read back: `model` (`name` and options of `create_model`), `mean`
+        and `std` of the pixels, `class_names`, `crop`. Anything else is kept.
+    """
+    path = pathlib.Path(path)
+    arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+    part = path.with_name(path.name + ".part")
+    save_file(arrays, part, metadata={KEY: json.dumps(about)})
+    part.replace(path)
+
+
+def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
+    """What `save` wrote about the model; None of a file that it did not write.
+
+    Raises:
+      UserError: a damaged file or description.
+    """
+    if pathlib.Path(path).suffix != ".safetensors":
+        return None
+    text = files.read_metadata(path).get(KEY)
+    return None if text is None else files.read_json(text, path)
+
+
+def build_model(about: Mapping[str, Any]) -> Any:
+    """The model that a description names, with its standardisation of pixels.
+
+    Raises:
+      UserError: an unknown model or option, or none named.
+    """
+    options = dict(about.get("model") or {})
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError("The weights file does not name its model; give it with model=.")
+    for key in ("mean", "std"):
+        if about.get(key) is not None:
+            options.setdefault(key, about[key])
+    return create_model(name, **{key: _value(key, value) for key, value in options.items()})
+
+
+def _value(key: str, value: Any) -> Any:
+    """JSON has neither tuples nor dtypes."""
+    if key == "dtype":
+        return jnp.dtype(value)
+    return tuple(_value("", v) for v in value) if isinstance(value, list) else value

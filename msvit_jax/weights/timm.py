@@ -1,0 +1,105 @@
+"""timm's vision transformers: DeiT (also distilled), AugReg's, DINOv2 with and without registers.
+
+DeiT's own files and DINOv2's have the same names, but for two of DINOv2: see `canonical`.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from msvit_jax.errors import UserError
+from msvit_jax.models.t2t import T2TViT
+from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, same, squeezed
+
+NAME = "timm"
+
+
+def fits(names: Iterable[str]) -> bool:
+    """Whether a file with these names is in this format."""
+    names = set(names)
+    return {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= names
+
+
+def check(model: Any, form: str = NAME) -> None:
+    """Raises UserError for a model that plain vision transformers of a format cannot express."""
+    if isinstance(model, T2TViT):
+        raise UserError(f"{form} has no T2T-ViT: its tokeniser has no names in this format.")
+    if any(model.zeros):
+        raise UserError(f"grid={model.grid} puts zeros around the image, which {form} cannot.")
+
+
+def table(model: Any) -> list[Entry]:
+    """All parameters of a plain model.
+
+    Raises:
+      UserError: see `check`.
+    """
+    check(model)
+    return list(_entries(model))
+
+
+def _entries(model: Any) -> Iterator[Entry]:
+    yield squeezed("pos_embed", "pos_embed")
+    if model.class_token:
+        yield squeezed("cls_token", "cls_token")
+    if model.distilled:
+        yield squeezed("dist_token", "dist_token")
+    if model.register_tokens:
+        yield squeezed("reg_token", "reg_tokens")
+    yield from conv("patch_embed.proj", "patch_embed/proj")
+    for layer in range(model.depth):
+        yield from block(model, f"blocks.{layer}", f"blocks_{layer}")
+    # A norm behind the pooling (`fc_norm`) is another model: it is told as a misfit.
+    yield from norm("norm", "norm")
+    yield from linear("head", "head")
+    if model.distilled:
+        yield from linear("head_dist", "head_dist")
+
+
+def block(model: Any, theirs: str, ours: str) -> Iterator[Entry]:
+    """One transformer block; the official DVT has the same names."""
+    yield from norm(f"{theirs}.norm1", f"{ours}/norm1")
+    yield from linear(f"{theirs}.attn.qkv", f"{ours}/attn/qkv", bias=model.qkv_bias)
+    yield from linear(f"{theirs}.attn.proj", f"{ours}/attn/proj")
+    yield from norm(f"{theirs}.norm2", f"{ours}/norm2")
+    yield from linear(f"{theirs}.mlp.fc1", f"{ours}/mlp/fc1")
+    yield from linear(f"{theirs}.mlp.fc2", f"{ours}/mlp/fc2")
+    if model.layer_scale is not None:
+        yield same(f"{theirs}.ls1.gamma", f"{ours}/ls1/gamma")
+        yield same(f"{theirs}.ls2.gamma", f"{ours}/ls2/gamma")
+
+
+def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
+    """Renames what the format has two names for.
+
+    DINOv2's own files say `register_tokens` for timm's `reg_token`, hold a token for masked
+    patches, which only its training needs, and a position of the class token even with registers;
+    a model without that (`prefix_positions=False`) gets it added to the token, as timm does.
+
+    Returns:
+      The state by the names of `table`, and the names that the model has no use for.
+    """
+    flat = dict(state)
+    unused = [name for name in ("mask_token",) if flat.pop(name, None) is not None]
+    if "register_tokens" in flat:
+        flat["reg_token"] = flat.pop("register_tokens")
+    join_prefix_position(flat, model, "pos_embed", "cls_token")
+    return flat, unused
+
+
+def join_prefix_position(flat: Flat, model: Any, positions: str, token: str) -> None:
+    """Adds the class token's position [1, 1 + N, D] to the token for a model that has none.
+
+    The result is the same: the position is added to that token in every forward pass.
+    """
+    if model.prefix_positions or model.distilled or not {positions, token} <= flat.keys():
+        return
+    embedded = flat[positions]
+    count = embedded.shape[1] if embedded.ndim == 3 else 0
+    if count > 1 and not is_square(count) and is_square(count - 1):
+        flat[token] = flat[token] + embedded[:, :1]
+        flat[positions] = embedded[:, 1:]
+
+
+def is_square(count: int) -> bool:
+    """Whether a square grid has so many cells."""
+    return round(count**0.5) ** 2 == count
