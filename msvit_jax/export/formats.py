@@ -64,7 +64,7 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
 def write_big_vision(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk as big_vision's .npz."""
     _, theirs, left_out = _trunk(source, "big_vision")
-    np.savez(path, **theirs)
+    np.savez(path, allow_pickle=False, **theirs)
     return left_out
 
 

@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
     if given.out:
-        np.savez(given.out, **answers)
+        np.savez(given.out, allow_pickle=False, **answers)
 
 
 if __name__ == "__main__":
