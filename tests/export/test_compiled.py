@@ -35,6 +35,14 @@ KINDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """These tests compile much and compute next to nothing: half the time of optimised programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A function of the kind: its directory, exported once."""
