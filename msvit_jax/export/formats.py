@@ -151,7 +151,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, np.ndarray], str]:
+def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, Any], str]:
     """The plain model under a model, its parameters by a format's names, and what is left out."""
     model = source.model
     theirs = weights.to_theirs(format_name, source.params, model)
