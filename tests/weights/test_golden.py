@@ -37,6 +37,11 @@ def images():
     return np.load(GOLDEN / "images.npy")
 
 
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
 def logits(model, flat):
     """Of the golden images; a head that the weights lack copies the class token."""
     shapes = init_from.model_shapes(model)
@@ -46,7 +51,7 @@ def logits(model, flat):
         taken |= {"head/kernel": np.eye(size), "head/bias": np.zeros(size)}
     params = map_names(lambda name, _: np.asarray(taken[name], np.float32), shapes)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(model.apply)({"params": params}, images()).logits
+        return compiled(model)({"params": params}, images()).logits
 
 
 def close(found, name):
@@ -67,6 +72,8 @@ def test_the_files_come_back_exactly(name):
     model, theirs = made(name), files.read(path(name))
     found = weights.load(path(name), model)
     back = weights.to_theirs(found.format, found.flat, model)
+    if "headless" in name:  # we write the names of the model with a head, which both read
+        back = {key.removeprefix("dinov2."): x for key, x in back.items()}
     assert back.keys() == theirs.keys() - set(found.unused)
     for key, x in back.items():
         np.testing.assert_array_equal(x, theirs[key])
