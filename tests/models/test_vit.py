@@ -191,9 +191,10 @@ def test_register_tokens_are_seen_but_have_no_position():
     model, variables, images = make_rough(register_tokens=3, prefix_positions=False)
     assert variables["params"]["pos_embed"].shape == (16, 16)
     changed = jax.tree.map(lambda x: x, variables)
-    changed["params"]["reg_tokens"] = changed["params"]["reg_tokens"] + 1
+    # Not by a constant, which layer norms take away.
+    changed["params"]["reg_tokens"] = changed["params"]["reg_tokens"][:, ::-1]
     difference = apply(model, changed, images).logits - apply(model, variables, images).logits
-    assert jnp.abs(difference).max() > 1e-6
+    assert jnp.abs(difference).max() > 1e-3
 
 
 def stack_blocks(params, depth):

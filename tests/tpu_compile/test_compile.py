@@ -46,7 +46,7 @@ def get_config():
 def chips():
     topology.without_a_tpu()
     compilation_cache.reset_cache()  # JAX looks once whether there is one
-    quick = jax.config.jax_disable_most_optimizations
+    quick = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)  # a TPU's program is as users get it
     yield topology.find("v5e:2x2")
     jax.config.update("jax_disable_most_optimizations", quick)
