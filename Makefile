@@ -26,7 +26,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m msvit_jax.demo --workdir=$(RUNS)/demo --data_dir=$(DATA_DIR)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Whether the notebooks run, with few examples; writes nothing.
 notebooks: $(VENV)/.ready

@@ -27,6 +27,7 @@ def demonstrated(overrides, tmp_path_factory):
     return workdir, demo.run(workdir, overrides)
 
 
+@pytest.mark.slow
 def test_the_table_holds_what_evaluation_finds(demonstrated):
     workdir, rows = demonstrated
     assert [row["model"] for row in rows] == ["ViT", "MSViT"]
@@ -39,6 +40,7 @@ def test_the_table_holds_what_evaluation_finds(demonstrated):
     assert rows[0]["tokens / image"] == 64
 
 
+@pytest.mark.slow
 def test_a_second_run_trains_no_more_and_says_where_the_pictures_are(
     demonstrated, overrides, capsys
 ):

@@ -17,7 +17,7 @@ from msvit_jax.inference import budgets
 from msvit_jax.train import loop
 from msvit_jax.train.optimizer import flat_names
 from msvit_jax.train.step import normalise
-from tests import tiny_run
+from tests import jitted, tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def _expected(run):
     batches = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
     (batch,) = list(batches)
     images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
-    output = run.model.apply(run.variables, images, train=False)
+    output = jitted.apply(run.model, run.variables, images, train=False)
     logits = np.asarray(output.logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     rows = np.arange(tiny_run.VALIDATION)
@@ -125,13 +125,13 @@ def test_samples_of_a_model_that_reduces_tokens_are_its_merge_maps():
     config = tiny_run.config("mergence_tiny_patch16_224")
     config.model.update(scales=(2, 4), keep=0.6)
     model = configs.build_model(configs.resolve(config, len(tiny_run.CLASSES)))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jitted.init(model, jnp.zeros((1, 16, 16, 3)))["params"]
     mesh = sharding.make_mesh()
     evaluator = evaluate.Evaluator(model, config.data, batch_size=16, mesh=mesh, samples=3)
     samples = evaluator(jax.device_put(params, sharding.replicated(mesh))).samples
     assert samples.coarse is None
     images = normalise(jnp.asarray(samples.images), model.mean, model.std)
-    expected = model.apply({"params": params}, images)
+    expected = jitted.apply(model, {"params": params}, images)
     assert samples.merged.shape == (3, 2, 4, 4)
     np.testing.assert_array_equal(samples.merged.reshape(3, 2, 16)[:, 1], expected.hosts[1])
 
@@ -183,6 +183,7 @@ def test_the_command_prints_a_table_and_then_json(mixed):
     assert (mixed / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_message_and_no_traceback(tmp_path):
     done = _eval(f"--workdir={tmp_path}")
     assert done.returncode == 2
@@ -201,7 +202,8 @@ def test_a_cascade_is_evaluated_exit_by_exit(cascade, capsys):
     run = checkpoint.load_run(cascade)
     (batch,) = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
     images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
-    right = run.model.apply(run.variables, images).exits.argmax(-1) == batch["label"][:, None]
+    exits = jitted.apply(run.model, run.variables, images).exits
+    right = exits.argmax(-1) == batch["label"][:, None]
     assert figures["exits_top1"] == pytest.approx(100 * np.asarray(right).mean(0))
     assert figures["top1"] == figures["exits_top1"][-1]
     assert figures["exits_gmacs"] == pytest.approx(run.model.exit_macs() / 1e9)

@@ -11,6 +11,7 @@ from scipy import stats
 
 from msvit_jax import losses
 from msvit_jax.models import GateOutput
+from tests import jitted
 
 X = [0.1, 0.4, 0.2, 0.9]
 
@@ -79,12 +80,12 @@ def test_samples_of_the_prior_score_the_floor(count):
 def loss_of(logits, **options):
     module = losses.GateLoss(**({"grid_size": (3, 3), "target": 0.3} | options))
     output = GateOutput(logits=logits, coarse=jnp.zeros_like(logits))
-    return module, output, module.init(jax.random.key(0), output)
+    return module, output, jitted.init(module, output)
 
 
 def value(logits, **options):
     module, output, variables = loss_of(logits, **options)
-    return float(module.apply(variables, output).loss)
+    return float(jitted.apply(module, variables, output).loss)
 
 
 def test_rate_and_l0_speak_of_the_share_of_fine_regions():
@@ -98,7 +99,7 @@ def test_rate_and_l0_speak_of_the_share_of_fine_regions():
 def test_generalized_is_shaping_plus_hyperprior():
     logits = jax.random.normal(jax.random.key(0), (16, 9))
     module, output, variables = loss_of(logits, kind="gbas", temperature=0.4, sigma=0.2)
-    result = module.apply(variables, output)
+    result = jitted.apply(module, variables, output)
     fine = np.sort(1 / (1 + np.exp(np.asarray(logits, np.float64))), axis=0)
     mean = 1 / (1 + np.exp(-np.asarray(variables["params"]["logit_mean"], np.float64)))
     rank = np.arange(1, 17)[:, None] / 17
@@ -151,7 +152,7 @@ def test_same_value_and_gradient_on_one_device_and_on_eight(kind):
         return module.apply(v, GateOutput(logits=x, coarse=x), axis_name=axis_name).loss
 
     both = jax.value_and_grad(loss, argnums=(0, 1))
-    expected_value, (expected_v, expected_x) = both(variables, logits)
+    expected_value, (expected_v, expected_x) = jax.jit(both)(variables, logits)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("data")))

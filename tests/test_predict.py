@@ -13,7 +13,7 @@ from msvit_jax.data import decode
 from msvit_jax.inference import Predictor
 from msvit_jax.train import loop
 from msvit_jax.train.step import normalise
-from tests import tiny_run
+from tests import jitted, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def _expected(workdir, files, threshold):
     run = checkpoint.load_run(workdir)
     images = np.stack([decode.read_file(file, tiny_run.SIDE, 1.0) for file in files])
     images = normalise(images, run.model.mean, run.model.std)
-    return run.model.apply(run.variables, images, train=False, threshold=threshold)
+    return jitted.apply(run.model, run.variables, images, train=False, threshold=threshold)
 
 
 def _predict(*arguments):
@@ -72,6 +72,7 @@ def test_the_command(workdir, photos, tmp_path):
     assert drawn == [*(f"00{i}_{i}.png" for i in range(7)), "contact_sheet.png"]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run_that_merges_tokens(photos, tmp_path):
     config = tiny_run.config("mergence_tiny_patch16_224", steps=2, log_images=0)
     config.model.update(scales=(2, 4), keep=0.6)
@@ -85,6 +86,7 @@ def test_pictures_of_a_run_that_merges_tokens(photos, tmp_path):
     assert result["tokens_mean"] == 16
 
 
+@pytest.mark.slow
 def test_pictures_of_a_dense_run_are_refused(photos, tmp_path):
     loop.train(tiny_run.config(steps=1), tmp_path / "run")
     done = _predict(f"--workdir={tmp_path / 'run'}", photos, f"--pictures={tmp_path / 'out'}")
@@ -93,6 +95,7 @@ def test_pictures_of_a_dense_run_are_refused(photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_message_and_no_traceback(workdir):
     done = _predict(f"--workdir={workdir}")
     assert done.returncode == 2

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
-from sklearn import datasets as sklearn_datasets
 
 TRAIN_SHARE = 0.78  # of the scanned digits of each class; the others serve validation alone
 MARGIN = 4  # pixels around the scan's box, so that shifting the canvas a little loses no ink
@@ -111,7 +110,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        digits = sklearn_datasets.load_digits()
+        digits = _digits()
         sources = digit_indices(split)
         for index in range(count):
             rng = np.random.default_rng([("train", "validation").index(split), index])
@@ -130,9 +129,22 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             )
 
 
+def _sklearn_datasets() -> Any:
+    # Where it is used: its import takes a second, and every command imports this module.
+    from sklearn import datasets
+
+    return datasets
+
+
+@functools.cache
+def _digits() -> Any:
+    """Returns scikit-learn's digits: `images` [1797, 8, 8] from 0 to 16 and `target` [1797]."""
+    return _sklearn_datasets().load_digits()
+
+
 def digit_indices(split: str) -> np.ndarray:
     """Returns the indices in `load_digits()` that a split draws from; none serves both."""
-    target = sklearn_datasets.load_digits().target
+    target = _digits().target
     order = np.random.default_rng(0).permutation(len(target))
     chosen = []
     for digit in range(10):
@@ -232,7 +244,7 @@ def _ramp(side: int, angle: float) -> np.ndarray:
 
 @functools.cache
 def _photographs() -> list[Image.Image]:
-    return [Image.fromarray(photo) for photo in sklearn_datasets.load_sample_images().images]
+    return [Image.fromarray(photo) for photo in _sklearn_datasets().load_sample_images().images]
 
 
 def _photo_crop(side: int, rng: np.random.Generator) -> np.ndarray:

@@ -64,7 +64,7 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
 def write_big_vision(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk as big_vision's .npz."""
     _, theirs, left_out = _trunk(source, "big_vision")
-    np.savez(path, **theirs)
+    np.savez(path, allow_pickle=False, **theirs)
     return left_out
 
 
@@ -78,10 +78,13 @@ def write_dvt(source: Source, path: pathlib.Path) -> str:
 def write_huggingface(source: Source, path: pathlib.Path) -> str:
     """Writes the dense trunk as a directory that transformers' `from_pretrained` takes."""
     vit, theirs, left_out = _trunk(source, "huggingface")
+    kind = huggingface.kind(vit)
+    if kind.startswith("dinov2"):  # not used for answers, but missed when it is not there
+        theirs[f"{kind}.embeddings.mask_token"] = np.zeros((1, vit.width), np.float32)
     path.mkdir()
     metadata = {"format": "pt", "msvit_jax": json.dumps(source.about)}
     save_file(theirs, path / "model.safetensors", metadata)
-    _write_json(path / "config.json", _huggingface_config(vit, source))
+    _write_json(path / "config.json", _huggingface_config(vit, kind, source))
     _write_json(path / "preprocessor_config.json", _preprocessor(vit, source.crop))
     return left_out
 
@@ -94,8 +97,7 @@ _ARCHITECTURES = {
 }
 
 
-def _huggingface_config(vit: Any, source: Source) -> dict[str, Any]:
-    kind = huggingface.kind(vit)
+def _huggingface_config(vit: Any, kind: str, source: Source) -> dict[str, Any]:
     names = list(source.class_names) or [f"LABEL_{label}" for label in range(vit.num_classes)]
     config: dict[str, Any] = {
         "model_type": kind,
@@ -149,7 +151,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, np.ndarray], str]:
+def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, Any], str]:
     """The plain model under a model, its parameters by a format's names, and what is left out."""
     model = source.model
     theirs = weights.to_theirs(format_name, source.params, model)

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         named += [file if len(pixels) == 1 else f"{file}[{i}]" for i in range(len(pixels))]
         parts.append(pixels)
     thresholds = [float(t) for t in given.thresholds.split(",")] if given.thresholds else None
-    answers = model.classify(
+    answers: dict[str, Any] = model.classify(
         np.concatenate(parts), batch=given.batch, threshold=given.threshold, thresholds=thresholds
     )
     shares, labels = softmax(answers["logits"]), answers["logits"].argmax(axis=1)
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
     if given.out:
-        np.savez(given.out, **answers)
+        np.savez(given.out, allow_pickle=False, **answers)
 
 
 if __name__ == "__main__":

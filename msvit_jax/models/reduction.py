@@ -7,6 +7,7 @@ mask hides is never kept for its own sake, never a host and never counted.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,23 +52,24 @@ class Stage:
         """The counts that it leaves of up to `most` patch tokens."""
         return merging.Plan(self.reducer, most, keep=self.keep, remove=self.remove)
 
-    def macs(self, before: np.ndarray, after: np.ndarray, width: int, key_width: int) -> np.ndarray:
+    def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
         """Multiply-accumulates of deciding and merging, for sequences with their prefix.
 
         Args:
           before: tokens, any shape.
           after: likewise.
           width: channels of a token.
-          key_width: channels of a key.
+          heads: of the attention.
         """
         if self.keeps_all:
             return 0 * before
         removed = before - after
-        scores = before * width  # the class token's row
+        # The class token's query, that through the keys' kernel, and its row for every head.
+        scores = 2 * width**2 + before * width * heads
         merge = removed * after * width
         similarities = merge  # of each removed token to each that stays
         if self.reducer == "tome":
-            return before / 2 * before / 2 * key_width + merge
+            return before / 2 * before / 2 * (width // heads) + merge
         parts = {"random": 0 * scores, "topk": scores, "evit": scores + merge}
         return parts.get(self.reducer, scores + similarities + merge)
 
@@ -203,17 +205,25 @@ def start(x: Array, made: dict[int, Stage]) -> Carried:
 
 
 def reduce(
-    x: Array, query: Array, key: Array, mask: Mask | None, carried: Carried, stage: Stage
+    x: Array,
+    seen: Array,
+    key: Array,
+    mask: Mask | None,
+    carried: Carried,
+    stage: Stage,
+    scores: Callable[[Array, Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     """Reduces tokens in any layout.
 
     Args:
       x: [B, N, D].
-      query: [B, N, H, d] of the layer's attention.
-      key: likewise.
+      seen: [B, N, D], what the layer's attention saw.
+      key: [B, N, H, d] that it made of that.
       mask: of the layer.
       carried: so far.
       stage: how.
+      scores: what a few tokens would see in that attention, before the softmax and up to what is
+        the same for all: [B, M, D], [B, N, D] -> [B, H, M, N].
 
     Returns:
       Tokens [B, K, D], their mask and their state.
@@ -223,13 +233,13 @@ def reduce(
         history = (*carried.history, carried.place)
         return x, mask, dataclasses.replace(carried, history=history)
     if not mask.shelves:
-        return _reduce_rows(x, query, key, mask, carried, stage)
+        return _reduce_rows(x, seen, key, mask, carried, stage, scores)
     groups, first = x.shape[0], 0
     parts, places = [], []
-    apart = shelves_apart(mask, x, query, key, carried.size, carried.luck)
-    for (rows, _), (own, (part, q, k, size, luck)) in zip(mask.shelves, apart, strict=True):
+    apart = shelves_apart(mask, x, seen, key, carried.size, carried.luck)
+    for (rows, _), (own, (part, s, k, size, luck)) in zip(mask.shelves, apart, strict=True):
         here = dataclasses.replace(start(part, {}), size=size, luck=luck)
-        parts.append(_reduce_rows(part, q, k, own, here, stage))
+        parts.append(_reduce_rows(part, s, k, own, here, stage, scores))
         count = parts[-1][0].shape[1]
         # Places of this shelf's rows within the group.
         row = jnp.arange(groups * rows, dtype=jnp.int32)[:, None] % rows
@@ -258,15 +268,22 @@ def reduce(
 
 
 def _reduce_rows(
-    x: Array, query: Array, key: Array, mask: Mask, carried: Carried, stage: Stage
+    x: Array,
+    seen: Array,
+    key: Array,
+    mask: Mask,
+    carried: Carried,
+    stage: Stage,
+    scores: Callable[[Array, Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     member, prefix = _who(x, mask, stage.prefix)
     tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.luck)
     if stage.reducer == "tome":
         tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
     elif stage.reducer != "random":
-        asking = merging.importance_queries(query, tokens, mean=stage.mean_query)
-        importance = merging.attention_received(asking, key, member)
+        # The query of a mean of tokens is the mean of their queries.
+        asking = merging.who_asks(seen, tokens, mean=stage.mean_query)
+        importance = merging.attention_received(scores(asking, seen), member)
         tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]
     # A row ends with a run of empty places, which is no image.

@@ -139,41 +139,67 @@ class QKV(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
+    def _parameters(self, width: int) -> tuple[Array, Array | None]:
+        """The kernel [D, 3, heads, d] and the bias [3, 1, 1, heads, d]."""
+        shape = (3, self.heads, width // self.heads)
+        kernel = self.param("kernel", init_weights, (width, 3 * width))
+        kernel = kernel.astype(self.dtype).reshape(width, *shape)
+        if not self.bias:
+            return kernel, None
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
+
     def __call__(self, x: Array) -> list[Array]:
         """[B, N, D] -> three of [B, N, heads, D / heads]."""
-        width = x.shape[-1]
-        kernel = self.param("kernel", init_weights, (width, 3 * width))
-        shape = (3, self.heads, width // self.heads)
-        kernel = kernel.astype(self.dtype).reshape(width, *shape)
+        kernel, bias = self._parameters(x.shape[-1])
         tokens = x.shape[0] * x.shape[1]
         # A batch whose size is only known when it runs (`export`) is taken for a large one.
-        if isinstance(tokens, int) and tokens < width:
+        if isinstance(tokens, int) and tokens < x.shape[-1]:
             whole = jnp.einsum("bnd,dche->bnche", x, kernel)
             parts = [whole[:, :, i] for i in range(3)]
         else:
             parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
-        if not self.bias:
+        if bias is None:
             return parts
-        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
-        shift = bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
-        return [part + shift[i] for i, part in enumerate(parts)]
+        return [part + bias[i] for i, part in enumerate(parts)]
+
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What M tokens would see of N: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
+
+        Attention's scores before the softmax, less what is the same for all N. The few queries go
+        through the kernel of the keys instead of the many tokens, so that nothing is used which
+        attention has made for itself: a TPU then keeps none of that in memory.
+        """
+        kernel, bias = self._parameters(x.shape[-1])
+        query = jnp.einsum("bmd,dhe->bmhe", asking, kernel[:, 0])
+        query = (query if bias is None else query + bias[0]) * query.shape[-1] ** -0.5
+        folded = jnp.einsum("bmhe,dhe->bmhd", query, kernel[:, 1])
+        return jnp.einsum("bmhd,bnd->bhmn", folded, x, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
+    width: int
     heads: int
     qkv_bias: bool = True
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the submodules."""
+        self.qkv = QKV(self.heads, self.qkv_bias, self.dtype)
+        self.proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init_weights)
+
     def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
         """[B, N, D] -> [B, N, D], and its queries and keys; `mask` as in `attention`."""
-        query, key, value = QKV(self.heads, self.qkv_bias, self.dtype, name="qkv")(x)
+        query, key, value = self.qkv(x)
         mixed = attention(query, key, value, mask, implementation=self.implementation)
-        dense = {"dtype": self.dtype, "kernel_init": init_weights}
-        return nn.Dense(x.shape[-1], name="proj", **dense)(mixed.reshape(x.shape)), query, key
+        return self.proj(mixed.reshape(x.shape)), query, key
+
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What the asking tokens would see: [B, M, D], [B, N, D] -> [B, heads, M, N] float32."""
+        return self.qkv.scores(asking, x)
 
 
 class MLP(nn.Module):
@@ -225,7 +251,9 @@ class Block(nn.Module):
     def setup(self) -> None:
         """Makes the submodules and parameters."""
         self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
-        self.attn = Attention(self.heads, self.qkv_bias, self.attention_impl, self.dtype)
+        self.attn = Attention(
+            self.width, self.heads, self.qkv_bias, self.attention_impl, self.dtype
+        )
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
         self.mlp = MLP(self.hidden, self.width, self.dtype, self.gelu)
         if self.layer_scale is not None:
@@ -233,9 +261,10 @@ class Block(nn.Module):
             self.ls2 = LayerScale(self.layer_scale)
 
     def _mix_tokens(
-        self, x: Array, drop_rate: Array | None, mask: Mask | None
+        self, x: Array, seen: Array, drop_rate: Array | None, mask: Mask | None
     ) -> tuple[Array, Array, Array]:
-        branch, query, key = self.attn(self.norm1(x), mask)
+        """Attention's half, with its queries and keys; `seen` is the norm of x."""
+        branch, query, key = self.attn(seen, mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
         return x + self._maybe_dropped(branch, drop_rate, mask), query, key
@@ -262,7 +291,7 @@ class Block(nn.Module):
           drop_rate: scalar, probability of dropping each branch of an image; None: never.
           mask: which tokens see which, and whose they are; None: a row is an image.
         """
-        x, _, _ = self._mix_tokens(x, drop_rate, mask)
+        x, _, _ = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
         return self._mix_channels(x, drop_rate, mask)
 
     def reducing(
@@ -270,8 +299,11 @@ class Block(nn.Module):
     ) -> tuple[Array, Mask, Carried]:
         """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
         assert self.stage is not None
-        x, query, key = self._mix_tokens(x, drop_rate, mask)
-        x, shorter, carried = reduction.reduce(x, query, key, mask, carried, self.stage)
+        seen = self.norm1(x)
+        x, _, key = self._mix_tokens(x, seen, drop_rate, mask)
+        x, shorter, carried = reduction.reduce(
+            x, seen, key, mask, carried, self.stage, self.attn.scores
+        )
         return self._mix_channels(x, drop_rate, shorter), shorter, carried
 
     def reusing(
@@ -289,7 +321,7 @@ class Block(nn.Module):
           [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
         """
         mask = None if relation is None else Mask(bias=relation)
-        x, query, key = self._mix_tokens(x, drop_rate, mask)
+        x, query, key = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
         # The product that attention makes of them, too: XLA computes it once.
         return self._mix_channels(x, drop_rate, mask, features), scores(query, key, mask)
 
@@ -560,8 +592,7 @@ class ViT(nn.Module):
         )
         total = self.embed_macs + blocks.sum(axis=0) + self.head_macs
         for layer, stage in self.stages.items():
-            key_width = self.width // self.heads
-            total = total + stage.macs(left[layer], left[layer + 1], self.width, key_width)
+            total = total + stage.macs(left[layer], left[layer + 1], self.width, self.heads)
         return total
 
     @property

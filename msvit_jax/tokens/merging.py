@@ -171,22 +171,19 @@ def compose(first: Array, then: Array) -> Array:
     return take(then, jnp.where(first < 0, then.shape[1], first), fill=-1)
 
 
-def attention_received(query: Array, key: Array, member: Array) -> Array:
+def attention_received(scores: Array, member: Array) -> Array:
     """The attention that each token gets from one query of its image, mean over heads.
 
-    Only one row of each image's attention matrix is computed, so the model's own attention can be
+    Only one row of each image's attention matrix is wanted, so the model's own attention can be
     of any implementation.
 
     Args:
-      query: [B, M, H, d], one per image: see `importance_queries`.
-      key: [B, N, H, d].
+      scores: [B, H, M, N] float32, before the softmax, of the token of each image that `who_asks`.
       member: [B, N, M] bool.
 
     Returns:
       [B, N] float32, sums to 1 over the tokens of an image; 0 for inactive places.
     """
-    scaled = query * query.shape[-1] ** -0.5
-    scores = jnp.einsum("bmhd,bnhd->bhmn", scaled, key, preferred_element_type=jnp.float32)
     seen = member.transpose(0, 2, 1)[:, None]
     scores = jnp.where(seen, scores, -jnp.inf)
     largest = jnp.where(seen.any(axis=3, keepdims=True), scores.max(axis=3, keepdims=True), 0)
@@ -195,25 +192,25 @@ def attention_received(query: Array, key: Array, member: Array) -> Array:
     return (shares / jnp.where(total > 0, total, 1)).sum(axis=2).mean(axis=1)
 
 
-def importance_queries(query: Array, tokens: Tokens, *, mean: bool) -> Array:
-    """The query of each image that says what is important: [B, N, H, d] -> [B, M, H, d].
+def who_asks(seen: Array, tokens: Tokens, *, mean: bool) -> Array:
+    """The token of each image whose query says what is important: [B, N, D] -> [B, M, D].
 
     Args:
-      query: of all tokens.
+      seen: what attention makes its queries of.
       tokens: that they belong to; the first of each image is its class token, unless
-      mean: take the mean query of the image's patch tokens, each counted by its size.
+      mean: take the mean of the image's patch tokens, each counted by its size.
     """
     if mean:
         weight = jnp.where(tokens.member & tokens.patch[:, :, None], tokens.size[:, :, None], 0)
         weight = weight / jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
     elif tokens.member.shape[2] == 1:
-        return query[:, :1]
+        return seen[:, :1]
     else:
         weight = tokens.member & (jnp.cumsum(tokens.member, axis=1) == 1)
-    empty = ~tokens.member.any(axis=2)[:, :, None, None]
-    query = jnp.where(empty, 0, query)
-    exact = lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    return jnp.einsum("bnm,bnhd->bmhd", weight.astype(query.dtype), query, precision=exact)
+    empty = ~tokens.member.any(axis=2)[:, :, None]
+    seen = jnp.where(empty, 0, seen)
+    exact = lax.Precision.HIGHEST if seen.dtype == jnp.float32 else None
+    return jnp.einsum("bnm,bnd->bmd", weight.astype(seen.dtype), seen, precision=exact)
 
 
 def luck_of(x: Array) -> Array:

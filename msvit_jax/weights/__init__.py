@@ -1,4 +1,4 @@
-"""Weights of other projects: one table per format, key by key with its transformation."""
+"""Weights from files and into them: other projects' formats, key by key, and our own."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

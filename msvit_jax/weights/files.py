@@ -21,7 +21,7 @@ Flat = dict[str, np.ndarray]
 
 PYTORCH = (".pth", ".tar", ".pt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
-# Weights are noise, which hardly shrinks; zeros in a small file may claim any size.
+# Weights are noise, which hardly shrinks; a small file of zeros may claim any size.
 _MOST_SHRUNK = 100
 
 
@@ -100,10 +100,11 @@ def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
         if member.header_offset + member.compress_size > size:
             raise ValueError(f"{member.filename} reaches beyond the end of the file")
         stored = member.compress_type == zipfile.ZIP_STORED
-        if member.file_size > member.compress_size * (1 if stored else _MOST_SHRUNK) + 1024:
-            raise ValueError(
-                f"{member.filename} claims {member.file_size:,} bytes in {member.compress_size:,}"
-            )
+        if stored and member.file_size != member.compress_size:
+            raise ValueError(f"{member.filename} claims a size that it was not stored with")
+    claimed = sum(member.file_size for member in members)
+    if claimed > _MOST_SHRUNK * size + 2**20:
+        raise ValueError(f"it claims to unpack to {claimed:,} bytes from {size:,}")
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

@@ -72,11 +72,13 @@ def test_rows_and_ladders_hold_the_batch_and_no_more_than_needed():
     counts = variants.draw_counts(model, 16, sizes)
     rows = _variant("rows", sizes=sizes).config.model.rows // 4
     lengths = jnp.asarray(counts + 1)[None]
-    assert packing.rows(lengths, rows, 512).fits.all()
-    assert not packing.rows(lengths, rows - 1, 512).fits.all()
+    packed = jax.jit(packing.rows, static_argnums=(1, 2))
+    assert packed(lengths, rows, 512).fits.all()
+    assert not packed(lengths, rows - 1, 512).fits.all()
     assert _variant("rows", sizes=Sizes(128, 30.0)).config.model.row_width == 256
     ladder = _variant("ladder", sizes=sizes).config.model.budget
-    assert packing.ladder(lengths, [b + 1 for b in ladder]).fits.all()
+    widths = tuple(b + 1 for b in ladder)
+    assert jax.jit(packing.ladder, static_argnums=1)(lengths, widths).fits.all()
     assert max(ladder) == counts.max()
 
 

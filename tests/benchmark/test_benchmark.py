@@ -58,7 +58,7 @@ def _models():
     return (msvit_jax.create_model(name, **TINY) for name in (DENSE, MODEL))
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_records_add_up(train):
     report = json.loads(json.dumps(_report(train)))
     assert set(report) >= {"machine", "devices", "versions", "commit"}
@@ -159,9 +159,10 @@ def test_sides_take_turns():
         ({"layouts": ("rows",), "row_width": 16}, "row_width=16 is too small.* need 17 places"),
         ({"layouts": ("rows",), "row_width": 17, "rows": 1}, "3 of 4 images do not fit"),
         ({"layouts": ("rows",), "rows": 1}, "--rows goes with --row_width"),
-        (
+        pytest.param(
             {"train": True, "layouts": ("trimmed",), "budget": (4,)},
             r"\d+% of the images do not fit",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -176,6 +177,7 @@ def _command(*arguments):
     return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_last_line_is_json():
     done = _command("--tokens=9", "--spread=3", "--batch=2", "--layouts=budget", "--budget=16")
     assert done.returncode == 0, done.stderr
@@ -186,12 +188,14 @@ def test_last_line_is_json():
     assert len(table.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_error_without_a_traceback():
     done = _command("--batch=few")
     assert done.returncode == 2
     assert done.stderr.strip() == "error: --batch=few: whole numbers are needed."
 
 
+@pytest.mark.slow
 def test_a_model_that_merges_is_compared_with_its_plain_model():
     options = _options(model="mergence_deit_tiny_patch16_224", layouts=("reduced",))
     options = dataclasses.replace(options, overrides=(*options.overrides, "scales=(2,4)"))

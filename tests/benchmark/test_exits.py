@@ -14,6 +14,7 @@ TINY = {
 OPTIONS = {"batch": 8, "images": 24, "rounds": 2, "overrides": TINY}
 
 
+@pytest.mark.slow
 def test_records_add_up():
     last, dense, *early = exits.measure("dvt_deit_small", shares=(0.75, 0.25), **OPTIONS)
     cascade = registry.create_model("dvt_deit_small", **TINY)

@@ -32,6 +32,7 @@ def _run(*arguments):
     return done, json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
+@pytest.mark.slow
 def test_takes_turns_with_another_interpreter(tmp_path):
     stub, log = tmp_path / "python", tmp_path / "log"
     stub.write_text(STUB.format(python=sys.executable, log=str(log)))
@@ -56,6 +57,7 @@ def test_takes_turns_with_another_interpreter(tmp_path):
     assert requests[2]["calls"] == 16
 
 
+@pytest.mark.slow
 def test_goes_on_without_timm():
     done, report = _run("--layouts=budget")
     assert done.returncode == 0, done.stderr
@@ -66,6 +68,7 @@ def test_goes_on_without_timm():
         assert report["peer"] is None
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_is_not_there():
     done, _ = _run("--torch_python=/nowhere/python")
     assert done.returncode == 2

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from msvit_jax.data import benchmark
@@ -23,6 +24,7 @@ def test_our_side_runs_the_training_transform():
     assert batch["image"].std() > 20
 
 
+@pytest.mark.slow
 def test_last_line_is_json():
     command = [sys.executable, "-m", "msvit_jax.data.benchmark", "--rounds=1", "--batches=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

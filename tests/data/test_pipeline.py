@@ -60,6 +60,7 @@ def test_cache_changes_nothing(config):
     chex.assert_trees_all_equal(take(config, 3), plain)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(config):
     plain = take(heavy(config), 3)
     config.workers = 2

@@ -172,6 +172,7 @@ def test_a_split_without_readable_images_is_refused(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_message_without_traceback(damaged, tmp_path):
     command = [sys.executable, "-m", "msvit_jax.data.prepare", f"--source={damaged}"]
     command += ["--name=pets", f"--data_dir={tmp_path}"]

@@ -125,6 +125,7 @@ def test_a_directory_for_from_pretrained(name, options, kind, architecture, tmp_
     assert pixels["image_mean"] == list(source.model.mean)
     held = load_file(tmp_path / "model" / "model.safetensors")
     assert held[f"{kind}.embeddings.cls_token"].shape == (1, 1, 16)
+    assert (f"{kind}.embeddings.mask_token" in held) == ("dinov2" in kind)
     if not options:
         _same(weights.read(tmp_path / "model", source.model), source.params)
 

@@ -17,6 +17,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictor
 from msvit_jax.models import MSViT
 from msvit_jax.train.step import normalise
+from tests import jitted
 
 SIDE, REGIONS, GRID, POOL = 32, 16, 64, 40
 OPTIONS = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
@@ -158,7 +159,7 @@ def test_models_without_a_gate(devices):
     predictor = Predictor(model, variables, batch_size=8, mesh=_mesh(devices))
     predictions = predictor(_pool()[:11])
     images = normalise(jnp.asarray(_pool()[:11]), model.mean, model.std)
-    expected = model.apply(variables, images).logits
+    expected = jitted.apply(model, variables, images).logits
     np.testing.assert_allclose(predictions.logits, expected, atol=1e-4)
     assert predictions.coarse is None
     assert predictions.merged is None
@@ -190,7 +191,7 @@ def test_models_that_reduce_tokens(name, reducer):
     scales = {"scales": (4, 8)} if name.startswith("mergence") else {}
     options = {**OPTIONS, **REDUCED, **scales, "num_classes": 5, "reducer": reducer}
     model = msvit_jax.create_model(name, **options)
-    variables = _larger(model.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3))))
+    variables = _larger(jitted.init(model, jnp.zeros((1, SIDE, SIDE, 3))))
     images = normalise(jnp.asarray(_pool()[:11]), model.mean, model.std)
     expected = jax.jit(model.apply)(variables, images)
     predictions = Predictor(model, variables, batch_size=4, mesh=_mesh(2))(_pool()[:11])

@@ -92,8 +92,10 @@ def test_gradient_reaches_hidden_weights():
         shares = shares / shares.sum(-1, keepdims=True)
         return jnp.einsum("bhqk,bkhd->bqhd", shares, value)
 
-    ours = jax.grad(lambda w: jnp.sin(attention(query, key, value, Mask(weights=w))).sum())(weights)
-    theirs = jax.grad(lambda w: jnp.sin(literal(w)).sum())(weights)
+    found = lambda w: attention(query, key, value, Mask(weights=w))  # noqa: E731
+    ours, theirs = (
+        jax.jit(jax.grad(lambda w, f=f: jnp.sin(f(w)).sum()))(weights) for f in (found, literal)
+    )
     assert np.abs(theirs[0, 1]) > 1e-3
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -143,7 +145,7 @@ def test_gradients_are_those_of_softmax_attention(masked):
 
     def gradients(function):
         loss = lambda *qkv: jnp.sum(jnp.where(held, jnp.sin(function(*qkv)), 0))  # noqa: E731
-        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
     ours = gradients(lambda *qkv: attention(*qkv, mask))
     for a, b in zip(ours, gradients(literal), strict=True):
@@ -181,7 +183,7 @@ def test_gradients_with_a_bias_whose_scores_are_used_again(weighted):
 
     def gradients(function):
         loss = lambda *x: sum(jnp.sin(part).sum() for part in function(*x))  # noqa: E731
-        return jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, bias)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(query, key, value, bias)
 
     for a, b in zip(gradients(ours), gradients(literal), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

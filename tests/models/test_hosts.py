@@ -9,6 +9,7 @@ import pytest
 
 import msvit_jax
 from msvit_jax.tokens import merging
+from tests.jitted import apply
 
 SIDE, GRID = 32, 64
 SIZES = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 3}
@@ -52,7 +53,7 @@ def _apply(name, **options):
 
 def test_a_model_that_reduces_nothing_has_no_hosts():
     model = msvit_jax.create_model("vit_tiny_patch16_224", **SIZES)
-    assert model.apply(_variables("vit_tiny_patch16_224"), _images()).hosts is None
+    assert apply(model, _variables("vit_tiny_patch16_224"), _images()).hosts is None
 
 
 @pytest.mark.parametrize("reducer", ["mergence", "topk", "evit"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import msvit_jax
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.tokens import packing
+from tests.jitted import apply
 from tests.models.test_vit import TINY, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
@@ -100,7 +101,7 @@ def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
     model, variables, images = slots(pool=pool)
     model = model.clone(**layout)
     coarse = decisions(2, 0.7)
-    clean = model.apply(variables, images, coarse=coarse)
+    clean = apply(model, variables, images, coarse=coarse)
     gather = packing.Packing.gather
     poisoned_gather = lambda self, tokens, fill=0.0: gather(self, tokens, fill=jnp.nan)  # noqa: E731
     monkeypatch.setattr(packing.Packing, "gather", poisoned_gather)
@@ -111,7 +112,7 @@ def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
         return jnp.where(weights[:, :, None] > 0.5, tokens, jnp.nan), weights, areas
 
     monkeypatch.setattr(MSViT, "_tokens", poisoned_tokens)
-    poisoned = model.apply(variables, images, coarse=coarse)
+    poisoned = jax.jit(lambda v, x, c: model.apply(v, x, coarse=c))(variables, images, coarse)
     np.testing.assert_array_equal(poisoned.fits, clean.fits)
     np.testing.assert_array_equal(poisoned.logits, clean.logits)
     assert np.asarray(clean.fits).sum() >= 4
@@ -158,17 +159,16 @@ def test_trimmed_fills_up_with_the_regions_nearest_to_fine():
     coarse = jnp.ones((BATCH, 9)).at[:, 0].set(0.0)  # 12 active tokens
     model = model.clone(layout="trimmed", budget=18)
 
-    def one_logit(v, images):
-        return model.apply(v, images, coarse=coarse).logits.sum()
-
+    output = apply(model, variables, images, coarse=coarse)
     # What fills the six free places is hidden: it changes nothing.
     exact = run(model.clone(layout="slots"), variables, images, coarse).logits.sum()
-    np.testing.assert_allclose(one_logit(variables, images), exact, rtol=1e-4)
+    np.testing.assert_allclose(output.logits.sum(), exact, rtol=1e-4)
     # But gradient to the decision reaches just the nearest regions, three tokens each.
-    reach = jax.grad(lambda c: model.apply(variables, images, coarse=c).logits.sum())(coarse)
-    logits = np.asarray(model.apply(variables, images, coarse=coarse).gate.logits)
-    full = model.clone(layout="slots")
-    everywhere = jax.grad(lambda c: full.apply(variables, images, coarse=c).logits.sum())(coarse)
+    reach, everywhere = (
+        jax.jit(jax.grad(lambda c, m=m: m.apply(variables, images, coarse=c).logits.sum()))(coarse)
+        for m in (model, model.clone(layout="slots"))
+    )
+    logits = np.asarray(output.gate.logits)
     nearest = np.argsort(np.where(np.asarray(coarse) > 0, logits, np.inf), axis=1)[:, :2]
     for image in range(BATCH):
         kept = {0, *nearest[image].tolist()}
@@ -258,8 +258,8 @@ def test_sizes_that_do_not_fit_are_told(options, message):
 
 def test_gate_only_decides_like_the_whole_model():
     model, variables, images = slots(gate_bias=0.0)
-    alone = model.apply(variables, images, threshold=0.4, method="gate_only")
-    whole = model.apply(variables, images, threshold=0.4)
+    alone = apply(model, variables, images, threshold=0.4, method="gate_only")
+    whole = apply(model, variables, images, threshold=0.4)
     np.testing.assert_array_equal(alone.coarse, whole.gate.coarse)
     assert 0 < np.asarray(alone.coarse).mean() < 1
 

@@ -25,14 +25,6 @@ DENSE, MIXED, MERGENCE = (f"{kind}deit_tiny_patch16_224" for kind in ("", "msvit
 REDUCERS = ("mergence", "topk", "evit", "tome", "random")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These tests compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def make(name, batch=3, **options):
     """A model, parameters that are random everywhere, and images."""
@@ -200,9 +192,12 @@ def test_deit_small_costs_what_was_published():
     np.testing.assert_array_equal(
         single.layer_tokens(196) + 1, [197] * 3 + [139] * 3 + [98] * 3 + [69] * 3
     )
-    # The schedule alone costs 2.997 G; merging comes on top.
-    assert small(reducer="topk", scales=(16,)).macs(196) == pytest.approx(2.997e9, rel=2e-4)
-    assert 2.997e9 < single.macs(196) < 2.997e9 + 0.012e9
+    # The schedule alone costs 2.997 G. Looking for what matters comes on top: the class token's
+    # query, the same through the keys' kernel, and its products with all tokens; then merging.
+    looking = sum(2 * 384**2 + count * 384 * 6 for count in (197, 139, 98))
+    topk = small(reducer="topk", scales=(16,)).macs(196)
+    assert topk - looking == pytest.approx(2.997e9, rel=2e-4)
+    assert 2.997e9 < single.macs(196) < 2.997e9 + 0.014e9
     usual = small()
     assert set(usual.scales) == {8, 16}
     assert usual.macs(196) <= 3.10e9

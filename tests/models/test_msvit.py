@@ -1,5 +1,7 @@
 """MSViT: the slots layout against the paper's 245-token transformer, gates, gradients."""
 
+import functools
+
 import chex
 import hypothesis
 import jax
@@ -12,11 +14,13 @@ import msvit_jax
 from msvit_jax import flops
 from msvit_jax.models import gate as gates
 from msvit_jax.models import vit
-from tests.models.test_vit import TINY, make, rough
+from tests.jitted import apply
+from tests.models.test_vit import TINY, make, make_rough, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def literal_msvit(variables, images, coarse, model):
     """MSViT as the paper writes it: all coarse and all fine tokens, masked softmax attention.
 
@@ -87,11 +91,11 @@ def literal_msvit(variables, images, coarse, model):
 @hypothesis.given(seed=st.integers(0, 2**31), share=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
 @hypothesis.settings(max_examples=15)
 def test_slots_equal_the_papers_masked_transformer(seed, share):
-    model, variables, images = make(NAME)
+    model, variables, images = make_rough(NAME)
     variables = rough(variables, seed % 1000)
     rng = np.random.default_rng(seed)
     coarse = jnp.asarray(rng.random((3, 4)) < share, jnp.float32)
-    output = model.apply(variables, images, coarse=coarse)
+    output = apply(model, variables, images, coarse=coarse)
     expected = literal_msvit(variables, images, coarse, model)
     scale = jnp.abs(expected).max()
     np.testing.assert_allclose(output.logits / scale, expected / scale, atol=1e-5)
@@ -100,15 +104,15 @@ def test_slots_equal_the_papers_masked_transformer(seed, share):
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
 def test_all_fine_is_the_plain_transformer(pool):
-    model, variables, images = make(NAME, gate="fine", pool=pool)
-    plain = model.backbone.apply({"params": variables["params"]["backbone"]}, images)
-    output = model.apply(variables, images)
+    model, variables, images = make_rough(NAME, gate="fine", pool=pool)
+    plain = apply(model.backbone, {"params": variables["params"]["backbone"]}, images)
+    output = apply(model, variables, images)
     np.testing.assert_allclose(output.logits, plain.logits, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(output.tokens, 16)
 
 
 def test_all_coarse_is_the_plain_transformer_on_the_halved_image():
-    model, variables, images = make(NAME, gate="coarse")
+    model, variables, images = make_rough(NAME, gate="coarse")
     halved = (
         images[:, ::2, ::2] + images[:, 1::2, ::2] + images[:, ::2, 1::2] + images[:, 1::2, 1::2]
     ) / 4
@@ -116,8 +120,8 @@ def test_all_coarse_is_the_plain_transformer_on_the_halved_image():
     prefix, grid = backbone["pos_embed"][:1], backbone["pos_embed"][1:].reshape(2, 2, 2, 2, 16)
     backbone["pos_embed"] = jnp.concatenate([prefix, grid.mean(axis=(1, 3)).reshape(4, 16)])
     small = model.backbone.clone(image_size=16)
-    output = model.apply(variables, images)
-    expected = small.apply({"params": backbone}, halved).logits
+    output = apply(model, variables, images)
+    expected = apply(small, {"params": backbone}, halved).logits
     np.testing.assert_allclose(output.logits, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(output.tokens, 4)
 
@@ -134,15 +138,15 @@ def test_all_coarse_is_the_plain_transformer_on_the_halved_image():
     ],
 )
 def test_gradients_reach_every_parameter(options):
-    model, variables, images = make(NAME, gate_bias=0.0, **options)
-    variables = rough(variables)
+    depth = 2 if options.get("scan_layers") else 1
+    model, variables, images = make_rough(NAME, gate_bias=0.0, depth=depth, **options)
     labels = jnp.asarray([0, 1, 2])
 
     def loss(v):
         output = model.apply(v, images, train=True, rngs={"gate": jax.random.key(7)})
         return -jax.nn.log_softmax(output.logits)[jnp.arange(3), labels].mean()
 
-    gradients = jax.grad(loss)(variables)
+    gradients = jax.jit(jax.grad(loss))(variables)
     if model.backbone.pool == "mean":  # the class token serves no purpose in the last layer's mean
         gradients["params"]["backbone"].pop("cls_token")
     dead = [
@@ -155,42 +159,48 @@ def test_gradients_reach_every_parameter(options):
 
 @pytest.mark.parametrize("options", [{"scale_embedding": True}, {"coarse_residual": True}])
 def test_zero_initialised_options_start_as_the_model_without(options):
-    plain, variables, images = make(NAME)
+    plain, variables, images = make_rough(NAME)
     model = plain.clone(**options)
-    extended = model.init(jax.random.key(0), images)
-    extended["params"]["backbone"] = variables["params"]["backbone"]
-    extended["params"]["gate_mlp"] = variables["params"]["gate_mlp"]
+
+    @jax.jit
+    def started():  # compiles what the option adds alone
+        made = model.init(jax.random.key(0), images)["params"]
+        return {name: made[name] for name in made.keys() - variables["params"].keys()}
+
+    added = started()
+    assert added
+    extended = {"params": {**variables["params"], **added}}
     coarse = jnp.asarray([[0, 1, 0, 1.0]] * 3)
     chex.assert_trees_all_close(
-        model.apply(extended, images, coarse=coarse).logits,
-        plain.apply(variables, images, coarse=coarse).logits,
+        apply(model, extended, images, coarse=coarse).logits,
+        apply(plain, variables, images, coarse=coarse).logits,
     )
 
 
 def test_separate_coarse_embedding_sees_full_resolution():
-    model, variables, images = make(NAME, gate="coarse", coarse_embedding="separate")
+    model, variables, images = make_rough(NAME, gate="coarse", coarse_embedding="separate")
     kernel = variables["params"]["coarse_embed"]["proj"]["kernel"]
     assert kernel.shape == (16, 16, 3, 16)
     checker = jnp.asarray(np.indices((32, 32)).sum(0) % 2 * 2.0 - 1, jnp.float32)[None, :, :, None]
     difference = (
-        model.apply(variables, images + checker).logits - model.apply(variables, images).logits
+        apply(model, variables, images + checker).logits - apply(model, variables, images).logits
     )
     assert jnp.abs(difference).max() > 1e-4  # the pooled image could not tell them apart
 
 
 def test_gate_starts_coarse_and_threshold_moves_it():
     model, variables, images = make(NAME)
-    np.testing.assert_array_equal(model.apply(variables, images).tokens, 4)
-    finest = model.apply(variables, images, threshold=jnp.float32(1.0))
+    np.testing.assert_array_equal(apply(model, variables, images).tokens, 4)
+    finest = apply(model, variables, images, threshold=jnp.float32(1.0))
     np.testing.assert_array_equal(finest.tokens, 16)
-    np.testing.assert_array_equal(model.clone(threshold=1.0).apply(variables, images).tokens, 16)
+    allowing = model.clone(threshold=1.0)
+    np.testing.assert_array_equal(apply(allowing, variables, images).tokens, 16)
 
 
 def test_thresholds_trade_tokens_monotonically():
-    model, variables, images = make(NAME, gate_bias=0.0)
-    variables = rough(variables)
+    model, variables, images = make_rough(NAME, gate_bias=0.0)
     tokens = [
-        model.apply(variables, images, threshold=jnp.float32(t)).tokens
+        apply(model, variables, images, threshold=jnp.float32(t)).tokens
         for t in np.linspace(0, 1, 9)
     ]
     assert (np.diff(np.stack(tokens), axis=0) >= 0).all()
@@ -225,28 +235,26 @@ def test_straight_through_gradient_is_the_relaxed_decisions():
 
 
 def test_gate_sees_its_own_region_alone():
-    model, variables, images = make(NAME)
-    variables = rough(variables)
+    model, variables, images = make_rough(NAME)
     changed = images.at[:, :16, 16:].add(1.0)  # region 1 of 2 x 2
-    before, after = (model.apply(variables, x).gate.logits for x in (images, changed))
+    before, after = (apply(model, variables, x).gate.logits for x in (images, changed))
     moved = np.abs(np.asarray(after - before)).max(0) > 1e-6
     np.testing.assert_array_equal(moved, [False, True, False, False])
 
 
 def test_untrained_gates():
-    model, variables, _ = make(NAME, image_size=64, gate="centre", fine_share=0.25)
+    model, variables, _ = make_rough(NAME, image_size=64, gate="centre", fine_share=0.25)
     images = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
-    centre = np.asarray(model.apply(variables, images).gate.coarse).reshape(2, 4, 4)
+    centre = np.asarray(apply(model, variables, images).gate.coarse).reshape(2, 4, 4)
     np.testing.assert_array_equal(centre[:, 1:3, 1:3], 0)
     assert centre.sum() == 2 * 12
     busy = jnp.zeros((2, 64, 64, 3)).at[:, 16:32, 32:48].set(images[:, 16:32, 32:48])
-    entropy = np.asarray(
-        model.clone(gate="entropy", fine_share=1 / 16).apply(variables, busy).gate.coarse
-    )
+    entropy = model.clone(gate="entropy", fine_share=1 / 16)
+    entropy = np.asarray(apply(entropy, variables, busy).gate.coarse)
     np.testing.assert_array_equal(np.flatnonzero(entropy[0] == 0), [6])
     random = model.clone(gate="random")
-    first = random.apply(variables, images).gate.coarse
-    swapped = random.apply(variables, images[::-1]).gate.coarse
+    first = apply(random, variables, images).gate.coarse
+    swapped = apply(random, variables, images[::-1]).gate.coarse
     np.testing.assert_array_equal(first, swapped[::-1])  # an image's pattern is its own
     assert (np.asarray(first[0]) != np.asarray(first[1])).any()
 
@@ -305,11 +313,11 @@ def test_macs_fall_with_the_tokens():
 )
 def test_bad_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
-        make(NAME, **options)
+        make_rough(NAME, **options)
 
 
 def test_bad_images_and_decisions_are_told():
-    model, variables, images = make(NAME)
+    model, variables, images = make_rough(NAME)
     with pytest.raises(ValueError, match="multiple of 16"):
         model.apply(variables, jnp.zeros((1, 40, 32, 3)))
     with pytest.raises(ValueError, match="coarse has shape"):

@@ -1,5 +1,7 @@
 """T2T-ViT: official sizes, the first soft split, and the tokeniser against loops in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +12,18 @@ from scipy.special import erf
 import msvit_jax
 from msvit_jax import flops
 from msvit_jax.models import t2t, vit
+from tests.jitted import apply, init
 from tests.models.test_vit import rough
 
 TINY = {"image_size": 32, "width": 16, "depth": 1, "heads": 2, "num_classes": 5}
 
 
+@functools.cache
 def make(**overrides):
     model = msvit_jax.create_model("t2t_vit_12", **(TINY | {"grid": 2} | overrides))
     side = model.image_size
     images = jax.random.normal(jax.random.key(1), (2, side, side, 3))
-    return model, model.init(jax.random.key(0), images), images
+    return model, init(model, images), images
 
 
 # Millions of parameters and GMACs as the T2T-ViT repository lists them.
@@ -119,7 +123,8 @@ def reference_tokens(params, image, split):
 def test_tokens_equal_a_numpy_tokeniser():
     model, variables, images = make()
     variables = rough(variables)
-    found = model.apply(variables, images, method=lambda m, x: m.patch_embed(x, train=False))
+    tokens_of = lambda m, x: m.patch_embed(x, train=False)  # noqa: E731
+    found = apply(model, variables, images, method=tokens_of)
     params = variables["params"]["patch_embed"]
     expected = np.stack([reference_tokens(params, image, model.split) for image in images])
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
@@ -148,7 +153,7 @@ def test_what_is_fixed_stays_as_it_is_under_adamw():
     def loss(v):
         return (model.apply(v, images).logits ** 2).sum()
 
-    gradient = jax.grad(loss)(variables)
+    gradient = jax.jit(jax.grad(loss))(variables)
     optimizer = optax.adamw(1e-2, mask=lambda tree: jax.tree.map(lambda x: False, tree))
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(gradient, optimizer.init(variables), variables)
@@ -164,9 +169,9 @@ def test_what_is_fixed_stays_as_it_is_under_adamw():
 def test_dropout_of_the_tokeniser_is_on_in_training_alone():
     model, variables, images = make()
     a, b = (
-        model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(k)}).logits
+        apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(k)}).logits
         for k in range(2)
     )
     assert jnp.abs(a - b).max() > 1e-6
-    still = [model.apply(variables, images).logits for _ in range(2)]
+    still = [apply(model, variables, images).logits for _ in range(2)]
     np.testing.assert_array_equal(*still)

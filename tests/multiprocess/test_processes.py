@@ -49,10 +49,6 @@ class Job:
                     cwd=ROOT,
                     env={
                         **os.environ,
-                        "JAX_PLATFORMS": "cpu",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
-                        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
-                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
                         "JAX_NUM_CPU_DEVICES": str(4 // processes),
                         "PYTHONPATH": str(ROOT),
                     },

@@ -242,12 +242,12 @@ def test_importance_is_the_attention_of_the_class_token_or_the_mean_patch(kind, 
     rng = np.random.default_rng(1)
     query, key = rng.normal(size=(2, ROWS, PLACES, heads, channels)).astype(np.float32)
     query[~tokens.member.any(axis=2)] = key[~tokens.member.any(axis=2)] = np.nan
-    asking = merging.importance_queries(
-        jnp.asarray(query), jax.tree.map(jnp.asarray, tokens), mean=mean
-    )
-    found = np.asarray(
-        merging.attention_received(asking, jnp.asarray(key), jnp.asarray(tokens.member))
-    )
+    # Queries are a linear map of what is seen; here they are what is seen, cut into heads.
+    seen = jnp.asarray(query.reshape(ROWS, PLACES, -1))
+    asking = merging.who_asks(seen, jax.tree.map(jnp.asarray, tokens), mean=mean)
+    asking = asking.reshape(ROWS, -1, heads, channels) / math.sqrt(channels)
+    scores = jnp.einsum("bmhd,bnhd->bhmn", asking, jnp.asarray(key))
+    found = np.asarray(merging.attention_received(scores, jnp.asarray(tokens.member)))
     expected = np.zeros((ROWS, PLACES))
     for row in range(ROWS):
         for image in images_of(tokens, row):

@@ -112,6 +112,7 @@ def test_infinite_loss_names_step_seed_and_last_good_checkpoint(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_stops_and_the_run_goes_on(whole_run, tmp_path, monkeypatch, capsys):
     _, figures = whole_run
     real = data.train_iterator
@@ -133,6 +134,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(whole_run, tmp_path, monke
 
 
 # Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_newest_checkpoint_is_set_aside(whole_run, tmp_path, capsys):
     _, figures = whole_run

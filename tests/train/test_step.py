@@ -11,7 +11,7 @@ from msvit_jax import losses, sharding
 from msvit_jax.train import optimizer
 from msvit_jax.train.program import Program
 from msvit_jax.train.step import Teacher, normalise, smooth
-from tests import tiny_run
+from tests import jitted, tiny_run
 
 BATCH = 16
 CASES = {
@@ -136,7 +136,8 @@ def test_step_loss_by_hand():
     setup = Setup(CASES["vit"](loss__label_smoothing=0.1))
     params = jax.device_get(setup.state.params["model"])
     images = normalise(jnp.asarray(_batch()["image"]), setup.model.mean, setup.model.std)
-    logits = np.asarray(setup.model.apply({"params": params}, images, train=False).logits)
+    output = jitted.apply(setup.model, {"params": params}, images, train=False)
+    logits = np.asarray(output.logits)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     targets = np.full((BATCH, 3), 0.1 / 3)
     targets[np.arange(BATCH), _batch()["label"]] += 0.9
@@ -163,10 +164,12 @@ def test_distillation_by_hand(kind):
     # A teacher that wants its images on another scale.
     other = setup.model.clone(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     pixels = jnp.asarray(_batch()["image"])
-    theirs = other.init(jax.random.key(5), normalise(pixels, other.mean, other.std))
+    theirs = jitted.init(other, normalise(pixels, other.mean, other.std), seed=5)
     params = {"params": jax.device_get(setup.state.params["model"])}
-    ours = setup.model.apply(params, normalise(pixels, setup.model.mean, setup.model.std)).logits
-    wanted = other.apply(theirs, normalise(pixels, other.mean, other.std)).logits
+    ours, wanted = (
+        jitted.apply(m, v, normalise(pixels, m.mean, m.std)).logits
+        for m, v in ((setup.model, params), (other, theirs))
+    )
     distance = losses.distillation(ours, wanted, temperature=2.0, kind=kind).mean()
     labels = losses.cross_entropy(ours, smooth(jnp.asarray(_batch()["label"]), 3, 0.0)).mean()
     _, reports = setup.run(1, Teacher(model=other, variables=theirs))
@@ -187,7 +190,7 @@ def test_a_cascade_learns_the_sum_of_its_exits(weight):
     batch, state = _batch(), jax.device_get(setup.state)
     _, (reported,) = setup.run(1)
     images = normalise(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
-    output = setup.model.apply({"params": state.params["model"]}, images, train=True)
+    output = jitted.apply(setup.model, {"params": state.params["model"]}, images, train=True)
     log_p = np.asarray(jax.nn.log_softmax(output.exits), np.float64)
     targets = np.asarray(smooth(jnp.asarray(batch["label"]), 3, 0.1))
     first, last = (-(targets * log_p[:, exit]).sum(1).mean() for exit in (0, 1))

@@ -1,5 +1,7 @@
 """The trimmed layout in training: budgets that follow the counts; the same steps as slots."""
 
+import contextlib
+import io
 import json
 
 import hypothesis
@@ -117,21 +119,26 @@ def trimmed(**changes):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def printed_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trimmed")
-    return workdir, loop.train(trimmed(), workdir)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        figures = loop.train(trimmed(), workdir)
+    return workdir, figures, said.getvalue()
 
 
-def test_a_trimmed_run_changes_budgets_and_says_so(whole_run, tmp_path, capsys):
-    _, figures = whole_run
-    again = loop.train(trimmed(), tmp_path)
-    said = capsys.readouterr().out
+@pytest.fixture
+def whole_run(printed_run):
+    return printed_run[:2]
+
+
+def test_a_trimmed_run_changes_budgets_and_says_so(printed_run):
+    _, figures, said = printed_run
     assert "budgets 16 -> " in said
-    assert again == figures
     assert figures["examples"] == tiny_run.VALIDATION
     assert "unfit" not in figures  # evaluation answers every image
 
 
+@pytest.mark.slow
 def test_a_resumed_trimmed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
     workdir, figures = whole_run
     loop.train(trimmed(steps=5), tmp_path)  # between two looks

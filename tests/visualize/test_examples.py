@@ -14,13 +14,13 @@ from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions
 from msvit_jax.train.step import normalise
 from msvit_jax.visualize import examples
-from tests import tiny_run
+from tests import jitted, tiny_run
 
 
 def _run(config):
     model = configs.build_model(configs.resolve(config, len(tiny_run.CLASSES)))
     images = np.zeros((1, tiny_run.SIDE, tiny_run.SIDE, 3), np.float32)
-    return checkpoint.Run(config, model, model.init(jax.random.key(0), images))
+    return checkpoint.Run(config, model, jitted.init(model, images))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def _pixels(path):
 
 def _outputs(run, images):
     shown = normalise(images, run.model.mean, run.model.std)
-    return run.model.apply(run.variables, shown, train=False)
+    return jitted.apply(run.model, run.variables, shown, train=False)
 
 
 def test_examples_are_spread_over_the_split_and_carry_their_labels(gated):
@@ -192,6 +192,7 @@ def test_a_model_that_gives_all_tokens_to_all_images_has_nothing_to_draw(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_the_message_alone(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "msvit_jax.visualize", f"--workdir={tmp_path}"],

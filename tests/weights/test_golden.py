@@ -72,6 +72,8 @@ def test_the_files_come_back_exactly(name):
     model, theirs = made(name), files.read(path(name))
     found = weights.load(path(name), model)
     back = weights.to_theirs(found.format, found.flat, model)
+    if "headless" in name:  # we write the names of the model with a head, which both read
+        back = {key.removeprefix("dinov2."): x for key, x in back.items()}
     assert back.keys() == theirs.keys() - set(found.unused)
     for key, x in back.items():
         np.testing.assert_array_equal(x, theirs[key])
