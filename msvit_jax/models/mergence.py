@@ -7,7 +7,9 @@ here is our reconstruction. Merging itself is an attribute of any `ViT` (`reduce
 `tokens.merging`); this module adds the scales.
 """
 
+import functools
 import math
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,10 +42,11 @@ class ScaleFeatures(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """[B, H, W, 3] -> [B, H / cell, W / cell, D]."""
-        x = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")(images)
-        x = gelu(x)
-        if self.patch_size < self.cell:
-            x = grid.pool(x, self.cell // self.patch_size)
+        embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
+        parts = max(1, self.cell // self.patch_size)
+        # Each place within the cells by itself: no map of all small patches is ever in memory.
+        features = [gelu(embed(part)) for part in grid.places(images, self.patch_size, parts)]
+        x = functools.reduce(operator.add, features) / parts**2
         zeros = nn.initializers.zeros
         x = nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(x)
         times = max(1, self.patch_size // self.cell)
