@@ -44,12 +44,12 @@ HEAD = f"""# Compiled for TPUs
 
 What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_small_patch16_224`
 ("reduced": 70 % kept in layers 4, 7 and 10 unless said otherwise) and of their dense backbone at
-224 px in bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and they say nothing of
-waiting for other chips. Training steps scan over the layers: cycles count every turn of the loops,
-GMACs, bytes and collectives only one. Layouts have places for a mean of {TOKENS} of 196 patch
-tokens (with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts spread by 30.
-All figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is in
-tpu_compile.json.
+224 px in bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and
+they say nothing of waiting for other chips. Training steps scan over the layers: cycles count every
+turn of the loops, GMACs, bytes and collectives only one. Layouts have places for a mean of {TOKENS}
+of 196 patch tokens (with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts
+spread by 30. All figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is
+in tpu_compile.json.
 """
 
 
