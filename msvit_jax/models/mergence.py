@@ -19,6 +19,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.output import Output
 from msvit_jax.models.reduction import Stage
 from msvit_jax.models.vit import PatchEmbed, ViT, check_images, gelu
@@ -53,7 +54,7 @@ class ScaleFeatures(nn.Module):
         return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
-class Mergence(nn.Module):
+class Mergence(Backboned, nn.Module):
     """A `ViT` that sees several patch sizes, and reduces tokens as its own attributes say.
 
     Attributes:
@@ -92,31 +93,6 @@ class Mergence(nn.Module):
     @property
     def _others(self) -> list[int]:
         return sorted(set(self.scales) - {self.patch_size})
-
-    @property
-    def image_size(self) -> int:
-        """Side of the training images in px."""
-        return self.backbone.image_size
-
-    @property
-    def patch_size(self) -> int:
-        """Side of the backbone's patches in px."""
-        return self.backbone.patch_size
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the head."""
-        return self.backbone.num_classes
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
-        return self.backbone.std
 
     @property
     def stages(self) -> dict[int, Stage]:
