@@ -17,6 +17,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.output import Output
 from msvit_jax.models.vit import LayerNorm, ViT, gelu, init_weights
 from msvit_jax.tokens import grid
@@ -177,7 +178,7 @@ class Reuse(nn.Module):
         return jnp.pad(context, ((0, 0), (prefix, 0), (0, 0)))
 
 
-class DVT(nn.Module):
+class DVT(Backboned, nn.Module):
     """A cascade of transformers over finer and finer grids.
 
     Parameters are `stage_<i>`, each exactly a ViT's (but that norm2 and fc1 of later stages see
@@ -242,11 +243,6 @@ class DVT(nn.Module):
         return list(zip(self.grids[:-1], self.grids[1:], strict=True))
 
     @property
-    def image_size(self) -> int:
-        """Side of the images in px."""
-        return self.backbone.image_size
-
-    @property
     def patch_size(self) -> int:
         """Side of the last stage's patches in px."""
         return self._stage(self.grids[-1]).cell
@@ -255,21 +251,6 @@ class DVT(nn.Module):
     def grid_size(self) -> int:
         """Tokens along one side of the last stage."""
         return self.grids[-1]
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the heads."""
-        return self.backbone.num_classes
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
-        return self.backbone.std
 
     @property
     def exit_tokens(self) -> np.ndarray:

@@ -7,7 +7,9 @@ here is our reconstruction. Merging itself is an attribute of any `ViT` (`reduce
 `tokens.merging`); this module adds the scales.
 """
 
+import functools
 import math
+import operator
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.output import Output
 from msvit_jax.models.reduction import Stage
 from msvit_jax.models.vit import PatchEmbed, ViT, check_images, gelu
@@ -40,17 +43,18 @@ class ScaleFeatures(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """[B, H, W, 3] -> [B, H / cell, W / cell, D]."""
-        x = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")(images)
-        x = gelu(x)
-        if self.patch_size < self.cell:
-            x = grid.pool(x, self.cell // self.patch_size)
+        embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
+        parts = max(1, self.cell // self.patch_size)
+        # Each place within the cells by itself: no map of all small patches is ever in memory.
+        features = [gelu(embed(part)) for part in grid.places(images, self.patch_size, parts)]
+        x = functools.reduce(operator.add, features) / parts**2
         zeros = nn.initializers.zeros
         x = nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(x)
         times = max(1, self.patch_size // self.cell)
         return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
-class Mergence(nn.Module):
+class Mergence(Backboned, nn.Module):
     """A `ViT` that sees several patch sizes, and reduces tokens as its own attributes say.
 
     Attributes:
@@ -89,31 +93,6 @@ class Mergence(nn.Module):
     @property
     def _others(self) -> list[int]:
         return sorted(set(self.scales) - {self.patch_size})
-
-    @property
-    def image_size(self) -> int:
-        """Side of the training images in px."""
-        return self.backbone.image_size
-
-    @property
-    def patch_size(self) -> int:
-        """Side of the backbone's patches in px."""
-        return self.backbone.patch_size
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the head."""
-        return self.backbone.num_classes
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
-        return self.backbone.std
 
     @property
     def stages(self) -> dict[int, Stage]:

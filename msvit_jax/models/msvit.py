@@ -18,6 +18,7 @@ from msvit_jax import flops
 from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
+from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.output import GateOutput, Output
 from msvit_jax.models.vit import PatchEmbed, ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import grid
@@ -37,7 +38,7 @@ class CoarseResidual(nn.Module):
         return nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(mixed)
 
 
-class MSViT(nn.Module):
+class MSViT(Backboned, nn.Module):
     """A mixed-scale vision transformer over any `ViT`.
 
     Attributes:
@@ -127,31 +128,6 @@ class MSViT(nn.Module):
         return layouts.Layout(
             self.layout, budget, self.rows or 0, self.row_width or 0, self.row_groups
         )
-
-    @property
-    def image_size(self) -> int:
-        """Side of the training images in px."""
-        return self.backbone.image_size
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a fine patch in px."""
-        return self.backbone.patch_size
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the head."""
-        return self.backbone.num_classes
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
-        return self.backbone.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
-        return self.backbone.std
 
     @property
     def coarse_size(self) -> int:

@@ -32,6 +32,24 @@ def patches(images: Array, size: int) -> Array:
     return split.transpose(0, 1, 3, 2, 4, 5)
 
 
+def places(images: Array, size: int, times: int) -> list[Array]:
+    """Sorts small squares by their place within larger ones: times**2 of [B, H/t, W/t, C].
+
+    Args:
+      images: [B, H, W, C], a whole number of the larger squares.
+      size: side of the small squares.
+      times: of them, along a side of a larger one.
+    """
+    if times == 1:
+        return [images]
+    batch, height, width, channels = images.shape
+    rows, columns = height // (size * times), width // (size * times)
+    split = images.reshape(batch, rows, times, size, columns, times, size, channels)
+    shape = (batch, rows * size, columns * size, channels)
+    pairs = [(i, j) for i in range(times) for j in range(times)]
+    return [split[:, :, i, :, :, j].reshape(shape) for i, j in pairs]
+
+
 def pool(cells: Array, size: int = REGION) -> Array:
     """Averages squares of cells: [..., H, W, C] -> [..., H/size, W/size, C].
 

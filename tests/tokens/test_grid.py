@@ -46,6 +46,20 @@ def test_pooling_is_the_mean_and_bilinear_halving():
     np.testing.assert_allclose(grid.pool(cells), expected, atol=1e-6)
 
 
+def test_small_squares_are_sorted_by_their_place_in_the_larger_ones():
+    image = np.random.default_rng(0).random((2, 12, 18, 3)).astype(np.float32)
+    found = grid.places(jnp.asarray(image), 2, 3)
+    assert len(found) == 9
+    for place, part in enumerate(found):
+        y, x = divmod(place, 3)
+        expected = [
+            [image[:, 6 * r + 2 * y :][:, :2, 6 * c + 2 * x :][:, :, :2] for c in range(3)]
+            for r in range(2)
+        ]
+        expected = np.concatenate([np.concatenate(row, axis=2) for row in expected], axis=1)
+        np.testing.assert_array_equal(part, expected)
+
+
 @given(seed=st.integers(0, 1000))
 def test_slots_hold_each_cell_exactly_once(seed):
     rng = np.random.default_rng(seed)

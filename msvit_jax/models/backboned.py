@@ -1,0 +1,38 @@
+"""What models around a plain transformer have in common."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from msvit_jax.models.vit import ViT
+
+
+class Backboned:
+    """Passes on what others ask every model: attributes of its `backbone`."""
+
+    if TYPE_CHECKING:
+        backbone: ViT
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training images in px."""
+        return self.backbone.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the backbone's patches in px, the finest of the model."""
+        return self.backbone.patch_size
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the heads."""
+        return self.backbone.num_classes
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean that images are normalised with."""
+        return self.backbone.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation that images are normalised with."""
+        return self.backbone.std
