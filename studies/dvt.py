@@ -73,20 +73,28 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}{spread}"
 
 
+def of_arm(results: dict[int, dict[str, digits.Figures]], name: str) -> list[digits.Figures]:
+    """The figures of an arm for all seeds that it was run with."""
+    return [seed[name] for seed in results.values() if name in seed]
+
+
 def exits_table(results: dict[int, dict[str, digits.Figures]]) -> str:
     """Top-1 of every exit if all images left there, beside the dense models."""
     first = results[min(results)]["both"]
     count = len(first["exits_top1"])
-    head = ["model", *(f"exit {stage + 1}" for stage in range(count)), "MMACs up to each exit"]
+    head = ["model", "seeds", *(f"exit {stage + 1}" for stage in range(count))]
+    head += ["MMACs up to each exit"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in REUSES:
-        rows = [seed[name] for seed in results.values()]
-        cells = [with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)]
+        rows = of_arm(results, name)
+        cells = [str(len(rows))]
+        cells += [with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)]
         macs = ", ".join(f"{1000 * m:.2f}" for m in rows[0]["exits_gmacs"])
         lines.append(f"| {name} | {' | '.join(cells)} | {macs} |")
     for name in ("dense", "dense, longer"):
-        rows = [seed[name] for seed in results.values()]
-        cells = ["" for _ in range(count - 1)] + [with_spread([row["top1"] for row in rows])]
+        rows = of_arm(results, name)
+        cells = [str(len(rows)), *("" for _ in range(count - 1))]
+        cells.append(with_spread([row["top1"] for row in rows]))
         lines.append(f"| {name} | {' | '.join(cells)} | {1000 * rows[0]['gmacs_mean']:.2f} |")
     return "\n".join(lines)
 
@@ -96,12 +104,14 @@ def gains_table(results: dict[int, dict[str, digits.Figures]]) -> str:
     head = ["points above no reuse", "exit", *(f"seed {seed}" for seed in results), "mean"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in ("both", "features", "relations"):
-        for stage in range(1, len(results[min(results)][name]["exits_top1"])):
-            gains = [
-                seed[name]["exits_top1"][stage] - seed["none"]["exits_top1"][stage]
-                for seed in results.values()
-            ]
-            cells = [name, str(stage + 1), *(f"{g:+.2f}" for g in gains), with_spread(gains)]
+        for stage in range(1, len(results[min(results)]["both"]["exits_top1"])):
+            gains = {
+                number: seed[name]["exits_top1"][stage] - seed["none"]["exits_top1"][stage]
+                for number, seed in results.items()
+                if name in seed
+            }
+            shown = [f"{gains[n]:+.2f}" if n in gains else "not run" for n in results]
+            cells = [name, str(stage + 1), *shown, with_spread(list(gains.values()))]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -114,13 +124,11 @@ def budget_table(results: dict[int, dict[str, digits.Figures]]) -> str:
     for name in REUSES:
         for index, saved in enumerate(SAVED):
             found = [
-                [r for r in seed[name]["budget_curve"] if r["kind"] == "search"][index]
-                for seed in results.values()
+                [r for r in arm["budget_curve"] if r["kind"] == "search"][index]
+                for arm in of_arm(results, name)
             ]
-            below = [
-                seed["dense, longer"]["top1"] - row["top1"]
-                for seed, row in zip(results.values(), found, strict=True)
-            ]
+            dense = [seed["dense, longer"]["top1"] for seed in results.values() if name in seed]
+            below = [top1 - row["top1"] for top1, row in zip(dense, found, strict=True)]
             shares = np.mean([row["shares"] for row in found], axis=0)
             cells = [
                 name,
@@ -143,6 +151,9 @@ def saved_table(results: dict[int, dict[str, digits.Figures]]) -> str:
         for name in REUSES:
             cells = []
             for seed in results.values():
+                if name not in seed:
+                    cells.append("not run")
+                    continue
                 least = least_macs(seed[name], seed[against]["top1"])
                 dense = 1000 * seed["dense"]["gmacs_mean"]
                 cells.append("not reached" if least is None else f"{dense / least:.2f}")
