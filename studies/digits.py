@@ -206,6 +206,41 @@ def checks(results: dict[int, dict[str, Figures]]) -> str:
     return "\n".join(lines)
 
 
+def run_seeds(
+    name: str,
+    arms: Callable[[Study], dict[str, Figures]],
+    report: Callable[[dict[int, dict[str, Figures]]], str],
+) -> None:
+    """Runs another study's arms with every seed; writes <name>.md and <name>.json.
+
+    Args:
+      name: of the study.
+      arms: trains and evaluates one seed's.
+      report: makes the tables of the figures by seed and arm.
+    """
+    workers = Workers(_JOBS.value)
+    seeds = [int(seed) for seed in _SEEDS.value]
+    with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
+        found = pool.map(lambda seed: arms(Study(workers, seed)), seeds)
+        results = dict(zip(seeds, found, strict=True))
+    write(name, report(results), results)
+
+
+def write(name: str, text: str, results: dict[int, dict[str, Figures]]) -> None:
+    """Writes a study's tables and all its figures."""
+    out = pathlib.Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {out / name}.md, {out / name}.json")
+
+
+def with_spread(values: Sequence[float] | np.ndarray) -> str:
+    """Mean and standard deviation."""
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs the study and writes its table."""
     del argv
@@ -230,11 +265,7 @@ def main(argv: Sequence[str]) -> None:
     results = {seed: results[seed] for seed in seeds}
     text = f"{report(results)}\n\n{checks(results)}\n"
     print(text)
-    out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "digits.md").write_text(HEADER + text)
-    (out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / 'digits.md'}, {out / 'digits.json'}")
+    write("digits", HEADER + text, results)
 
 
 HEADER = """# Scattered digits

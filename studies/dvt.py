@@ -15,13 +15,10 @@ Cost: about an hour and a half on two CPU cores.
 """
 
 import concurrent.futures
-import json
-import pathlib
 from collections.abc import Sequence
 
 import digits
 import numpy as np
-from absl import flags
 
 from msvit_jax import config as configs
 from msvit_jax import errors
@@ -67,12 +64,6 @@ def least_macs(figures: digits.Figures, top1: float) -> float | None:
     return min(found, default=None)
 
 
-def with_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
-
-
 def of_arm(results: dict[int, dict[str, digits.Figures]], name: str) -> list[digits.Figures]:
     """The figures of an arm for all seeds that it was run with."""
     return [seed[name] for seed in results.values() if name in seed]
@@ -88,13 +79,15 @@ def exits_table(results: dict[int, dict[str, digits.Figures]]) -> str:
     for name in REUSES:
         rows = of_arm(results, name)
         cells = [str(len(rows))]
-        cells += [with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)]
+        cells += [
+            digits.with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)
+        ]
         macs = ", ".join(f"{1000 * m:.2f}" for m in rows[0]["exits_gmacs"])
         lines.append(f"| {name} | {' | '.join(cells)} | {macs} |")
     for name in ("dense", "dense, longer"):
         rows = of_arm(results, name)
         cells = [str(len(rows)), *("" for _ in range(count - 1))]
-        cells.append(with_spread([row["top1"] for row in rows]))
+        cells.append(digits.with_spread([row["top1"] for row in rows]))
         lines.append(f"| {name} | {' | '.join(cells)} | {1000 * rows[0]['gmacs_mean']:.2f} |")
     return "\n".join(lines)
 
@@ -111,7 +104,7 @@ def gains_table(results: dict[int, dict[str, digits.Figures]]) -> str:
                 if name in seed
             }
             shown = [f"{gains[n]:+.2f}" if n in gains else "not run" for n in results]
-            cells = [name, str(stage + 1), *shown, with_spread(list(gains.values()))]
+            cells = [name, str(stage + 1), *shown, digits.with_spread(list(gains.values()))]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -134,9 +127,9 @@ def budget_table(results: dict[int, dict[str, digits.Figures]]) -> str:
                 name,
                 f"{1000 * found[0]['budget']:.2f}",
                 f"{saved:g} times",
-                with_spread([1000 * row["gmacs_mean"] for row in found]),
-                with_spread([row["top1"] for row in found]),
-                with_spread(below),
+                digits.with_spread([1000 * row["gmacs_mean"] for row in found]),
+                digits.with_spread([row["top1"] for row in found]),
+                digits.with_spread(below),
                 ", ".join(f"{share:.2f}" for share in shares),
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -187,15 +180,7 @@ def report(results: dict[int, dict[str, digits.Figures]]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs the study and writes its tables."""
     del argv
-    workers = digits.Workers(flags.FLAGS.jobs)
-    seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
-        found = pool.map(lambda seed: arms(digits.Study(workers, seed)), seeds)
-        results = dict(zip(seeds, found, strict=True))
-    out = pathlib.Path(flags.FLAGS.out)
-    (out / "dvt.md").write_text(report(results))
-    (out / "dvt.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / 'dvt.md'}")
+    digits.run_seeds("dvt", arms, report)
 
 
 if __name__ == "__main__":

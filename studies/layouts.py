@@ -99,7 +99,6 @@ def main(argv: Sequence[str]) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
         found = pool.map(lambda seed: arms(digits.Study(workers, seed), dense), seeds)
         results = dict(zip(seeds, found, strict=True))
-    out = pathlib.Path(flags.FLAGS.out)
     text = [
         "# Training layouts on scattered digits",
         "",
@@ -108,9 +107,7 @@ def main(argv: Sequence[str]) -> None:
         "",
         report(results),
     ]
-    (out / "layouts.md").write_text("\n".join(text))
-    (out / "layouts.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / 'layouts.md'}")
+    digits.write("layouts", "\n".join(text), results)
 
 
 if __name__ == "__main__":

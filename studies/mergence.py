@@ -18,14 +18,11 @@ Cost: about an hour and a half on two CPU cores.
 """
 
 import concurrent.futures
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import digits
 import numpy as np
-from absl import flags
 
 from msvit_jax import config as configs
 from msvit_jax import errors
@@ -109,8 +106,8 @@ def table(results: dict[int, dict[str, digits.Figures]], names: Sequence[str]) -
         counts = np.mean([row.get("layer_tokens_mean", [row["tokens_mean"]]) for row in rows], 0)
         cells = [
             name,
-            with_spread(top1),
-            with_spread(below),
+            digits.with_spread(top1),
+            digits.with_spread(below),
             *(f"{t:.2f}" for t in top1),
             f"{macs:.2f}",
             f"{macs / (1000 * results[seeds[0]]['dense']['gmacs_mean']):.3f}",
@@ -118,12 +115,6 @@ def table(results: dict[int, dict[str, digits.Figures]], names: Sequence[str]) -
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def with_spread(values: Sequence[float] | np.ndarray) -> str:
-    """Mean and standard deviation."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
 
 
 HEAD = """# Token Mergence on scattered digits
@@ -153,15 +144,7 @@ def report(results: dict[int, dict[str, digits.Figures]]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs the study and writes its tables."""
     del argv
-    workers = digits.Workers(flags.FLAGS.jobs)
-    seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
-        found = pool.map(lambda seed: arms(digits.Study(workers, seed)), seeds)
-        results = dict(zip(seeds, found, strict=True))
-    out = pathlib.Path(flags.FLAGS.out)
-    (out / "mergence.md").write_text(report(results))
-    (out / "mergence.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / 'mergence.md'}")
+    digits.run_seeds("mergence", arms, report)
 
 
 if __name__ == "__main__":

@@ -76,10 +76,7 @@ def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
     """
 
     def start(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-        frequency = 10000.0 ** -np.linspace(0.0, 1.0, shape[1] // 4)
-        row, column = np.divmod(np.arange(side * side), side)
-        angles = [np.outer(place, frequency) for place in (row, column)]
-        waves = np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
+        waves = grid.sincos(side, shape[1])
         first = init_weights(key, (prefix, shape[1]), dtype)
         return jnp.concatenate([first, jnp.asarray(waves, dtype)])
 

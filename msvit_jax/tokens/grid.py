@@ -138,6 +138,17 @@ def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array
     return slots_to_map(slots, is_coarse, (size[0] // REGION, size[1] // REGION))[..., 0]
 
 
+def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
+    """Sines and cosines of every cell's row and column: [side**2, width] float64.
+
+    At width / 4 frequencies each; `row_first` says whether the row's or the column's come first.
+    """
+    frequency = 10000.0 ** -np.linspace(0.0, 1.0, width // 4)
+    places = np.divmod(np.arange(side * side), side)
+    angles = [np.outer(p, frequency) for p in (places if row_first else places[::-1])]
+    return np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
+
+
 def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
     """Resizes position embeddings [h, w, D] to another grid, bicubic with antialiasing."""
     if positions.shape[:2] == tuple(grid):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from msvit_jax.errors import UserError
+from msvit_jax.tokens import grid
 from msvit_jax.weights import timm
 from msvit_jax.weights.entries import Entry, Flat, State, one, same, squeezed
 
@@ -132,7 +133,8 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
             flat[name.replace("encoderblock", f"encoderblock_{layer}", 1)] = part
     old = _with_class_position(model)
     found = [flat.pop(name) for name in _POSITIONS if name in flat]
-    positions = found[0] if found else _sincos(model.grid_size, model.width)
+    computed = grid.sincos(model.grid_size, model.width, row_first=False)
+    positions = found[0] if found else computed[None].astype(np.float32)
     flat[_POSITIONS[old]] = positions
     if old and positions.ndim == 3 and timm.is_square(positions.shape[1]):
         flat[_POSITIONS[old]] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))
@@ -140,12 +142,3 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
     back = {there: here for here, there in _NUMBERED_THROUGH.items()}
     prefix, names = ("", _NUMBERED_THROUGH) if old else ("params/", back)
     return {prefix + _renamed(name, names): x for name, x in flat.items()}, unused
-
-
-def _sincos(side: int, width: int) -> np.ndarray:
-    """Positions of posemb="sincos2d", [1, side**2, D]: sines and cosines of column, then row."""
-    frequency = 10000.0 ** -np.linspace(0.0, 1.0, width // 4)
-    row, column = np.divmod(np.arange(side * side), side)
-    angles = [np.outer(place, frequency) for place in (column, row)]
-    waves = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return np.concatenate(waves, axis=1, dtype=np.float32)[None]
