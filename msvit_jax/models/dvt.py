@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.block import LayerNorm, gelu, init_weights
 from msvit_jax.models.output import Output
-from msvit_jax.models.vit import LayerNorm, ViT, gelu, init_weights
+from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
 
 # What the paper's counter charges for every number that a layer norm puts out; nothing else of

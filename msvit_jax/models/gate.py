@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from msvit_jax import flops
-from msvit_jax.models.vit import gelu, init_weights
+from msvit_jax.models.block import gelu, init_weights
 from msvit_jax.tokens import grid
 
 GATES = ("mlp", "random", "centre", "entropy", "fine", "coarse")

@@ -20,9 +20,11 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.block import gelu
+from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Output
 from msvit_jax.models.reduction import Stage
-from msvit_jax.models.vit import PatchEmbed, ViT, check_images, gelu
+from msvit_jax.models.vit import ViT, check_images
 from msvit_jax.tokens import grid
 
 

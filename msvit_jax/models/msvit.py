@@ -19,8 +19,9 @@ from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import GateOutput, Output
-from msvit_jax.models.vit import PatchEmbed, ViT, check_images, host_patches, merged_patches
+from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import grid
 
 

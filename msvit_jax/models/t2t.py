@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax import Array, lax
 
 from msvit_jax import flops
-from msvit_jax.models.vit import LayerNorm, ViT, gelu, init_weights
+from msvit_jax.models.block import LayerNorm, gelu, init_weights
+from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
 
 TOKEN_WIDTH = 64  # channels between the steps

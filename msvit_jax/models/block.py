@@ -1,0 +1,264 @@
+"""The block that every transformer of the library is made of, and its parts.
+
+Pre-norm attention and MLP (Dosovitskiy et al. 2021), LayerScale (Touvron et al. 2021, CaiT) and
+stochastic depth, as timm's models have them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array, lax
+
+from msvit_jax.models import reduction
+from msvit_jax.models.attention import Mask, attention, scores
+from msvit_jax.models.reduction import Carried, Stage
+
+init_weights = nn.initializers.truncated_normal(0.02)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU; timm, DeiT and Hugging Face weights were trained with it.
+
+    With erf, in float32: `nn.gelu` takes erfc, which costs three times as much on a TPU, because
+    1 + erf cancels in the left tail of bfloat16.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
+
+
+def _tanh_gelu(x: Array) -> Array:
+    """GELU's tanh approximation; big_vision and vision_transformer train with it."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+GELUS = {"exact": gelu, "tanh": _tanh_gelu}  # what `ViT.gelu` may be
+
+
+def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Array:
+    """Stochastic depth (Huang et al. 2016): drops a branch of whole images, rescales the rest.
+
+    Args:
+      x: [B, N, D] output of a branch.
+      rate: scalar probability of dropping; may be traced, as under a scan over layers.
+      key: random key.
+      mask: says whose tokens they are where a row is not an image; the same images are dropped
+        in every layout.
+    """
+    keep = 1 - rate
+    if mask is None or mask.segments is None:
+        kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1))
+    else:
+        images = jax.random.bernoulli(key, keep, (mask.images,))
+        kept = images[jnp.maximum(mask.segments, 0)][:, :, None]
+    return jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
+
+
+class LayerNorm(nn.LayerNorm):
+    """flax's layer norm, always computed in float32 and returned in the dtype that came in."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class QKV(nn.Module):
+    """Queries, keys and values by one kernel [D, 3D], applied in three products.
+
+    One product and a cut would copy the whole result: on a TPU that is half of a block's time. For
+    fewer tokens than channels, cutting the kernel copies more.
+    """
+
+    heads: int
+    bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def _parameters(self, width: int) -> tuple[Array, Array | None]:
+        """The kernel [D, 3, heads, d] and the bias [3, 1, 1, heads, d]."""
+        shape = (3, self.heads, width // self.heads)
+        kernel = self.param("kernel", init_weights, (width, 3 * width))
+        kernel = kernel.astype(self.dtype).reshape(width, *shape)
+        if not self.bias:
+            return kernel, None
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,))
+        return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
+
+    def __call__(self, x: Array) -> list[Array]:
+        """[B, N, D] -> three of [B, N, heads, D / heads]."""
+        kernel, bias = self._parameters(x.shape[-1])
+        tokens = x.shape[0] * x.shape[1]
+        # A batch whose size is only known when it runs (`export`) is taken for a large one.
+        if isinstance(tokens, int) and tokens < x.shape[-1]:
+            whole = jnp.einsum("bnd,dche->bnche", x, kernel)
+            parts = [whole[:, :, i] for i in range(3)]
+        else:
+            parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
+        if bias is None:
+            return parts
+        return [part + bias[i] for i, part in enumerate(parts)]
+
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What M tokens would see of N: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
+
+        Attention's scores before the softmax, less what is the same for all N. The few queries go
+        through the kernel of the keys instead of the many tokens, so that nothing is used which
+        attention has made for itself: a TPU then keeps none of that in memory.
+        """
+        kernel, bias = self._parameters(x.shape[-1])
+        query = jnp.einsum("bmd,dhe->bmhe", asking, kernel[:, 0])
+        query = (query if bias is None else query + bias[0]) * query.shape[-1] ** -0.5
+        folded = jnp.einsum("bmhe,dhe->bmhd", query, kernel[:, 1])
+        return jnp.einsum("bmhd,bnd->bhmn", folded, x, preferred_element_type=jnp.float32)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    width: int
+    heads: int
+    qkv_bias: bool = True
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Makes the submodules."""
+        self.qkv = QKV(self.heads, self.qkv_bias, self.dtype)
+        self.proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init_weights)
+
+    def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
+        """[B, N, D] -> [B, N, D], and its queries and keys; `mask` as in `attention`."""
+        query, key, value = self.qkv(x)
+        mixed = attention(query, key, value, mask, implementation=self.implementation)
+        return self.proj(mixed.reshape(x.shape)), query, key
+
+    def scores(self, asking: Array, x: Array) -> Array:
+        """What the asking tokens would see: [B, M, D], [B, N, D] -> [B, heads, M, N] float32."""
+        return self.qkv.scores(asking, x)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them; `width` channels come out."""
+
+    hidden: int
+    width: int
+    dtype: Any = jnp.float32
+    gelu: str = "exact"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> [..., width]."""
+        dense = {"dtype": self.dtype, "kernel_init": init_weights}
+        hidden = GELUS[self.gelu](nn.Dense(self.hidden, name="fc1", **dense)(x))
+        return nn.Dense(self.width, name="fc2", **dense)(hidden)
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        gamma = self.param("gamma", nn.initializers.constant(self.start), (x.shape[-1],))
+        return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    With a `stage`, tokens are reduced between the halves: see `models.reduction`. In a cascade,
+    either half may reuse what an earlier transformer computed: see `reusing`.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    norm_epsilon: float = 1e-6
+    attention_impl: str = "auto"
+    dtype: Any = jnp.float32
+    gelu: str = "exact"
+    stage: Stage | None = None
+
+    def setup(self) -> None:
+        """Makes the submodules and parameters."""
+        self.norm1 = LayerNorm(epsilon=self.norm_epsilon)
+        self.attn = Attention(
+            self.width, self.heads, self.qkv_bias, self.attention_impl, self.dtype
+        )
+        self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
+        self.mlp = MLP(self.hidden, self.width, self.dtype, self.gelu)
+        if self.layer_scale is not None:
+            self.ls1 = LayerScale(self.layer_scale)
+            self.ls2 = LayerScale(self.layer_scale)
+
+    def _mix_tokens(
+        self, x: Array, seen: Array, drop_rate: Array | None, mask: Mask | None
+    ) -> tuple[Array, Array, Array]:
+        """Attention's half, with its queries and keys; `seen` is the norm of x."""
+        branch, query, key = self.attn(seen, mask)
+        if self.layer_scale is not None:
+            branch = self.ls1(branch)
+        return x + self._maybe_dropped(branch, drop_rate, mask), query, key
+
+    def _mix_channels(
+        self, x: Array, drop_rate: Array | None, mask: Mask | None, extra: Array | None = None
+    ) -> Array:
+        seen = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
+        branch = self.mlp(self.norm2(seen))
+        if self.layer_scale is not None:
+            branch = self.ls2(branch)
+        return x + self._maybe_dropped(branch, drop_rate, mask)
+
+    def _maybe_dropped(self, branch: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
+        if drop_rate is None:
+            return branch
+        return drop_path(branch, drop_rate, self.make_rng("dropout"), mask)
+
+    def __call__(self, x: Array, drop_rate: Array | None = None, mask: Mask | None = None) -> Array:
+        """Both halves.
+
+        Args:
+          x: [B, N, D].
+          drop_rate: scalar, probability of dropping each branch of an image; None: never.
+          mask: which tokens see which, and whose they are; None: a row is an image.
+        """
+        x, _, _ = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
+        return self._mix_channels(x, drop_rate, mask)
+
+    def reducing(
+        self, x: Array, drop_rate: Array | None, mask: Mask | None, carried: Carried
+    ) -> tuple[Array, Mask, Carried]:
+        """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
+        assert self.stage is not None
+        seen = self.norm1(x)
+        x, _, key = self._mix_tokens(x, seen, drop_rate, mask)
+        x, shorter, carried = reduction.reduce(
+            x, seen, key, mask, carried, self.stage, self.attn.scores
+        )
+        return self._mix_channels(x, drop_rate, shorter), shorter, carried
+
+    def reusing(
+        self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
+    ) -> tuple[Array, Array]:
+        """Both halves, reusing what an earlier transformer computed (DVT, sections 3.2 and 3.3).
+
+        Args:
+          x: [B, N, D].
+          drop_rate: as in `__call__`.
+          relation: [B, H, N, N], added to the scores of attention; or None.
+          features: [B, N, C], channels that the MLP sees beside those of x; or None.
+
+        Returns:
+          [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
+        """
+        mask = None if relation is None else Mask(bias=relation)
+        x, query, key = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
+        # The product that attention makes of them, too: XLA computes it once.
+        return self._mix_channels(x, drop_rate, mask, features), scores(query, key, mask)
