@@ -20,7 +20,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model = {
         "name": "dvt_deit_small",
         "image_size": 64,
-        "grids": (4, 6, 8),
+        "grids": (5, 8),
         "width": 64,
         "depth": 4,
         "heads": 4,
@@ -28,7 +28,7 @@ def get_config() -> config_dict.ConfigDict:
         "feature_width": 8,
         "feature_hidden": 32,
     }
-    config.epochs = 2.0
+    config.epochs = 6.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_epochs = 0.25
     config.eval_every_epochs = 1.0

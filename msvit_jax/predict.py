@@ -1,10 +1,12 @@
-"""Classifies image files with a trained run.
+"""Classifies image files with a trained run, or with a weights file of any format.
 
     python -m msvit_jax.predict --workdir=RUN photos/ more/*.jpg [--tokens=100] [--pictures=DIR]
+    python -m msvit_jax.predict --weights=FILE --model=NAME photos/
 
-Takes files, folders and globs. Prints a table, then one JSON object as the last line. --tokens sets
-the gate's threshold so that these images get that many tokens on average; --pictures draws where
-the tokens went. --budget=GMACS sets a cascade's exits by the thresholds that eval.py fitted.
+Takes files, folders and globs. A weights file of ours says itself what its model is. Prints a
+table, then one JSON object as the last line. --tokens sets the gate's threshold so that these
+images get that many tokens on average; --pictures draws where the tokens went. --budget=GMACS sets
+a cascade's exits by the thresholds that eval.py fitted.
 """
 
 import json
@@ -16,7 +18,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from msvit_jax import checkpoint, errors, evaluate, flops, host
+from msvit_jax import checkpoint, errors, evaluate, flops, host, weights
 from msvit_jax.data import decode
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.images import find_files
@@ -33,14 +35,7 @@ def main(argv: Sequence[str]) -> None:
     if not files:
         raise errors.UserError("Name the image files to classify, or a folder or glob of them.")
     given = flags.FLAGS
-    step = checkpoint.find_step(given.workdir, given.which)
-    predictor = Predictor.load(
-        given.workdir,
-        str(step),
-        budget=given.budget,
-        batch_size=given.batch_size,
-        layout=given.layout,
-    )
+    predictor, source = _load(given)
     if given.pictures:
         _check_pictures(predictor)
     if given.tokens is not None:
@@ -53,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
         _draw(predictor, files, predictions, pathlib.Path(given.pictures))
     macs = flops.macs_per_image(predictor.model, predictions.tokens)
     summary = {
-        "workdir": given.workdir,
-        "step": step,
+        **source,
         "images": len(files),
         "threshold": predictor.threshold,
         "thresholds": predictor.thresholds,
@@ -62,6 +56,28 @@ def main(argv: Sequence[str]) -> None:
         "gmacs_mean": float(macs.mean()) / 1e9,
     }
     print(json.dumps({**summary, "predictions": rows}))
+
+
+def _load(given: Any) -> tuple[Predictor, dict[str, Any]]:
+    """The Predictor, and what to say of where it is from."""
+    if bool(given.workdir) == bool(given.weights):
+        raise errors.UserError("Give --workdir=DIR, or --weights=FILE (with --model=NAME).")
+    options = {
+        "budget": given.budget,
+        "batch_size": given.batch_size,
+        "layout": given.layout,
+        "model": given.model,
+    }
+    if given.weights:
+        if weights.file_of(given.weights) is None:
+            raise errors.UserError(f"There is no weights file {given.weights!r}.")
+        predictor = Predictor.load(given.weights, **options)
+        assert predictor.report is not None
+        print(f"{given.weights}: {predictor.report}\n")
+        return predictor, {"weights": given.weights}
+    step = checkpoint.find_step(given.workdir, given.which)
+    predictor = Predictor.load(given.workdir, str(step), **options)
+    return predictor, {"workdir": given.workdir, "step": step}
 
 
 def _calibrate(predictor: Predictor, files: Sequence[pathlib.Path], tokens: float) -> None:
@@ -117,7 +133,9 @@ def _draw(
 
 if __name__ == "__main__":
     # Here, because flags are global and other commands have some of these names too.
-    flags.DEFINE_string("workdir", None, "Of a trained run.", required=True)
+    flags.DEFINE_string("workdir", None, "Of a trained run.")
+    flags.DEFINE_string("weights", None, "Weights file instead of a run.")
+    flags.DEFINE_string("model", None, "Its model's name, where the file does not say it.")
     flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
     flags.DEFINE_integer("batch_size", 32, "Images run at a time.")
     flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")

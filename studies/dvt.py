@@ -4,18 +4,20 @@
 
 From the configs of this repository, for every seed and all from the same dense model:
 
-* dense: configs/digits_vit.py, and trained on for as long as the others
-* both: configs/digits_dvt.py, whose stages reuse features and relations of the stage before
-* features, relations, none: the same with one reuse, and without
+* dense: configs/digits_vit.py, and trained on for as long as the cascades
+* two stages: configs/digits_dvt.py, for what a cascade saves
+* both: three stages and two epochs; features, relations, none: the same with one reuse, and
+  without, for what reuse adds
 
 Everything is judged after its last step. Thresholds are fitted on training images and judged on
 validation images: by differential evolution for budgets fixed beforehand, and by the geometric
 scheme. Writes docs/results/dvt.md and dvt.json. What is done already is not done again.
-Cost: about an hour and a half on two CPU cores.
+Cost: about two and a half hours on two CPU cores.
 """
 
 import concurrent.futures
 from collections.abc import Sequence
+from typing import Any
 
 import digits
 import numpy as np
@@ -23,158 +25,176 @@ import numpy as np
 from msvit_jax import config as configs
 from msvit_jax import errors
 
-REUSES = {
+TWO = "two stages"
+REUSES: dict[str, dict[str, Any]] = {
     "both": {},
     "features": {"model.relation_reuse": False},
     "relations": {"model.feature_reuse": False},
     "none": {"model.feature_reuse": False, "model.relation_reuse": False},
 }
+THREE_STAGES: dict[str, Any] = {"model.grids": (4, 6, 8), "epochs": 2.0}
+AS_TWO, AS_THREE = "dense, 6 epochs longer", "dense, 2 epochs longer"
 SAVED = (1.3, 1.6, 2.0)  # dense's MACs over the budgets that thresholds are searched for
 FIT_EXAMPLES = 5000
+
+Results = dict[int, dict[str, digits.Figures]]
 
 
 def arms(study: digits.Study) -> dict[str, digits.Figures]:
     """Trains and evaluates one seed's arms."""
     dense = study.arm("dense", "digits_vit")
     tuned = configs.load(str(digits.ROOT / "configs/digits_dvt.py"))
-    start = {"init_from": study.workdir("dense"), "epochs": tuned.epochs}
-    longer = {
+    start = {"init_from": study.workdir("dense")}
+    as_tuned = {
         "optimizer.learning_rate": tuned.optimizer.learning_rate,
         "optimizer.warmup_epochs": tuned.optimizer.warmup_epochs,
     }
     budgets = ",".join(f"{dense['gmacs_mean'] / saved:.6f}" for saved in SAVED)
     curve = {"budget_curve": True, "budgets": budgets, "fit_examples": FIT_EXAMPLES}
 
-    def cascade(name: str) -> digits.Figures:
-        study.arm(f"dvt_{name}", "digits_dvt", **start, **REUSES[name])
-        return study.evaluated(f"dvt_{name}", "curve", **curve)
+    def cascade(name: str, **overrides: Any) -> digits.Figures:
+        study.arm(name, "digits_dvt", **start, **overrides)
+        return study.evaluated(name, "curve", **curve)
+
+    def longer(name: str, epochs: float) -> digits.Figures:
+        return study.arm(name, "digits_vit", **start, **as_tuned, epochs=epochs)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        waited = {name: pool.submit(cascade, name) for name in REUSES}
-        waited["dense, longer"] = pool.submit(
-            study.arm, "dense_tuned", "digits_vit", **start, **longer
-        )
+        waited = {
+            AS_TWO: pool.submit(longer, "dense_as_two", tuned.epochs),
+            AS_THREE: pool.submit(longer, "dense_tuned", THREE_STAGES["epochs"]),
+            TWO: pool.submit(cascade, "dvt_two_stages"),
+        }
+        for name, reuses in REUSES.items():
+            waited[name] = pool.submit(cascade, f"dvt_{name}", **THREE_STAGES, **reuses)
         return {"dense": dense} | {name: future.result() for name, future in waited.items()}
 
 
-def least_macs(figures: digits.Figures, top1: float) -> float | None:
-    """The cheapest point of the curve, in MMACs, that is as accurate; None if none is."""
-    points = [row for row in figures["budget_curve"] if not row["kind"].startswith("exit")]
-    found = [1000 * row["gmacs_mean"] for row in points if row["top1"] >= top1]
-    return min(found, default=None)
+def of_arm(results: Results, name: str) -> list[digits.Figures]:
+    """The figures of an arm for all seeds."""
+    return [seed[name] for seed in results.values()]
 
 
-def of_arm(results: dict[int, dict[str, digits.Figures]], name: str) -> list[digits.Figures]:
-    """The figures of an arm for all seeds that it was run with."""
-    return [seed[name] for seed in results.values() if name in seed]
-
-
-def exits_table(results: dict[int, dict[str, digits.Figures]]) -> str:
-    """Top-1 of every exit if all images left there, beside the dense models."""
-    first = results[min(results)]["both"]
-    count = len(first["exits_top1"])
-    head = ["model", "seeds", *(f"exit {stage + 1}" for stage in range(count))]
-    head += ["MMACs up to each exit"]
+def exits_table(results: Results, names: Sequence[str], dense: Sequence[str]) -> str:
+    """Top-1 of every exit if all images left there, beside dense models."""
+    count = len(results[min(results)][names[0]]["exits_top1"])
+    head = ["model", *(f"exit {stage + 1}" for stage in range(count)), "MMACs up to each exit"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in REUSES:
+    for name in names:
         rows = of_arm(results, name)
-        cells = [str(len(rows))]
-        cells += [
+        cells = [
             digits.with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)
         ]
         macs = ", ".join(f"{1000 * m:.2f}" for m in rows[0]["exits_gmacs"])
         lines.append(f"| {name} | {' | '.join(cells)} | {macs} |")
-    for name in ("dense", "dense, longer"):
+    for name in dense:
         rows = of_arm(results, name)
-        cells = [str(len(rows)), *("" for _ in range(count - 1))]
-        cells.append(digits.with_spread([row["top1"] for row in rows]))
+        cells = [*("" for _ in range(count - 1)), digits.with_spread([row["top1"] for row in rows])]
         lines.append(f"| {name} | {' | '.join(cells)} | {1000 * rows[0]['gmacs_mean']:.2f} |")
     return "\n".join(lines)
 
 
-def gains_table(results: dict[int, dict[str, digits.Figures]]) -> str:
+def gains_table(results: Results) -> str:
     """What each reuse adds to the accuracy of the later exits, seed by seed."""
     head = ["points above no reuse", "exit", *(f"seed {seed}" for seed in results), "mean"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in ("both", "features", "relations"):
-        for stage in range(1, len(results[min(results)]["both"]["exits_top1"])):
-            gains = {
-                number: seed[name]["exits_top1"][stage] - seed["none"]["exits_top1"][stage]
-                for number, seed in results.items()
-                if name in seed
-            }
-            shown = [f"{gains[n]:+.2f}" if n in gains else "not run" for n in results]
-            cells = [name, str(stage + 1), *shown, digits.with_spread(list(gains.values()))]
-            lines.append(f"| {' | '.join(cells)} |")
+        for stage in range(1, len(results[min(results)][name]["exits_top1"])):
+            gains = [
+                seed[name]["exits_top1"][stage] - seed["none"]["exits_top1"][stage]
+                for seed in results.values()
+            ]
+            shown = [f"{gain:+.2f}" for gain in gains]
+            lines.append(
+                f"| {name} | {stage + 1} | {' | '.join(shown)} | {digits.with_spread(gains)} |"
+            )
     return "\n".join(lines)
 
 
-def budget_table(results: dict[int, dict[str, digits.Figures]]) -> str:
+def budget_table(results: Results, names: Sequence[str], dense: str) -> str:
     """Accuracy within budgets that were fixed beforehand."""
     head = ["model", "budget, MMACs", "fewer than dense", "spent", "top-1 (%)", "below dense"]
-    head += ["shares that leave at each exit"]
+    head += [f"below {dense}", "shares that leave at each exit"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in REUSES:
+    for name in names:
         for index, saved in enumerate(SAVED):
             found = [
-                [r for r in arm["budget_curve"] if r["kind"] == "search"][index]
+                [row for row in arm["budget_curve"] if row["kind"] == "search"][index]
                 for arm in of_arm(results, name)
             ]
-            dense = [seed["dense, longer"]["top1"] for seed in results.values() if name in seed]
-            below = [top1 - row["top1"] for top1, row in zip(dense, found, strict=True)]
-            shares = np.mean([row["shares"] for row in found], axis=0)
+            below = [
+                [d["top1"] - row["top1"] for d, row in zip(of_arm(results, d), found, strict=True)]
+                for d in ("dense", dense)
+            ]
             cells = [
                 name,
                 f"{1000 * found[0]['budget']:.2f}",
                 f"{saved:g} times",
                 digits.with_spread([1000 * row["gmacs_mean"] for row in found]),
                 digits.with_spread([row["top1"] for row in found]),
-                digits.with_spread(below),
-                ", ".join(f"{share:.2f}" for share in shares),
+                *map(digits.with_spread, below),
+                ", ".join(f"{x:.2f}" for x in np.mean([row["shares"] for row in found], axis=0)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def saved_table(results: dict[int, dict[str, digits.Figures]]) -> str:
-    """How many times fewer MACs the cheapest point needs that is as accurate as dense."""
+def least_macs(figures: digits.Figures, top1: float) -> float | None:
+    """The cheapest point of the curve, in GMACs, that is as accurate; None if none is."""
+    points = [row for row in figures["budget_curve"] if not row["kind"].startswith("exit")]
+    return min((row["gmacs_mean"] for row in points if row["top1"] >= top1), default=None)
+
+
+def saved_table(results: Results, names: Sequence[str], dense: Sequence[str]) -> str:
+    """How many times fewer MACs the cheapest point needs that is as accurate as dense models."""
     head = ["as accurate as", "model", *(f"seed {seed}" for seed in results)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for against in ("dense", "dense, longer"):
-        for name in REUSES:
+    for against in dense:
+        for name in names:
             cells = []
             for seed in results.values():
-                if name not in seed:
-                    cells.append("not run")
-                    continue
                 least = least_macs(seed[name], seed[against]["top1"])
-                dense = 1000 * seed["dense"]["gmacs_mean"]
-                cells.append("not reached" if least is None else f"{dense / least:.2f}")
+                cells.append(
+                    "not reached" if least is None else f"{seed['dense']['gmacs_mean'] / least:.2f}"
+                )
             lines.append(f"| {against} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 HEAD = """# DVT on scattered digits
 
-Made by `python studies/dvt.py`, which says what is trained: 64 px, three stages on grids of 4, 6
-and 8, 64 wide, 4 layers; top-1 (%) on 2,000 validation images after the last step, mean and
-standard deviation over seeds. The cascades and "dense, longer" are fine-tuned equally long from
-the weights of "dense". Multiply-accumulates (MACs), not FLOPs; those up to an exit include the
-stages before it.
+Made by `python studies/dvt.py`, which says what is trained: 64 px, stages 64 wide with 4 layers,
+all from the weights of the same dense model; top-1 (%) on 2,000 validation images after the last step,
+mean and standard deviation over the seeds {seeds}. Thresholds were fitted on 5,000 training images.
+Multiply-accumulates (MACs), not FLOPs; those up to an exit include the stages before it.
+"""
+
+CHEAPEST = """The cheapest point of the geometric scheme and of the searches that is as accurate
+as the same seed's dense model; chosen on the validation images, so a little flattering.
+
 """
 
 
-def report(results: dict[int, dict[str, digits.Figures]]) -> str:
+def report(results: Results) -> str:
     """All tables."""
+    two, three = ("dense", AS_TWO), ("dense", AS_THREE)
     sections = {
-        "## Every exit, if all images left there": exits_table(results),
-        "## What reuse adds": gains_table(results),
-        "## Within a budget (thresholds fitted on training images)": budget_table(results),
-        "## Times fewer MACs at dense's accuracy": "The cheapest point of the geometric scheme and "
-        "of the searches that is as accurate; chosen on the validation images, so a little "
-        "flattering.\n\n" + saved_table(results),
+        "## What a cascade saves: two stages, grids 5 and 8, both reuses": exits_table(
+            results, [TWO], two
+        ),
+        "### Two stages within a budget": budget_table(results, [TWO], AS_TWO),
+        "### Times fewer MACs at dense's accuracy": CHEAPEST + saved_table(results, [TWO], two),
+        "## What reuse adds: three stages, grids 4, 6 and 8": exits_table(
+            results, list(REUSES), three
+        ),
+        "### Gains": gains_table(results),
+        "### Three stages within a budget": budget_table(results, list(REUSES), AS_THREE),
+        "### Times fewer MACs at dense's accuracy, three stages": saved_table(
+            results, list(REUSES), three
+        ),
     }
-    return "\n".join([HEAD, *(f"{title}\n\n{text}\n" for title, text in sections.items())])
+    head = HEAD.format(seeds=", ".join(map(str, results)))
+    return "\n".join([head, *(f"{title}\n\n{text}\n" for title, text in sections.items())])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvit_jax import checkpoint, flops
+from msvit_jax import checkpoint, export, flops
 from msvit_jax.data import decode
 from msvit_jax.inference import Predictor
 from msvit_jax.train import loop
@@ -101,6 +101,19 @@ def test_the_command_ends_with_a_message_and_no_traceback(workdir):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: Name the image files")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_weights_file_answers_as_its_run(workdir, photos, tmp_path):
+    file = tmp_path / "run.safetensors"
+    export.write(export.Source.load(workdir), "safetensors", file)
+    done = _predict(f"--weights={file}", photos)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    expected = Predictor.load(workdir)(sorted(photos.glob("*.png")))
+    assert result["weights"] == str(file)
+    assert [row["class"] for row in result["predictions"]][:6] == expected.names
+    assert [row["tokens"] for row in result["predictions"]][:6] == expected.tokens.tolist()
 
 
 def test_a_run_brings_its_class_names_and_crop(workdir, photos):

@@ -81,13 +81,14 @@ class Carried:
     Attributes:
       size: [B, N] float32, how many of the first tokens each stands for.
       place: [B, N0] int32, where each of the first tokens is now; -1 if it was dropped.
-      luck: [B, N] uint32, for "random"; else None.
+      tag: [B, N] uint32, what a token keeps for as long as it is there: its luck for "random", else
+        its place among the first tokens, which tells who is left.
       history: `place` after each reduction.
     """
 
     size: Array
     place: Array
-    luck: Array | None = None
+    tag: Array
     history: tuple[Array, ...] = ()
 
 
@@ -196,12 +197,16 @@ def start(x: Array, made: dict[int, Stage]) -> Carried:
     """The state before the first layer, for tokens [B, N, D]."""
     batch, count, _ = x.shape
     place = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
-    random = any(stage.reducer == "random" for stage in made.values())
     return Carried(
         size=jnp.ones((batch, count), jnp.float32),
         place=place,
-        luck=merging.luck_of(x) if random else None,
+        tag=merging.luck_of(x) if by_luck(made) else place.astype(jnp.uint32),
     )
+
+
+def by_luck(made: dict[int, Stage]) -> bool:
+    """Whether luck decides; then nothing is merged."""
+    return any(stage.reducer == "random" for stage in made.values())
 
 
 def reduce(
@@ -236,9 +241,9 @@ def reduce(
         return _reduce_rows(x, seen, key, mask, carried, stage, scores)
     groups, first = x.shape[0], 0
     parts, places = [], []
-    apart = shelves_apart(mask, x, seen, key, carried.size, carried.luck)
-    for (rows, _), (own, (part, s, k, size, luck)) in zip(mask.shelves, apart, strict=True):
-        here = dataclasses.replace(start(part, {}), size=size, luck=luck)
+    apart = shelves_apart(mask, x, seen, key, carried.size, carried.tag)
+    for (rows, _), (own, (part, s, k, size, tag)) in zip(mask.shelves, apart, strict=True):
+        here = dataclasses.replace(start(part, {}), size=size, tag=tag)
         parts.append(_reduce_rows(part, s, k, own, here, stage, scores))
         count = parts[-1][0].shape[1]
         # Places of this shelf's rows within the group.
@@ -261,7 +266,7 @@ def reduce(
     after = Carried(
         size=together([s.size for s in states]),
         place=place,
-        luck=together([s.luck for s in states]),
+        tag=together([s.tag for s in states]),
         history=(*carried.history, place),
     )
     return together(tokens), mask, after
@@ -277,7 +282,7 @@ def _reduce_rows(
     scores: Callable[[Array, Array], Array],
 ) -> tuple[Array, Mask, Carried]:
     member, prefix = _who(x, mask, stage.prefix)
-    tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.luck)
+    tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.tag)
     if stage.reducer == "tome":
         tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
     elif stage.reducer != "random":
@@ -296,7 +301,7 @@ def _reduce_rows(
     after = Carried(
         size=size,
         place=place,
-        luck=None if carried.luck is None else merging.take(carried.luck, merge.kept),
+        tag=merging.take(carried.tag, merge.kept),
         history=(*carried.history, place),
     )
     return merge.tokens(x), _kept_mask(mask, merge, size, stage), after

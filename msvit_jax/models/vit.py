@@ -4,7 +4,6 @@ ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation 
 (Touvron et al. 2021, CaiT) and register tokens (Darcet et al. 2024), as timm's models have them.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -361,18 +360,15 @@ class ViT(nn.Module):
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         stages = self.stages
         carried = reduction.start(x, stages) if stages else None
-        # A token keeps its luck. Where luck decides nothing, names in its stead tell which tokens
-        # are left; where it does, nothing is merged, and each that is left holds its own place.
-        names = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.uint32)[None], x.shape[:2])
-        named = carried is not None and carried.luck is None
-        if carried is not None and named:
-            carried = dataclasses.replace(carried, luck=names)
+        own = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
         hosts: list[Array] = []
         for layer, block in enumerate(self.blocks):
             rate = None if rates is None else rates[layer]
             if carried is not None and layer in stages:
                 x, mask, carried = block.reducing(x, rate, mask, carried)
-                host = merging.take(carried.luck, jnp.maximum(carried.place, 0)) if named else names
+                host = own
+                if not reduction.by_luck(stages):
+                    host = merging.take(carried.tag, jnp.maximum(carried.place, 0))
                 hosts.append(jnp.where(carried.place < 0, -1, host.astype(jnp.int32)))
             else:
                 x = block(x, rate, mask)

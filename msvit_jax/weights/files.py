@@ -1,6 +1,7 @@
 """Reading weights files without executing what is in them, or taking memory that they only claim.
 
-.safetensors, .npz, and PyTorch's .pth, .pth.tar, .pt and .bin, which need the torch extra.
+.safetensors, .npz, PyTorch's .pth, .pth.tar, .pt and .bin, which need the torch extra, and the
+.index.json of transformers, which says in which of several files each array lies.
 """
 
 import json
@@ -21,6 +22,7 @@ Flat = dict[str, np.ndarray]
 
 PYTORCH = (".pth", ".tar", ".pt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
+INDEX = ".index.json"
 # Weights are noise, which hardly shrinks; a small file of zeros may claim any size.
 _MOST_SHRUNK = 100
 
@@ -30,15 +32,18 @@ def read(path: str | pathlib.Path) -> Flat:
 
     Raises:
       UserError: there is no such file, it is damaged, it holds something else than arrays of
-        numbers, its suffix is not known, or PyTorch is needed and not installed.
+        numbers, its suffix is not known, a file that it names is missing, or PyTorch is needed and
+        not installed.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"There is no weights file {str(path)!r}.")
+    if path.name.endswith(INDEX):
+        return _read_parts(path)
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"{str(path)!r} cannot be read as weights: its suffix is {path.suffix or 'missing'}; "
-            f"known are {', '.join(SUFFIXES)}."
+            f"known are {', '.join((*SUFFIXES, INDEX))}."
         )
     if path.suffix in PYTORCH:
         return _read_pytorch(path)
@@ -48,6 +53,24 @@ def read(path: str | pathlib.Path) -> Flat:
     except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
         raise UserError(f"{str(path)!r} cannot be read as weights: {error}") from error
     return {name: _number(name, x, path) for name, x in flat.items()}
+
+
+def _read_parts(path: pathlib.Path) -> Flat:
+    """Reads all files that an index names, which lie beside it."""
+    where = read_json(path.read_text(errors="replace"), path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{str(path)!r} does not say in which files the weights are (weight_map).")
+    flat: Flat = {}
+    for part in sorted(set(map(str, where.values()))):
+        if pathlib.PurePath(part).name != part or part.endswith(INDEX):
+            raise UserError(f"{str(path)!r} names {part!r}, which is no weights file beside it.")
+        flat |= read(path.with_name(part))
+    lost = sorted(set(where) - set(flat))
+    if lost:
+        raise UserError(
+            f"{str(path)!r} names {len(lost)} arrays that its files lack: {', '.join(lost[:3])}"
+        )
+    return flat
 
 
 def _number(name: str, x: np.ndarray, path: pathlib.Path) -> np.ndarray:
@@ -163,9 +186,7 @@ def read_json(text: str, path: str | pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{str(path)!r} describes its model in damaged JSON: {error}") from error
+        raise UserError(f"{str(path)!r} holds damaged JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(
-            f"{str(path)!r} describes its model by {type(value).__name__}, not by name."
-        )
+        raise UserError(f"{str(path)!r} holds JSON of {type(value).__name__}, not of names.")
     return value

@@ -20,7 +20,8 @@ from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
 BACKBONE = "backbone/"
 _SCANNED = "blocks/"
 # Where transformers keeps the weights in a model's directory.
-_IN_DIRECTORY = ("model.safetensors", "pytorch_model.bin")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_IN_DIRECTORY = (*_WHOLE, *(name + files.INDEX for name in _WHOLE))
 
 
 class Format(Protocol):

@@ -150,12 +150,53 @@ def test_half_precision_becomes_float32(tmp_path):
 
 def test_a_damaged_description_is_told(tmp_path):
     path = tmp_path / "w.safetensors"
-    for text, match in (("{", "damaged JSON"), ("3", "by int, not by name")):
+    for text, match in (("{", "damaged JSON"), ("3", "of int, not of names")):
         save_file({"a": np.ones(1)}, path, metadata={"msvit_jax": text})
         with pytest.raises(UserError, match=match):
             weights.describe(path)
     save_file({"a": np.ones(1)}, path, metadata={"format": "pt"})
     assert weights.describe(path) is None
+
+
+def parts_of(folder, where, **parts):
+    """Files beside an index that says where each array lies; returns the index."""
+    for name, arrays in parts.items():
+        save_file(arrays, folder / f"{name}.safetensors")
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return path
+
+
+def test_weights_in_several_files(tmp_path):
+    arrays = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("abc")}
+    path = parts_of(
+        tmp_path,
+        {"a": "first.safetensors", "b": "second.safetensors", "c": "first.safetensors"},
+        first={"a": arrays["a"], "c": arrays["c"]},
+        second={"b": arrays["b"]},
+    )
+    found = files.read(path)
+    assert sorted(found) == ["a", "b", "c"]
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(found[name], x)
+    (tmp_path / "second.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights file .*second\.safetensors"):
+        files.read(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "match"),
+    [
+        ({"a": "first.safetensors", "b": "first.safetensors"}, r"1 arrays .* lack: b"),
+        ({"a": "../first.safetensors"}, "no weights file beside it"),
+        ({"a": "model.safetensors.index.json"}, "no weights file beside it"),
+        ({}, "weight_map"),
+        (3, "weight_map"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files(tmp_path, where, match):
+    path = parts_of(tmp_path, where, first={"a": np.ones(1)})
+    refuses(path, match)
 
 
 def test_pytorch_files_need_pytorch(tmp_path, monkeypatch):

@@ -298,3 +298,14 @@ def test_a_directory_of_transformers_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     save_file(weights.to_theirs("huggingface", flat, tiny()), tmp_path / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path, tiny()), flat)
+
+
+def test_a_directory_of_transformers_with_several_files_is_read(tmp_path):
+    flat = random_like(shapes_of(tiny()))
+    theirs = weights.to_theirs("huggingface", flat, tiny())
+    where = {name: f"model-{1 + i % 2}-of-2.safetensors" for i, name in enumerate(theirs)}
+    for part in set(where.values()):
+        held = {name: x for name, x in theirs.items() if where[name] == part}
+        save_file(held, tmp_path / part)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path, tiny()), flat)
