@@ -164,8 +164,9 @@ def saved_table(results: Results, names: Sequence[str], dense: Sequence[str]) ->
 HEAD = """# DVT on scattered digits
 
 Made by `python studies/dvt.py`, which says what is trained: 64 px, stages 64 wide with 4 layers,
-all from the weights of the same dense model; top-1 (%) on 2,000 validation images after the last step,
-mean and standard deviation over the seeds {seeds}. Thresholds were fitted on 5,000 training images.
+all from the weights of the same dense model; top-1 (%) on 2,000 validation images after the last
+step, mean and standard deviation over the seeds {seeds}. Thresholds were fitted on 5,000 training
+images.
 Multiply-accumulates (MACs), not FLOPs; those up to an exit include the stages before it.
 """
 
