@@ -210,13 +210,16 @@ def run_seeds(
     name: str,
     arms: Callable[[Study], dict[str, Figures]],
     report: Callable[[dict[int, dict[str, Figures]]], str],
-) -> None:
+) -> dict[int, dict[str, Figures]]:
     """Runs another study's arms with every seed; writes <name>.md and <name>.json.
 
     Args:
       name: of the study.
       arms: trains and evaluates one seed's.
       report: makes the tables of the figures by seed and arm.
+
+    Returns:
+      The figures by seed and arm.
     """
     workers = Workers(_JOBS.value)
     seeds = [int(seed) for seed in _SEEDS.value]
@@ -224,15 +227,21 @@ def run_seeds(
         found = pool.map(lambda seed: arms(Study(workers, seed)), seeds)
         results = dict(zip(seeds, found, strict=True))
     write(name, report(results), results)
+    return results
+
+
+def out(file: str) -> pathlib.Path:
+    """Where a study's file goes."""
+    directory = pathlib.Path(_OUT.value)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / file
 
 
 def write(name: str, text: str, results: dict[int, dict[str, Figures]]) -> None:
     """Writes a study's tables and all its figures."""
-    out = pathlib.Path(_OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.md").write_text(text)
-    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written: {out / name}.md, {out / name}.json")
+    out(f"{name}.md").write_text(text)
+    out(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {out(name)}.md, {out(name)}.json")
 
 
 def with_spread(values: Sequence[float] | np.ndarray) -> str:

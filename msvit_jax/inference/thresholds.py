@@ -83,7 +83,10 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
     Raises:
       UserError: another number of them, not a number, or a last one that lets images go nowhere.
     """
-    given = tuple(float(t) for t in thresholds)
+    try:
+        given = tuple(float(t) for t in thresholds)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"thresholds={thresholds!r} are no sequence of numbers.") from error
     if len(given) == stages - 1:
         given = (*given, ALWAYS)
     if len(given) != stages:

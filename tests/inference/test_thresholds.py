@@ -149,6 +149,8 @@ def test_the_search_is_repeatable():
         ((0.0, 0.6, 0.9), "from the first exit to the last"),
         ((float("nan"), 0.5), "each is a number from 0 up"),
         ((-0.1, 0.5), "each is a number from 0 up"),
+        (0.5, "thresholds=0.5 are no sequence"),
+        (("high", 0.5), "no sequence of numbers"),
     ],
 )
 def test_thresholds_that_are_not_possible_are_told(given, message):
