@@ -5,11 +5,12 @@ A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with th
 of the gate's loss) and `about` (config, model metadata).
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -280,7 +281,8 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
     """
     step = find_step(workdir, which)
     directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "about"
-    return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
+    with _quietly():
+        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
 
 
 def _steps(workdir: str | pathlib.Path) -> list[int]:
@@ -293,10 +295,11 @@ def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
 
 
 def _read_tree(path: pathlib.Path) -> dict[str, Any]:
-    checkpointer = ocp.PyTreeCheckpointer()
-    tree = checkpointer.metadata(path).item_metadata.tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    return checkpointer.restore(path, restore_args=as_numpy)
+    with _quietly():
+        checkpointer = ocp.PyTreeCheckpointer()
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, restore_args=as_numpy)
 
 
 def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:
@@ -329,3 +332,14 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
 def quiet_orbax() -> None:
     """Keeps Orbax's notes out of the terminal report; what goes wrong is raised."""
     logging.set_verbosity(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps Orbax's notes away for a while: it warns of metadata that our checkpoints do without."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # absl counts down to what is worse
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
 from msvit_jax import checkpoint
 from msvit_jax.errors import UserError
@@ -103,6 +104,20 @@ def test_parameters_are_the_moving_average_where_there_is_one(tmp_path):
     _save(tmp_path / "b", {3: 1.0})
     assert checkpoint.load_params(tmp_path / "a")["head"]["kernel"][0, 0] == 30
     assert checkpoint.load_params(tmp_path / "b")["head"]["kernel"][0, 0] == 3
+
+
+def test_loading_says_nothing_and_leaves_what_is_said_as_it_was(tmp_path, caplog):
+    _save(tmp_path, {3: 1.0})
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)  # whatever ran before in this process
+    try:
+        caplog.clear()
+        checkpoint.load_params(tmp_path)
+        checkpoint.read_about(tmp_path)
+        assert caplog.records == []
+        assert logging.get_verbosity() == logging.WARNING
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_workdirs_that_are_none(tmp_path):
