@@ -336,7 +336,7 @@ def quiet_orbax() -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps Orbax's notes away for a while: it warns of metadata that our checkpoints do without."""
+    """Keeps Orbax quiet for a while: it warns of metadata that our checkpoints do without."""
     before = logging.get_verbosity()
     logging.set_verbosity(min(before, logging.ERROR))  # absl counts down to what is worse
     try:
