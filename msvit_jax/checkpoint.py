@@ -212,7 +212,7 @@ def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
             f"{str(workdir)!r} is not the workdir of a run: it has no {CONFIG_FILE}. "
             "Train one with: python train.py --config=... --workdir=..."
         )
-    return configs.from_json(file.read_text())
+    return configs.with_defaults(configs.from_json(file.read_text()))
 
 
 def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:

@@ -253,6 +253,17 @@ def from_json(text: str) -> config_dict.ConfigDict:
     return config_dict.ConfigDict(_tuples(json.loads(text)))
 
 
+def with_defaults(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """Returns a copy with the keys that are new since it was written, at their defaults.
+
+    A new key's default is what was done before there was the key.
+    """
+    filled = base()
+    with filled.unlocked(), filled.ignore_type():
+        filled.update(config)
+    return filled
+
+
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}

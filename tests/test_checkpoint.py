@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +142,17 @@ def test_a_workdir_without_a_checkpoint_may_be_claimed_again(tmp_path):
     _save(tmp_path, {3: 1.0})
     with pytest.raises(UserError, match="seed: 0 here, 7 in the workdir"):
         checkpoint.claim_workdir(tmp_path, tiny_run.config())
+
+
+def test_a_run_made_before_a_key_existed_can_be_resumed(tmp_path):
+    config = tiny_run.config()
+    checkpoint.claim_workdir(tmp_path, config)
+    _save(tmp_path, {3: 1.0})
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["loss"]["exits"], old["ema_decay"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert checkpoint.read_config(tmp_path).ema_decay == 0.0
+    checkpoint.claim_workdir(tmp_path, config)
+    config.ema_decay = 0.9  # not what was done then
+    with pytest.raises(UserError, match=r"ema_decay: 0\.9 here, 0\.0 in the workdir"):
+        checkpoint.claim_workdir(tmp_path, config)
