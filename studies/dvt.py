@@ -5,7 +5,7 @@
 From the configs of this repository, for every seed and all from the same dense model:
 
 * dense: configs/digits_vit.py, and trained on for as long as the cascades
-* two stages: configs/digits_dvt.py, for what a cascade saves
+* two stages: configs/digits_dvt.py, for what a cascade saves; and the same without reuse
 * both: three stages and two epochs; features, relations, none: the same with one reuse, and
   without, for what reuse adds
 
@@ -27,7 +27,7 @@ from matplotlib import pyplot
 from msvit_jax import config as configs
 from msvit_jax import errors
 
-TWO = "two stages"
+TWO, TWO_ALONE = "two stages", "two stages, no reuse"
 REUSES: dict[str, dict[str, Any]] = {
     "both": {},
     "features": {"model.relation_reuse": False},
@@ -66,6 +66,7 @@ def arms(study: digits.Study) -> dict[str, digits.Figures]:
             AS_TWO: pool.submit(longer, "dense_as_two", tuned.epochs),
             AS_THREE: pool.submit(longer, "dense_tuned", THREE_STAGES["epochs"]),
             TWO: pool.submit(cascade, "dvt_two_stages"),
+            TWO_ALONE: pool.submit(cascade, "dvt_two_alone", **REUSES["none"]),
         }
         for name, reuses in REUSES.items():
             waited[name] = pool.submit(cascade, f"dvt_{name}", **THREE_STAGES, **reuses)
@@ -96,14 +97,14 @@ def exits_table(results: Results, names: Sequence[str], dense: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def gains_table(results: Results) -> str:
+def gains_table(results: Results, names: Sequence[str], without: str) -> str:
     """What each reuse adds to the accuracy of the later exits, seed by seed."""
     head = ["points above no reuse", "exit", *(f"seed {seed}" for seed in results), "mean"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for name in ("both", "features", "relations"):
+    for name in names:
         for stage in range(1, len(results[min(results)][name]["exits_top1"])):
             gains = [
-                seed[name]["exits_top1"][stage] - seed["none"]["exits_top1"][stage]
+                seed[name]["exits_top1"][stage] - seed[without]["exits_top1"][stage]
                 for seed in results.values()
             ]
             shown = [f"{gain:+.2f}" for gain in gains]
@@ -180,21 +181,19 @@ as the same seed's dense model; chosen on the validation images, so a little fla
 
 def report(results: Results) -> str:
     """All tables."""
-    two, three = ("dense", AS_TWO), ("dense", AS_THREE)
+    two, three = (TWO, TWO_ALONE), tuple(REUSES)
+    as_two, as_three = ("dense", AS_TWO), ("dense", AS_THREE)
     sections = {
-        "## What a cascade saves: two stages, grids 5 and 8, both reuses": exits_table(
-            results, [TWO], two
-        ),
-        "### Two stages within a budget": budget_table(results, [TWO], AS_TWO),
-        "### Times fewer MACs at dense's accuracy": CHEAPEST + saved_table(results, [TWO], two),
-        "## What reuse adds: three stages, grids 4, 6 and 8": exits_table(
-            results, list(REUSES), three
-        ),
-        "### Gains": gains_table(results),
-        "### Three stages within a budget": budget_table(results, list(REUSES), AS_THREE),
+        "## Two stages, grids 5 and 8": exits_table(results, two, as_two),
+        "### Within a budget": budget_table(results, two, AS_TWO),
+        "### Times fewer MACs at dense's accuracy": CHEAPEST + saved_table(results, two, as_two),
+        "### What reuse adds": gains_table(results, [TWO], TWO_ALONE),
+        "## Three stages, grids 4, 6 and 8": exits_table(results, three, as_three),
+        "### Within a budget, three stages": budget_table(results, three, AS_THREE),
         "### Times fewer MACs at dense's accuracy, three stages": saved_table(
-            results, list(REUSES), three
+            results, three, as_three
         ),
+        "### What each reuse adds": gains_table(results, ["both", "features", "relations"], "none"),
     }
     head = HEAD.format(seeds=", ".join(map(str, results)))
     return "\n".join([head, *(f"{title}\n\n{text}\n" for title, text in sections.items())])
