@@ -32,8 +32,8 @@ BUCKETS = (25, 31, 40)  # tokens; and the whole grid
 PICTURES = 12
 # Fewer epochs than the studies: what two cores do in the demo's time. One evaluation, at the end.
 BOTH = {"data.cache": True, "eval_every_epochs": 1e3, "log_every_steps": 25, "log_images": 0}
-DENSE = {**BOTH, "epochs": 2.25, "optimizer.warmup_epochs": 0.5}
-MSVIT = {**BOTH, "epochs": 1.25, "optimizer.warmup_epochs": 0.2}
+DENSE = {**BOTH, "epochs": 2.5, "optimizer.warmup_epochs": 0.5}
+MSVIT = {**BOTH, "epochs": 1.4, "optimizer.warmup_epochs": 0.2}
 
 
 def main(argv: Sequence[str]) -> None:
