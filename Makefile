@@ -32,10 +32,12 @@ test: $(VENV)/.ready
 notebooks: $(VENV)/.ready
 	$(BIN)/python tools/run_notebooks.py --fast notebooks/*.ipynb
 
-# Runs them for real and keeps their outputs.
+# Runs them for real, each from nothing as in Colab, and keeps their outputs.
 notebooks-in-place: $(VENV)/.ready
-	rm -rf notebooks/runs
-	$(BIN)/python tools/run_notebooks.py notebooks/*.ipynb
+	for notebook in notebooks/*.ipynb; do \
+	  rm -rf notebooks/runs; \
+	  $(BIN)/python tools/run_notebooks.py $$notebook || exit 1; \
+	done
 
 docs: $(VENV)/.ready-docs
 	rm -rf docs/_build docs/api

@@ -204,7 +204,9 @@ def report(results: Results) -> str:
 def picture(results: Results, path: pathlib.Path) -> None:
     """Draws accuracy over compute: the geometric scheme's curves and the dense models, by seed."""
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for index, (name, label) in enumerate(((TWO, "grids 5, 8; 6 epochs"), ("both", "grids 4, 6, 8; 2 epochs"))):
+    for index, (name, label) in enumerate(
+        ((TWO, "grids 5, 8; 6 epochs"), ("both", "grids 4, 6, 8; 2 epochs"))
+    ):
         for arm in of_arm(results, name):
             points = [row for row in arm["budget_curve"] if row["kind"] == "geometric"]
             macs, top1 = [1000 * row["gmacs_mean"] for row in points], [r["top1"] for r in points]

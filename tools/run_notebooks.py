@@ -4,8 +4,9 @@
     python tools/run_notebooks.py --fast notebooks/*.ipynb  # few examples, elsewhere; files stay
 
 In the fast mode programs are compiled without optimisations and once for all notebooks, which
-share a temporary folder, as they share notebooks/runs for real. The first error ends it, with the
-cell that failed.
+share a temporary folder. For real they keep everything in `runs` beside them, the data set, too,
+so that no path of this machine gets into their outputs. The first error ends it, with the cell that
+failed.
 """
 
 import argparse
@@ -54,8 +55,9 @@ def fast(paths: list[pathlib.Path]) -> None:
 
 def in_place(paths: list[pathlib.Path]) -> None:
     """Runs notebooks where they lie and writes them back."""
+    environment = {**os.environ, "TFDS_DATA_DIR": "runs/data"}
     for path in paths:
-        nbformat.write(timed(path, path.parent, dict(os.environ)), path)
+        nbformat.write(timed(path, path.parent, environment), path)
 
 
 def timed(
