@@ -16,7 +16,6 @@ docs/results/digits.md and digits.json. What is done already is not done again, 
 be interrupted. Cost: about an hour and a half on two CPU cores.
 """
 
-import collections
 import concurrent.futures
 import json
 import math
@@ -25,7 +24,6 @@ import pathlib
 import queue
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,20 +160,19 @@ def report(results: dict[int, dict[str, Figures]]) -> str:
         "fine / content": ("fine_per_content", "{:.2f}".format),
         "agreement": ("agreement", "{:.3f}".format),
     }
-    lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    means, by_seed = [], []
     for arm in ARMS:
         cells = [arm]
         for key, show in columns.values():
             values = [r[arm][key] for r in results.values() if key in r[arm]]
             spread = f" ± {show(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
             cells.append(show(float(np.mean(values))) + spread if values else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Top-1 and tokens by seed:", ""]
-    lines += [f"| seed | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 1) + "|"]
+        means.append(cells)
     for seed, row in results.items():
         cells = [f"{row[arm]['top1']:.2f} / {row[arm]['tokens_mean']:.1f}" for arm in ARMS]
-        lines.append(f"| {seed} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        by_seed.append([str(seed), *cells])
+    first, second = markdown(["model", *columns], means), markdown(["seed", *ARMS], by_seed)
+    return f"{first}\n\nTop-1 and tokens by seed:\n\n{second}"
 
 
 def checks(results: dict[int, dict[str, Figures]]) -> str:
@@ -197,13 +194,10 @@ def checks(results: dict[int, dict[str, Figures]]) -> str:
         "agreement between images (below 1)": lambda r: r["MSViT"]["agreement"],
     }
     seeds = list(results)
-    lines = [
-        f"| MSViT | {' | '.join(f'seed {s}' for s in seeds)} |",
-        "|---" * (len(seeds) + 1) + "|",
+    rows = [
+        [claim, *(f"{figure(results[s]):.3f}" for s in seeds)] for claim, figure in claims.items()
     ]
-    for claim, figure in claims.items():
-        lines.append(f"| {claim} | {' | '.join(f'{figure(results[s]):.3f}' for s in seeds)} |")
-    return "\n".join(lines)
+    return markdown(["MSViT", *(f"seed {s}" for s in seeds)], rows)
 
 
 def run_seeds(
@@ -211,7 +205,7 @@ def run_seeds(
     arms: Callable[[Study], dict[str, Figures]],
     report: Callable[[dict[int, dict[str, Figures]]], str],
 ) -> dict[int, dict[str, Figures]]:
-    """Runs another study's arms with every seed; writes <name>.md and <name>.json.
+    """Runs a study's arms with every seed; writes <name>.md and <name>.json.
 
     Args:
       name: of the study.
@@ -244,6 +238,12 @@ def write(name: str, text: str, results: dict[int, dict[str, Figures]]) -> None:
     print(f"written: {out(name)}.md, {out(name)}.json")
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def with_spread(values: Sequence[float] | np.ndarray) -> str:
     """Mean and standard deviation."""
     spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
@@ -253,28 +253,13 @@ def with_spread(values: Sequence[float] | np.ndarray) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs the study and writes its table."""
     del argv
-    workers = Workers(_JOBS.value)
-    results: dict[int, dict[str, Figures]] = collections.OrderedDict()
-    seeds = [int(seed) for seed in _SEEDS.value]
-    failed: list[BaseException] = []
+    results = run_seeds("digits", Study.run, document)
+    print(document(results).removeprefix(HEADER))
 
-    def one(seed: int) -> None:
-        try:
-            results[seed] = Study(workers, seed).run()
-        except BaseException as error:
-            failed.append(error)
 
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in seeds]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-    results = {seed: results[seed] for seed in seeds}
-    text = f"{report(results)}\n\n{checks(results)}\n"
-    print(text)
-    write("digits", HEADER + text, results)
+def document(results: dict[int, dict[str, Figures]]) -> str:
+    """The study's page."""
+    return f"{HEADER}{report(results)}\n\n{checks(results)}\n"
 
 
 HEADER = """# Scattered digits

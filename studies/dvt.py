@@ -82,25 +82,25 @@ def exits_table(results: Results, names: Sequence[str], dense: Sequence[str]) ->
     """Top-1 of every exit if all images left there, beside dense models."""
     count = len(results[min(results)][names[0]]["exits_top1"])
     head = ["model", *(f"exit {stage + 1}" for stage in range(count)), "MMACs up to each exit"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for name in names:
         rows = of_arm(results, name)
         cells = [
             digits.with_spread([row["exits_top1"][stage] for row in rows]) for stage in range(count)
         ]
         macs = ", ".join(f"{1000 * m:.2f}" for m in rows[0]["exits_gmacs"])
-        lines.append(f"| {name} | {' | '.join(cells)} | {macs} |")
+        table.append([name, *cells, macs])
     for name in dense:
         rows = of_arm(results, name)
         cells = [*("" for _ in range(count - 1)), digits.with_spread([row["top1"] for row in rows])]
-        lines.append(f"| {name} | {' | '.join(cells)} | {1000 * rows[0]['gmacs_mean']:.2f} |")
-    return "\n".join(lines)
+        table.append([name, *cells, f"{1000 * rows[0]['gmacs_mean']:.2f}"])
+    return digits.markdown(head, table)
 
 
 def gains_table(results: Results, names: Sequence[str], without: str) -> str:
     """What each reuse adds to the accuracy of the later exits, seed by seed."""
     head = ["points above no reuse", "exit", *(f"seed {seed}" for seed in results), "mean"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for name in names:
         for stage in range(1, len(results[min(results)][name]["exits_top1"])):
             gains = [
@@ -108,17 +108,15 @@ def gains_table(results: Results, names: Sequence[str], without: str) -> str:
                 for seed in results.values()
             ]
             shown = [f"{gain:+.2f}" for gain in gains]
-            lines.append(
-                f"| {name} | {stage + 1} | {' | '.join(shown)} | {digits.with_spread(gains)} |"
-            )
-    return "\n".join(lines)
+            table.append([name, str(stage + 1), *shown, digits.with_spread(gains)])
+    return digits.markdown(head, table)
 
 
 def budget_table(results: Results, names: Sequence[str], dense: str) -> str:
     """Accuracy within budgets that were fixed beforehand."""
     head = ["model", "budget, MMACs", "fewer than dense", "spent", "top-1 (%)", "below dense"]
     head += [f"below {dense}", "shares that leave at each exit"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for name in names:
         for index, saved in enumerate(SAVED):
             found = [
@@ -138,8 +136,8 @@ def budget_table(results: Results, names: Sequence[str], dense: str) -> str:
                 *map(digits.with_spread, below),
                 ", ".join(f"{x:.2f}" for x in np.mean([row["shares"] for row in found], axis=0)),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            table.append(cells)
+    return digits.markdown(head, table)
 
 
 def least_macs(figures: digits.Figures, top1: float) -> float | None:
@@ -151,7 +149,7 @@ def least_macs(figures: digits.Figures, top1: float) -> float | None:
 def saved_table(results: Results, names: Sequence[str], dense: Sequence[str]) -> str:
     """How many times fewer MACs the cheapest point needs that is as accurate as dense models."""
     head = ["as accurate as", "model", *(f"seed {seed}" for seed in results)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for against in dense:
         for name in names:
             cells = []
@@ -160,8 +158,8 @@ def saved_table(results: Results, names: Sequence[str], dense: Sequence[str]) ->
                 cells.append(
                     "not reached" if least is None else f"{seed['dense']['gmacs_mean'] / least:.2f}"
                 )
-            lines.append(f"| {against} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            table.append([against, name, *cells])
+    return digits.markdown(head, table)
 
 
 HEAD = """# DVT on scattered digits

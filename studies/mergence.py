@@ -96,7 +96,7 @@ def table(results: dict[int, dict[str, digits.Figures]], names: Sequence[str]) -
     """Top-1 of every seed and its mean and spread, with MACs and tokens layer by layer."""
     seeds = list(results)
     head = ["model", "top-1 (%)", "below dense", *(f"seed {s}" for s in seeds), "MMACs", "of dense"]
-    lines = [f"| {' | '.join([*head, 'tokens into the MLPs'])} |", "|---" * (len(head) + 1) + "|"]
+    lines = []
     dense = [results[s]["dense, longer"]["top1"] for s in seeds]
     for name in names:
         rows = [results[s][name] for s in seeds]
@@ -113,8 +113,8 @@ def table(results: dict[int, dict[str, digits.Figures]], names: Sequence[str]) -
             f"{macs / (1000 * results[seeds[0]]['dense']['gmacs_mean']):.3f}",
             ", ".join(f"{c:.3g}" for c in counts),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return digits.markdown([*head, "tokens into the MLPs"], lines)
 
 
 HEAD = """# Token Mergence on scattered digits
