@@ -66,7 +66,7 @@ def base() -> config_dict.ConfigDict:
         "b1": 0.9,
         "b2": 0.999,
         "layer_decay": 1.0,  # factor per layer counted from the head down
-        "clip_norm": 1.0,  # of the whole gradient; 0: no clipping
+        "clip_norm": 1.0,  # of backbone, gate and priors each; 0: no clipping
         "accumulation": 1,  # pieces a batch is computed in
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
@@ -77,7 +77,9 @@ def base() -> config_dict.ConfigDict:
     config.fall = importlib.import_module("msvit_jax.train.fall").default_config()
     config.loss = {
         "label_smoothing": 0.0,
-        "gate": {"weight": 1.0, **_gate_loss_defaults()},
+        # correction: share by which the gate's bias moves, every step, to where the batch has just
+        # the target's share of fine regions; 0: the loss alone asks for it, as in the papers
+        "gate": {"weight": 1.0, "correction": 0.1, **_gate_loss_defaults()},
         "distillation": {
             "teacher": "",  # a workdir, or a weights file together with `model`
             "model": "",  # the teacher's registry name, for a weights file
@@ -216,7 +218,7 @@ def build_model(config: config_dict.ConfigDict) -> nn.Module:
 
 def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Module:
     """Builds the config's `losses.GateLoss` for the model's regions."""
-    options = {k: v for k, v in config.loss.gate.items() if k != "weight"}
+    options = {k: v for k, v in config.loss.gate.items() if k not in ("weight", "correction")}
     losses = importlib.import_module("msvit_jax.losses")
     return losses.GateLoss(**options, grid_size=getattr(model, "gate_grid", (1, 1)))
 

@@ -18,7 +18,7 @@ from jax.scipy.stats import norm
 from msvit_jax.models.gate import centre_distance
 from msvit_jax.models.output import GateOutput
 
-_EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before any CDF
+_EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's CDF
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -64,13 +64,15 @@ def exits_loss(
     return total
 
 
-def relaxed_bernoulli_cdf(x: Array, probability: Array, temperature: Array) -> Array:
-    """CDF of the relaxed Bernoulli (binary concrete) distribution; P(x > 1/2) = probability.
+def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array) -> Array:
+    """CDF of the relaxed Bernoulli (binary concrete) distribution at x = sigmoid(logits).
 
-    All arguments broadcast (equal ranks); `x` is clipped to [1e-3, 1 - 1e-3].
+    P(x > 1/2) = probability. A function of x would have to clip x away from 0 and 1 and give no
+    gradient there; of the logits it is sigmoid(temperature * logits - logit(probability)).
+
+    All arguments broadcast (equal ranks).
     """
-    x = jnp.clip(x, _EDGE, 1 - _EDGE)
-    return jax.nn.sigmoid(temperature * logit(x) - logit(probability))
+    return jax.nn.sigmoid(temperature * logits - logit(probability))
 
 
 def beta_cdf(x: Array, a: float, b: float) -> Array:
@@ -141,6 +143,8 @@ class GateLoss(nn.Module):
       temperature: of the relaxed Bernoulli prior; where it starts, for "gbas" (value: unverified
         recollection).
       beta: parameters of the Beta prior ("bas"); their mean replaces `target`.
+      clip: probabilities closer than this to 0 or 1 get no gradient from the relaxed Bernoulli
+        prior: 1e-3 as in the published batch shaping, 0 (our choice) for gradient everywhere.
       start: where the means start ("gbas"): "centre", falling with the distance from the image's
         centre around `target`, or "uniform" at `target`.
       grid_size: (rows, columns) of regions, for "gbas".
@@ -152,6 +156,7 @@ class GateLoss(nn.Module):
     prior: str = "relaxed_bernoulli"
     temperature: float = 0.3
     beta: tuple[float, float] = (0.6, 0.4)
+    clip: float = 0.0
     start: str = "centre"
     grid_size: tuple[int, int] = (7, 7)
 
@@ -160,7 +165,8 @@ class GateLoss(nn.Module):
         """Loss of the decisions on one batch; gate.logits is [B, R]."""
         if not 0 < self.target < 1:
             raise ValueError(f"The gate's target share is {self.target}; it lies between 0 and 1.")
-        fine = global_batch(jax.nn.sigmoid(-gate.logits.astype(jnp.float32)), axis_name)
+        logits = global_batch(-gate.logits.astype(jnp.float32), axis_name)
+        fine = jax.nn.sigmoid(logits)
         terms = {"fine_probability": fine.mean()}
         if self.kind == "none":
             return GateLossOutput(jnp.zeros(()), terms)
@@ -169,31 +175,39 @@ class GateLoss(nn.Module):
         if self.kind == "l0":
             return GateLossOutput(jax.nn.relu(fine.mean() - self.target), terms)
         if self.kind == "bas":
-            return GateLossOutput(self._batch_shaping(fine), terms)
+            return GateLossOutput(self._batch_shaping(logits), terms)
         if self.kind == "gbas":
-            return self._generalized(fine, terms)
+            return self._generalized(logits, terms)
         raise ValueError(f"gate loss {self.kind!r} is none of none, rate, l0, bas, gbas.")
 
-    def _batch_shaping(self, fine: Array) -> Array:
-        x = jnp.sort(fine, axis=0)
+    def _sorted(self, logits: Array) -> Array:
+        """Each position's logits of fine in ascending order, within the clip."""
+        if self.clip:
+            edge = float(np.log((1 - self.clip) / self.clip))
+            logits = jnp.clip(logits, -edge, edge)
+        return jnp.sort(logits, axis=0)
+
+    def _batch_shaping(self, logits: Array) -> Array:
         if self.prior == "beta":
+            x = jnp.sort(jax.nn.sigmoid(logits), axis=0)
             return empirical_cdf_distance(beta_cdf(x, *self.beta)).mean()
         if self.prior != "relaxed_bernoulli":
             raise ValueError(f"prior {self.prior!r} is neither 'relaxed_bernoulli' nor 'beta'.")
+        x = self._sorted(logits)
         mean = jnp.full_like(x, self.target)
         cdf = relaxed_bernoulli_cdf(x, mean, jnp.full_like(x, self.temperature))
         return empirical_cdf_distance(cdf).mean()
 
-    def _generalized(self, fine: Array, terms: dict[str, Array]) -> GateLossOutput:
-        if fine.shape[1] != self.grid_size[0] * self.grid_size[1]:
-            raise ValueError(f"{fine.shape[1]} regions do not fit the priors' {self.grid_size}.")
+    def _generalized(self, logits: Array, terms: dict[str, Array]) -> GateLossOutput:
+        if logits.shape[1] != self.grid_size[0] * self.grid_size[1]:
+            raise ValueError(f"{logits.shape[1]} regions do not fit the priors' {self.grid_size}.")
         logit_mean = self.param("logit_mean", lambda _: logit(jnp.asarray(self._first_means())))
         log_temperature = self.param(
-            "log_temperature", nn.initializers.constant(np.log(self.temperature)), fine.shape[1:]
+            "log_temperature", nn.initializers.constant(np.log(self.temperature)), logits.shape[1:]
         )
         mean = jax.nn.sigmoid(logit_mean)
         temperature = jnp.exp(log_temperature)
-        cdf = relaxed_bernoulli_cdf(jnp.sort(fine, axis=0), mean[None], temperature[None])
+        cdf = relaxed_bernoulli_cdf(self._sorted(logits), mean[None], temperature[None])
         shaping = empirical_cdf_distance(cdf).mean()
         hyper = empirical_cdf_distance(normal_cdf(jnp.sort(mean), self.target, self.sigma))
         terms = terms | {"shaping": shaping, "hyperprior": hyper, "prior_mean": mean.mean()}

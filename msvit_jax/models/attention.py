@@ -21,9 +21,7 @@ from msvit_jax.tokens.packing import NOBODY
 Marks = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
-# An inactive key may score far above every active one. Its exponential never reaches the output,
-# but must stay finite, because the gradient to its weight is a multiple of it.
-_LARGEST_EXPONENT = 30.0
+_LEAST_REST = 1e-2  # share of the other keys that a key is taken to leave at least
 _FAR = 30_000.0  # no two scores of a row lie so far apart
 _PALLAS_BLOCK = 128  # the kernel wants whole blocks of this many tokens
 _PALLAS_FROM = 1024  # tokens from which on scores cost more memory traffic than padding to blocks
@@ -195,8 +193,19 @@ def _plain(
     """Attention in plain products, with a backward pass that keeps no scores.
 
     Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
-    Gradient reaches the weights [B, N], if there are any: that to w_j is sum_i p_ij (g_i v_j -
-    g_i out_i), where p_ij = exp(s_ij) / total_i is what a hidden token would have got.
+
+    Weights are 0 or 1, and what a gate must learn is what the output becomes when one of them is
+    the other. With e_ij = exp(score_ij) and total_i = sum of e_ij over the keys with weight 1, a
+    hidden key j that is switched on gets the share
+
+        a_ij = e_ij / (total_i + e_ij) = sigmoid(score_ij - log total_i),
+
+    and the output of query i moves by a_ij (v_j - out_i), exactly. This is what is passed back to
+    w_j, times the cotangent g_i and summed over i. The derivative of the weighted softmax at
+    w_j = 0 has e_ij / total_i instead, which knows no bound: hidden keys of trained models score
+    far above all active ones. An active key with share p_ij that is switched off moves the output
+    by -p_ij / (1 - p_ij) (v_j - out_i), which is passed back likewise: it follows true flips better
+    than the derivative, which has p_ij (docs/results/gate_gradient.md).
     """
     return _forward(query, key, value, weights, bias, marks)[0]
 
@@ -222,9 +231,14 @@ def _forward(
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
     query, key, value, weights, bias, marks, out, log_total = kept
-    # Of hidden tokens too, if they have weights: then they are hidden at the end.
-    score = _scores(query, key, bias, marks)
-    shares = jnp.exp(jnp.minimum(score - log_total[..., None], _LARGEST_EXPONENT))
+    # Hidden keys included: they get gradient to their weight, and `seen` cuts all other.
+    score = _scores(query, key, bias, marks) - log_total[..., None]
+    if weights is None:
+        shares = jnp.exp(score)
+    else:
+        hidden = (weights < 0.5)[:, None, None, :]
+        # Rounding aside, the score of an active key is at most log_total.
+        shares = jnp.where(hidden, jax.nn.sigmoid(score), jnp.exp(jnp.minimum(score, 0.0)))
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
     slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
@@ -237,10 +251,19 @@ def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
         _heads_first(to_query).astype(query.dtype),
         seen(_heads_first(to_key)).astype(key.dtype),
         seen(_heads_first(to_value)).astype(value.dtype),
-        None if weights is None else slope.sum(axis=(1, 2)),
+        None if weights is None else _switched(slope, shares, hidden).sum(axis=(1, 2)),
         None if bias is None else _seen_bias(slope, weights).astype(bias.dtype),
         None if marks is None else tuple(map(jnp.zeros_like, marks)),
     )
+
+
+def _switched(slope: Array, shares: Array, hidden: Array) -> Array:
+    """What each key's weight is passed back, for every query: [B, H, N, N].
+
+    For an active key of share p that is switched off the others' shares grow by 1 / (1 - p). Near
+    p = 1 the difference v - out cancels to nothing, so that the quotient is bounded.
+    """
+    return jnp.where(hidden, slope, slope / jnp.maximum(1 - shares, _LEAST_REST))
 
 
 def _seen_bias(slope: Array, weights: Array | None) -> Array:

@@ -126,6 +126,12 @@ def straight_through(hard: Array, soft: Array) -> Array:
     return lax.stop_gradient(hard - soft) + soft
 
 
+def scaled_gradient(x: Array, factor: Array) -> Array:
+    """The value of x, with `factor` times its gradient; nothing at all where the factor is 0."""
+    still = lax.stop_gradient(x)
+    return still + jnp.where(factor > 0, factor * (x - still), 0)
+
+
 def decide(logits: Array, *, threshold: float | Array) -> Array:
     """Decisions without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
     return (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)

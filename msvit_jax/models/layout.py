@@ -2,12 +2,13 @@
 
 The same model with the same parameters gives the same logits in each, up to rounding:
 
-* "slots": every slot has its place, hidden ones are masked; all gradients; saves no time.
+* "slots": every slot has its place, hidden ones are masked; saves no time. In training a gate both
+  scales of every region lie side by side, as in the paper: five places for four slots.
 * "budget": each image's active tokens in as many places as its budget, one budget for all or a
   ladder of them.
-* "trimmed": the same places for training: what active tokens leave free is filled with the hidden
-  tokens nearest to becoming active, which carry gradient to the gate (after MSViT's adaptive
-  trimming; under static shapes: our reconstruction).
+* "trimmed": the same places for training a gate: what active tokens leave free holds the tokens
+  that some regions would have if they were decided the other way, which carry gradient to the gate
+  (after MSViT's adaptive trimming; under static shapes: our reconstruction).
 * "rows": the active tokens of several images in one row, attention confined to an image.
 """
 
@@ -142,47 +143,59 @@ def images_per_group(batch: int, layout: Layout) -> int:
     return images
 
 
+def make_runs(lengths: Array, layout: Layout) -> packing.Runs:
+    """Gives every image its run of places.
+
+    Args:
+      lengths: [B] int32, active tokens of each image, prefix included.
+      layout: any but slots; budgets without the prefix are made longer by it.
+
+    Raises:
+      ValueError: the batch cannot be cut into the layout's parts.
+    """
+    images = images_per_group(lengths.shape[0], layout)
+    lengths = lengths.reshape(layout.groups, images)
+    if layout.kind == "rows":
+        return packing.rows(lengths, layout.rows // layout.groups, layout.row_width)
+    return packing.ladder(lengths, layout.budget)
+
+
 def pack(
     tokens: Array,
     active: Array,
     layout: Layout,
-    weights: Array,
-    priority: Array | None = None,
+    runs: packing.Runs,
     *,
     shortest: int,
+    weights: Array | None = None,
+    extra: Array | None = None,
 ) -> Packed:
     """Packs a batch.
 
     Args:
       tokens: [B, N, D], prefix tokens included.
       active: [B, N] bool.
-      layout: any but slots; budgets without the prefix are made longer by it.
-      weights: [B, N] straight-through weights of the tokens, for "trimmed".
-      priority: [B, N], which inactive tokens "trimmed" takes first.
+      layout: see `make_runs`.
+      runs: from there.
       shortest: tokens that every image has at least, prefix included.
-
-    Raises:
-      ValueError: the batch cannot be cut into the layout's parts.
+      weights: [B, N] straight-through weights of the tokens, where they take gradient.
+      extra: [B, N] bool, inactive tokens that are carried for their gradient.
     """
     images = images_per_group(active.shape[0], layout)
-    lengths = active.sum(axis=1, dtype=jnp.int32).reshape(layout.groups, images)
     shelves: tuple[tuple[int, int], ...]
     if layout.kind == "rows":
         shelves = ((layout.rows // layout.groups, layout.row_width),)
-        runs = packing.rows(lengths, layout.rows // layout.groups, layout.row_width)
     else:
         part = images // len(layout.budget)
         shelves = tuple((part, width) for width in sorted(layout.budget, reverse=True))
-        runs = packing.ladder(lengths, layout.budget)
-    order = None
-    if layout.kind == "trimmed":
-        assert priority is not None
-        order = packing.active_first(active, priority)
-    packed = packing.pack(active, runs, order)
+    packed = packing.pack(active, runs, extra)
     first = jnp.arange(layout.groups, dtype=jnp.int32)[:, None] * images
+    if weights is not None:
+        # A row of nobody's sees its first place: without any weight it would divide by zero.
+        alone = (packed.owner == packing.NOBODY) & (runs.offset == 0)
+        weights = jnp.where(alone, 1.0, packed.gather(weights))
     mask = Mask(
-        # Empty places count, among themselves: a row without any weight would divide by zero.
-        weights=packed.gather(weights, fill=1.0) if layout.kind == "trimmed" else None,
+        weights=weights,
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
         shelves=shelves,
         alone=layout.kind != "rows",

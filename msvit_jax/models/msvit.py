@@ -22,7 +22,7 @@ from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import GateOutput, Output
 from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
-from msvit_jax.tokens import grid
+from msvit_jax.tokens import alternatives, grid, packing
 
 
 class CoarseResidual(nn.Module):
@@ -80,6 +80,7 @@ class MSViT(Backboned, nn.Module):
     rows: int | None = None
     row_width: int | None = None
     row_groups: int = 1
+    carry: str = "nearest"
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -116,8 +117,9 @@ class MSViT(Backboned, nn.Module):
     def check_layout(self) -> None:
         """Raises ValueError for a layout whose sizes do not fit the model."""
         regions = self.gate_grid[0] * self.gate_grid[1]
+        most = self.most_places if self.layout == "trimmed" else grid.REGION**2 * regions
         self.packing_layout.check(
-            grid=grid.REGION**2 * regions, smallest=regions, prefix=self.backbone.prefix_length
+            grid=most, smallest=regions, prefix=self.backbone.prefix_length
         )
 
     @property
@@ -125,10 +127,16 @@ class MSViT(Backboned, nn.Module):
         """The layout with all its sizes."""
         budget = (self.budget,) if isinstance(self.budget, int) else tuple(self.budget or ())
         if self.layout == "trimmed" and not budget:
-            budget = ((self.image_size // self.patch_size) ** 2,)
+            budget = (self.most_places,)
         return layouts.Layout(
             self.layout, budget, self.rows or 0, self.row_width or 0, self.row_groups
         )
+
+    @property
+    def most_places(self) -> int:
+        """Patch tokens of both scales together, all that training a gate can use."""
+        regions = self.gate_grid[0] * self.gate_grid[1]
+        return (grid.REGION**2 + 1) * regions
 
     @property
     def coarse_size(self) -> int:
@@ -223,63 +231,117 @@ class MSViT(Backboned, nn.Module):
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
-        if coarse is None:
-            coarse = self._decide(logits, train, threshold)
-        elif coarse.shape != logits.shape:
-            raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
-        elif train:
-            coarse = gates.straight_through(coarse, nn.sigmoid(logits))
-        tokens, weights, areas = self._tokens(images, coarse)
+        coarse = self._decisions(logits, train, threshold, coarse)
+        vit, both = self.backbone, self._carries_both(train)
+        layout = self._layout_of(both)
+        runs, carried = None, None
+        if layout.kind != "slots":
+            regions = grid.REGION**2 * logits.shape[1]
+            lengths = vit.prefix_length + regions - (grid.REGION**2 - 1) * (coarse > 0.5).sum(1)
+            runs = layouts.make_runs(lengths, layout)
+            if both:
+                room = runs.room.reshape(-1) - lengths
+                carried = self._alternatives(logits, coarse, room)
+                coarse = gates.scaled_gradient(coarse, carried.weight)
+        tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
-        if self.layout == "slots":
-            encoded = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights))
-            merged = merged_patches(encoded, self.backbone.prefix_length)
-            x = encoded.spread() if self.backbone.pool == "mean" else encoded.tokens
+        if runs is None:
+            encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
+            merged = merged_patches(encoded, vit.prefix_length)
+            x = encoded.spread() if vit.pool == "mean" else encoded.tokens
             alive, hosts = encoded.alive, encoded.hosts
         else:
-            x, alive, fits, hosts = self._encode_packed(tokens, weights, logits, train)
+            x, alive, fits, hosts = self._encode_packed(
+                tokens, weights, layout, runs, carried, train
+            )
         active = weights > 0.5 if fits is None else (weights > 0.5) & fits[:, None]
         hosts = tuple(jnp.where(active, host, -1) for host in hosts)
-        if alive is not None and self.backbone.pool == "mean":
-            areas = areas * alive[:, self.backbone.prefix_length :].astype(areas.dtype)
-        class_logits, distilled = self.backbone.classify(x, train=train, areas=areas)
-        counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - self.backbone.prefix_length
+        if alive is not None and vit.pool == "mean":
+            areas = areas * alive[:, vit.prefix_length :].astype(areas.dtype)
+        class_logits, distilled = vit.classify(x, train=train, areas=areas)
+        counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - vit.prefix_length
         return Output(
             logits=_only_fitting(class_logits, fits),
             tokens=counts,
             gate=GateOutput(logits=logits, coarse=coarse),
             distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
             fits=fits,
-            merged=merged,
-            hosts=host_patches(hosts, self.backbone.prefix_length),
+            # Where tokens of both scales are carried, the places are not those of slots.
+            merged=None if both else merged,
+            hosts=None if both else host_patches(hosts, vit.prefix_length),
         )
 
-    def _tokens(self, images: Array, coarse: Array) -> tuple[Array, Array, Array]:
-        """Prefix and slots [B, P + N, D], their weights [B, P + N], the slots' areas [B, N]."""
-        slots = grid.mix_slots(*self.embed_scales(images), coarse)
-        batch, _, _, width = slots.shape
-        tokens = self.backbone.with_prefix(slots.reshape(batch, -1, width))
+    def _decisions(
+        self, logits: Array, train: bool, threshold: float | Array | None, given: Array | None
+    ) -> Array:
+        """The gate's decisions or the given ones, straight-through in training."""
+        if given is None:
+            return self._decide(logits, train, threshold)
+        if given.shape != logits.shape:
+            raise ValueError(f"coarse has shape {given.shape}; the regions are {logits.shape}.")
+        return gates.straight_through(given, nn.sigmoid(logits)) if train else given
+
+    def _carries_both(self, train: bool) -> bool:
+        """Whether the tokens of both scales are there, because a gate learns from them."""
+        return train and self.gate == "mlp" and self.layout in ("slots", "trimmed")
+
+    def _layout_of(self, both: bool) -> layouts.Layout:
+        """The layout with its prefix; without a gate that learns, trimmed is a budget."""
+        layout = self.packing_layout
+        if layout.kind == "trimmed" and not both:
+            layout = dataclasses.replace(layout, kind="budget")
+        prefix = self.backbone.prefix_length
+        return dataclasses.replace(layout, budget=tuple(prefix + b for b in layout.budget))
+
+    def _alternatives(self, logits: Array, coarse: Array, room: Array) -> alternatives.Carried:
+        """The regions whose tokens of the other scale get the places that are left."""
+        if self.carry == "random":
+            return alternatives.random(coarse, self.make_rng("gate"), room)
+        return alternatives.nearest(coarse, -jnp.abs(logits), room)
+
+    def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:
+        """Prefix and patch tokens [B, P + N, D], their weights [B, P + N], their areas [B, N]."""
+        fine, of_region = self.embed_scales(images)
+        if both:
+            x, weights = grid.both_scales(fine, of_region), grid.both_weights(coarse)
+            areas = grid.both_areas(coarse)
+        else:
+            x, weights = grid.fill_slots(fine, of_region, coarse), grid.slot_weights(coarse)
+            areas = grid.slot_areas(coarse)
+        batch, _, _, width = x.shape
+        tokens = self.backbone.with_prefix(x.reshape(batch, -1, width))
         seen = jnp.ones((batch, self.backbone.prefix_length), coarse.dtype)
-        weights = jnp.concatenate([seen, grid.slot_weights(coarse).reshape(batch, -1)], axis=1)
-        return tokens, weights, grid.slot_areas(coarse).reshape(batch, -1)
+        weights = jnp.concatenate([seen, weights.reshape(batch, -1)], axis=1)
+        return tokens, weights, areas.reshape(batch, -1)
 
     def _encode_packed(
-        self, tokens: Array, weights: Array, logits: Array, train: bool
+        self,
+        tokens: Array,
+        weights: Array,
+        layout: layouts.Layout,
+        runs: packing.Runs,
+        carried: alternatives.Carried | None,
+        train: bool,
     ) -> tuple[Array, Array | None, Array, tuple[Array, ...]]:
-        """Encodes in the model's layout.
+        """Encodes in a packed layout.
 
         Returns what `ViT.classify` needs, which of its tokens were not dropped, which images fit
         [B], and hosts among the tokens [B, P + N].
         """
-        prefix = self.backbone.prefix_length
-        layout = dataclasses.replace(
-            self.packing_layout, budget=tuple(prefix + b for b in self.packing_layout.budget)
+        prefix, active, extra = self.backbone.prefix_length, weights > 0.5, None
+        if carried is not None:
+            extra = jnp.repeat(carried.regions, grid.REGION**2 + 1, axis=1)
+            extra = jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active
+        regions = self.gate_grid[0] * self.gate_grid[1]
+        packed = layouts.pack(
+            tokens,
+            active,
+            layout,
+            runs,
+            shortest=prefix + regions,
+            weights=None if extra is None else weights,
+            extra=extra,
         )
-        # A region close to becoming fine first; its slots stay together.
-        priority = jnp.repeat(-logits, grid.REGION**2, axis=1)
-        priority = jnp.pad(priority, ((0, 0), (prefix, 0)))
-        shortest = prefix + logits.shape[1]
-        packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority, shortest=shortest)
         encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix
         alive = encoded.alive

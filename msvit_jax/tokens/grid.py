@@ -75,11 +75,8 @@ def from_regions(regions: Array, grid: tuple[int, int], size: int = REGION) -> A
     return split.reshape(batch, rows * size, columns * size, width)
 
 
-def mix_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
+def fill_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
     """Fills each region's slots with its coarse token or with its fine ones.
-
-    Linear in `is_coarse`, so a straight-through decision passes gradient to its gate here; exact
-    where `is_coarse` is 0 or 1.
 
     Args:
       fine: [B, R, S, D] fine tokens, region by region.
@@ -89,9 +86,8 @@ def mix_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
     Returns:
       [B, R, S, D]. Slots 1 to S-1 of coarse regions keep their fine token: `slot_weights` hides it.
     """
-    first = jnp.zeros(fine.shape[2], fine.dtype).at[0].set(1)
-    share = is_coarse.astype(fine.dtype)[:, :, None, None] * first[None, None, :, None]
-    return (1 - share) * fine + share * coarse[:, :, None, :]
+    first = jnp.arange(fine.shape[2])[None, None, :, None] == 0
+    return jnp.where(first & (is_coarse > 0.5)[:, :, None, None], coarse[:, :, None, :], fine)
 
 
 def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
@@ -104,6 +100,32 @@ def slot_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
     """How many fine cells each slot's token stands for: [B, R] -> [B, R, slots]."""
     weights = slot_weights(is_coarse, slots)
     return weights.at[:, :, 0].add((slots - 1) * is_coarse)
+
+
+def both_scales(fine: Array, coarse: Array) -> Array:
+    """Both scales of each region side by side, the coarse token first, as the paper has them.
+
+    The active ones among them are in the order of `fill_slots`.
+
+    Args:
+      fine: [B, R, S, D] fine tokens, region by region.
+      coarse: [B, R, D] coarse tokens.
+
+    Returns:
+      [B, R, 1 + S, D].
+    """
+    return jnp.concatenate([coarse[:, :, None], fine], axis=2)
+
+
+def both_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
+    """The weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
+    fine = jnp.repeat(1 - is_coarse[:, :, None], slots, axis=2)
+    return jnp.concatenate([is_coarse[:, :, None], fine], axis=2)
+
+
+def both_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
+    """How many fine cells each token of `both_scales` stands for: [B, R] -> [B, R, 1 + slots]."""
+    return both_weights(is_coarse, slots).at[:, :, 0].multiply(slots)
 
 
 def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array:

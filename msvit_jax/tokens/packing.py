@@ -190,27 +190,26 @@ def _owners(start: Array, total: int) -> tuple[Array, Array]:
     return here[first], first
 
 
-def pack(active: Array, runs: Runs, order: Array | None = None) -> Packing:
-    """Puts tokens into their images' runs.
+def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
+    """Puts tokens into their images' runs, in their own order.
 
     Args:
       active: [B, N] bool, which tokens must have a place.
       runs: made for lengths of `active.sum(axis=1)`.
-      order: [B, N] int32, an image's tokens as they shall stand, all active ones first; None: the
-        active ones in their own order. With an order, what the active ones leave of a run is
-        filled with the tokens that come next.
+      extra: [B, N] bool, inactive tokens that take places behind the active ones, as many as the
+        run has left.
 
     Returns:
       The places; images that do not fit have none.
     """
     groups, images = runs.start.shape
     count, total = active.shape[1], runs.owner.shape[1]
-    lengths = active.sum(axis=1, dtype=jnp.int32)
-    limit = lengths if order is None else jnp.full_like(lengths, count)
-    if order is None:
-        order = jnp.argsort(~active, axis=1, stable=True)
-    limit = jnp.minimum(limit.reshape(groups, images), runs.room)
-    order = order.astype(jnp.int32).reshape(groups, images, count)
+    last = jnp.where(active, 0, 1 if extra is None else jnp.where(extra, 1, 2))
+    order = jnp.argsort(last, axis=1, stable=True).astype(jnp.int32)
+    placed = active if extra is None else active | extra
+    limit = placed.sum(axis=1, dtype=jnp.int32).reshape(groups, images)
+    limit = jnp.minimum(limit, runs.room)
+    order = order.reshape(groups, images, count)
 
     def one(order: Array, limit: Array, runs: Runs) -> tuple[Array, Array, Array]:
         holds = (runs.owner >= 0) & (runs.offset < limit.at[runs.owner].get(mode="fill"))
@@ -223,16 +222,3 @@ def pack(active: Array, runs: Runs, order: Array | None = None) -> Packing:
 
     source, owner, place = jax.vmap(one)(order, limit, runs)
     return Packing(source, owner, place.reshape(-1, count), runs.fits.reshape(-1))
-
-
-def active_first(active: Array, priority: Array) -> Array:
-    """An order for `pack`: active tokens in their own order, then the others by priority.
-
-    Args:
-      active: [B, N] bool.
-      priority: [B, N] float, higher comes first.
-    """
-    by_priority = jnp.argsort(-priority, axis=1, stable=True)
-    rank = jnp.argsort(by_priority, axis=1)
-    position = jnp.broadcast_to(jnp.arange(active.shape[1])[None], active.shape)
-    return jnp.argsort(jnp.where(active, position, active.shape[1] + rank), axis=1)

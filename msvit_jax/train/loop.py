@@ -129,7 +129,8 @@ class _Run:
             return None
         batch = config.batch_size // config.optimizer.accumulation
         images = images_per_group(batch, model.packing_layout)
-        return Trim.start(config.trim, grid=max_tokens(model), images=images)
+        rows, columns = model.gate_grid
+        return Trim.start(config.trim, regions=rows * columns, images=images)
 
     def start_state(self) -> TrainState:
         """The newest checkpoint's state, or a fresh one."""

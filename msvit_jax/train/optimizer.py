@@ -60,6 +60,38 @@ def is_gate(name: str) -> bool:
     return name.startswith(("model/gate", "gate_loss/"))
 
 
+def group(name: str) -> str:
+    """The part of a state's parameters that is clipped together: backbone, gate or priors."""
+    if name.startswith("gate_loss/"):
+        return "priors"
+    return "gate" if is_gate(name) else "backbone"
+
+
+def group_norms(grads: Params) -> dict[str, Array]:
+    """The gradient's norm in each group that there is."""
+    members: dict[str, list[Array]] = {}
+    for name, leaf in flat_names(grads).items():
+        members.setdefault(group(name), []).append(leaf)
+    return {name: optax.tree.norm(leaves) for name, leaves in members.items()}
+
+
+def clip_groups(largest: float) -> optax.GradientTransformation:
+    """Clips backbone, gate and priors each by their own norm.
+
+    One norm for all would let a large gradient of the gate shrink the backbone's.
+    """
+
+    def update(updates: Params, params: Params | None = None) -> Params:
+        del params
+        factors = {
+            name: jax.numpy.minimum(1.0, largest / jax.numpy.maximum(norm, 1e-12))
+            for name, norm in group_norms(updates).items()
+        }
+        return map_names(lambda n, leaf: leaf * factors[group(n)].astype(leaf.dtype), updates)
+
+    return optax.stateless(update)
+
+
 def decays(name: str) -> bool:
     """Whether weight decay applies: kernels only, not biases, norms, tokens, positions, priors."""
     return name.endswith("/kernel") and not name.startswith("gate_loss/")
@@ -140,14 +172,14 @@ def make_optimizer(
       rate: learning rate by step.
 
     Returns:
-      clipping of the whole gradient -> Adam -> decay of kernels -> learning rate by layer and
+      clipping, group by group -> Adam -> decay of kernels -> learning rate by layer and
       group. Frozen parameters have no optimiser state.
     """
     patterns = tuple(options["freeze"])
     check_frozen(params, patterns)
     clip = options["clip_norm"]
     train = optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        clip_groups(clip) if clip else optax.identity(),
         optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
         optax.add_decayed_weights(
             options["weight_decay"], mask=lambda tree: map_names(lambda n, _: decays(n), tree)

@@ -20,7 +20,8 @@ from ml_collections import config_dict
 from msvit_jax import losses, metrics
 from msvit_jax.data import mix
 from msvit_jax.models.output import Output
-from msvit_jax.train.optimizer import stop_frozen, update_ema
+from msvit_jax.train import gate_target
+from msvit_jax.train.optimizer import group_norms, stop_frozen, update_ema
 from msvit_jax.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -32,7 +33,7 @@ class StepMetrics:
 
     Attributes:
       sums: over the global batch.
-      scalars: total loss, its terms and the gradient's norm.
+      scalars: total loss, its terms and the gradient's norms.
     """
 
     sums: metrics.Sums
@@ -76,6 +77,7 @@ def make_train_step(
     pieces = config.optimizer.accumulation
     patterns = tuple(config.optimizer.freeze)
     objective = _make_objective(model, gate_loss, config)
+    corrected = gate_target.applies(model, config)
 
     def loss_of(params: Any, *rest: Any) -> tuple[Array, StepMetrics]:
         return objective(stop_frozen(params, patterns), *rest)
@@ -92,14 +94,23 @@ def make_train_step(
             grads, reported = _accumulate(gradient, state.params, batch, key, teacher, pieces)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if corrected:
+            params = gate_target.correct(params, reported.scalars, config.loss.gate.correction)
         ema = state.ema
         if ema is not None:
             ema = update_ema(ema, params["model"], config.ema_decay, state.step)
-        scalars = {**reported.scalars, "grad_norm": optax.tree.norm(grads)}
+        scalars = {**reported.scalars, **_norms(grads)}
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, dataclasses.replace(reported, scalars=scalars)
 
     return step
+
+
+def _norms(grads: Any) -> dict[str, Array]:
+    """The gradient's norm, and those of the groups that are clipped apart where there are some."""
+    norms = group_norms(grads)
+    parts = {f"grad_norm_{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
+    return {"grad_norm": optax.tree.norm(list(norms.values())), **parts}
 
 
 def _accumulate(
@@ -164,6 +175,7 @@ def _make_objective(
             shaped = gate_loss.apply({"params": params["gate_loss"]}, output.gate)
             scalars = {"gate_loss": shaped.loss, **shaped.terms}
             total = total + config.loss.gate.weight * shaped.loss
+            scalars |= gate_target.measure(output.gate, model.threshold, config.loss.gate.target)
         sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=max_tokens(model))
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import config_dict
 
+from msvit_jax.tokens.grid import REGION
+
 # A part's budget covers the count that this many standard deviations more images than the part's
 # share would need: batches differ.
 _DEVIATIONS = 1.0
@@ -22,6 +24,7 @@ def default_config() -> dict[str, Any]:
     """The config's `trim` section."""
     return {
         "parts": 8,  # of a device's share of the batch, each with its own budget
+        "room": 0.25,  # places for alternatives of an image's regions, as a share of the grid's
         "every_steps": 200,  # between changes to smaller budgets; to larger ones, an eighth of it
         "shrink": 0.08,  # places that new budgets must save to be worth a compilation
         "unfit": 0.02,  # share of images without places above which budgets grow
@@ -30,7 +33,14 @@ def default_config() -> dict[str, Any]:
 
 
 def ladder(
-    histogram: np.ndarray, *, smallest: int, parts: int, images: int, multiple: int = _STEP
+    histogram: np.ndarray,
+    *,
+    smallest: int,
+    parts: int,
+    images: int,
+    room: int = 0,
+    most: int | None = None,
+    multiple: int = _STEP,
 ) -> tuple[int, ...]:
     """Budgets for equal parts of a batch, sorted by token count.
 
@@ -39,18 +49,20 @@ def ladder(
       smallest: tokens that every image has at least.
       parts: how many.
       images: of a batch that is packed together; the fewer, the more batches differ.
+      room: places for alternatives beside them.
+      most: upper bound on every budget; None: N.
       multiple: what budgets are rounded up to.
 
     Returns:
       Ascending budgets.
     """
-    grid = len(histogram) - 1
+    most = len(histogram) - 1 if most is None else most
     below = np.cumsum(histogram) / max(histogram.sum(), 1)
     share = np.arange(1, parts + 1) / parts
     share = np.minimum(1.0, share + _DEVIATIONS * np.sqrt(share * (1 - share) / images))
     counts = np.searchsorted(below, share - 1e-9)
-    rounded = -(-np.maximum(counts, smallest) // multiple) * multiple
-    return tuple(int(b) for b in np.minimum(rounded, grid))
+    rounded = -(-(np.maximum(counts, smallest) + room) // multiple) * multiple
+    return tuple(int(b) for b in np.minimum(rounded, most))
 
 
 @dataclasses.dataclass
@@ -59,7 +71,7 @@ class Trim:
 
     Attributes:
       options: see `default_config`.
-      smallest: tokens that every image has at least.
+      regions: of an image; it has at least as many tokens.
       images: of a batch that is packed together.
       parts: of those images, each with its own budget.
       budgets: in use now.
@@ -69,7 +81,7 @@ class Trim:
     """
 
     options: config_dict.ConfigDict
-    smallest: int
+    regions: int
     images: int
     parts: int
     budgets: tuple[int, ...]
@@ -78,16 +90,24 @@ class Trim:
     changes: int = 0
 
     @classmethod
-    def start(cls, options: config_dict.ConfigDict, *, grid: int, images: int) -> "Trim":
-        """Starts with the whole grid for every image.
+    def start(cls, options: config_dict.ConfigDict, *, regions: int, images: int) -> "Trim":
+        """Starts with places for all tokens of both scales.
 
         Args:
           options: see `default_config`.
-          grid: slots of an image, four per region.
+          regions: of an image.
           images: of a batch that is packed together.
         """
         parts = math.gcd(images, options.parts)  # equal ones
-        return cls(options, grid // 4, images, parts, (grid,), np.zeros(grid + 1))
+        counts = np.zeros(REGION**2 * regions + 1)
+        made = cls(options, regions, images, parts, (), counts)
+        made.budgets = (made._everything,)
+        return made
+
+    @property
+    def _everything(self) -> int:
+        """Tokens of both scales of an image."""
+        return (REGION**2 + 1) * self.regions
 
     def observe(self, histogram: np.ndarray, unfit: float) -> None:
         """Takes the counts of a step, and how many images found no places."""
@@ -125,8 +145,15 @@ class Trim:
         if self.changes >= self.options.changes:
             # No more compilations than promised: stay, or give every image its places.
             enough = self.unfit <= self.options.unfit * self.histogram.sum()
-            return self.budgets if enough else (len(self.histogram) - 1,)
-        return ladder(self.histogram, smallest=self.smallest, parts=self.parts, images=self.images)
+            return self.budgets if enough else (self._everything,)
+        return ladder(
+            self.histogram,
+            smallest=self.regions,
+            parts=self.parts,
+            images=self.images,
+            room=round(self.options.room * REGION**2 * self.regions),
+            most=self._everything,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run goes on with the same budgets."""

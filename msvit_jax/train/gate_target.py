@@ -1,0 +1,63 @@
+"""Holds a gate to its target: an integral correction of its last bias.
+
+Batch shaping asks for a distribution, whose share of fine regions comes out near the target but not
+at it, because the task asks for more. So after every step the bias moves a little towards where
+the batch would have had just the target's share, noise-free, as evaluation decides. Our addition to
+MSViT; `loss.gate.correction=0` trains as the paper does.
+
+A correction in proportion to the missing share would be too weak for a gate that is certain, whose
+logits lie far from the threshold, and too strong for one that has learned nothing. The distance in
+logits is the right step for both.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.scipy.special import logit
+from ml_collections import config_dict
+
+from msvit_jax.models.output import GateOutput
+from msvit_jax.train.optimizer import frozen, map_names
+
+BIAS = "model/gate_mlp/fc4/bias"
+
+
+def applies(model: nn.Module, config: config_dict.ConfigDict) -> bool:
+    """Whether a run has a gate that learns and a target to hold it to."""
+    gate = config.loss.gate
+    return bool(
+        gate.correction
+        and gate.kind != "none"
+        and not (gate.kind == "bas" and gate.prior == "beta")  # its mean replaces the target
+        and getattr(model, "gate", None) == "mlp"
+        and model.fine_share is None
+        and not frozen(BIAS, tuple(config.optimizer.freeze))
+    )
+
+
+def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Array]:
+    """What the correction needs to know of a batch, for the log as well.
+
+    Args:
+      gate: logits [B, R] of staying coarse, of the global batch.
+      threshold: a region is coarse where its probability exceeds this.
+      target: share of fine regions aimed at.
+
+    Returns:
+      fine_rate: share of fine regions without noise.
+      gate_offset: logits by which the gate is too coarse: the target's share of the regions lies
+        below threshold + offset.
+    """
+    logits = gate.logits.astype(jnp.float32) - logit(jnp.asarray(threshold, jnp.float32))
+    return {
+        "fine_rate": (logits <= 0).mean(dtype=jnp.float32),
+        "gate_offset": jnp.quantile(logits, jnp.asarray(target, jnp.float32)),
+    }
+
+
+def correct(params: Any, measured: dict[str, Array], correction: float) -> Any:
+    """Moves the gate's last bias by a share of its offset."""
+    move = correction * measured["gate_offset"]
+    return map_names(lambda name, leaf: leaf - move if name == BIAS else leaf, params)
