@@ -24,7 +24,9 @@ def get_config() -> config_dict.ConfigDict:
         "depth": 4,
         "heads": 4,
         "pos_init": "sincos",
+        "layout": "trimmed",
     }
+    config.trim.every_steps = 50
     config.data.name = "scattered_digits"
     config.data.image_size = 64
     config.data.pad_shift = 4
@@ -36,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
     config.optimizer.warmup_epochs = 0.25
     config.loss.gate.kind = "gbas"
     config.loss.gate.weight = 4.0
-    config.loss.gate.target = 0.26
+    config.loss.gate.target = 0.32
     config.loss.label_smoothing = 0.1
     config.eval_every_epochs = 1.0
     return config

@@ -74,6 +74,11 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
             validation_examples=1_000,
         ),
         ScatteredDigitsConfig(
+            name="small_digits",
+            description="The default variant's canvases with digits down to the scans' own size.",
+            digit_size=(10.0, 20.0),
+        ),
+        ScatteredDigitsConfig(
             name="tiny",
             description="The default variant with few examples, for tests and trials.",
             train_examples=320,

@@ -21,7 +21,9 @@ from msvit_jax.tokens.packing import NOBODY
 Marks = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
-_LEAST_REST = 1e-2  # share of the other keys that a key is taken to leave at least
+_LEAST_REST = 1e-2  # of the total, what a decision is taken to leave at least
+# A hidden key may score far above every active one; its exponential must stay finite.
+_LARGEST_EXPONENT = 30.0
 _FAR = 30_000.0  # no two scores of a row lie so far apart
 _PALLAS_BLOCK = 128  # the kernel wants whole blocks of this many tokens
 _PALLAS_FROM = 1024  # tokens from which on scores cost more memory traffic than padding to blocks
@@ -34,6 +36,9 @@ class Mask:
     Attributes:
       weights: [B, N], 0 or 1, at least one 1 in every row; a token of weight 0 is hidden from all.
         Gradient reaches the weights, of hidden tokens too.
+      regions: [B, N] int32, the region that decides a token's weight, or -1; all weights of a
+        region change together. None: each weight changes by itself.
+      num_regions: number of regions of an image.
       segments: [B, N] int32, the image that a token belongs to, `NOBODY` for an empty place.
         Tokens see their own image only; what an empty place holds, NaN even, reaches no image.
       sizes: [B, N] float32, how many tokens each stands for; its key counts so many times (ToMe's
@@ -48,9 +53,11 @@ class Mask:
     """
 
     weights: Array | None = None
+    regions: Array | None = None
     segments: Array | None = None
     sizes: Array | None = None
     bias: Array | None = None
+    num_regions: int = struct.field(pytree_node=False, default=0)
     shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
     most: int = struct.field(pytree_node=False, default=2)
@@ -110,13 +117,13 @@ def shelves_apart(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
     split = lambda x: (  # noqa: E731
         [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
     )
-    everything = (mask.weights, mask.segments, mask.sizes, *arrays)
+    names = ("weights", "regions", "segments", "sizes")
+    everything = (*(getattr(mask, name) for name in names), *arrays)
     for (_, length), *part in zip(mask.shelves, *map(split, everything), strict=True):
-        weights, segments, sizes, *rest = (
-            None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part
-        )
-        own = dataclasses.replace(mask, weights=weights, segments=segments, sizes=sizes, shelves=())
-        parts.append((own, rest))
+        cut = [None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part]
+        fields = dict(zip(names, cut, strict=False))
+        own = dataclasses.replace(mask, shelves=(), **fields)
+        parts.append((own, cut[len(names) :]))
     return parts
 
 
@@ -136,7 +143,10 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
         weights = mask.weights.astype(jnp.float32)
-        return _plain(query, key, value, weights, mask.bias, _counting(mask.sizes))
+        together = None
+        if mask.regions is not None:
+            together = jax.nn.one_hot(mask.regions, mask.num_regions, dtype=jnp.float32)
+        return _plain(query, key, value, weights, together, mask.bias, _counting(mask.sizes))
     if mask.segments is not None:
         # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
         empty = (mask.segments == NOBODY)[:, :, None, None]
@@ -170,7 +180,7 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
         marks = _hiding(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
         marks = _parting(mask.segments, mask.most)
-    return _plain(query, key, value, None, mask.bias, _joined(marks, _counting(mask.sizes)))
+    return _plain(query, key, value, None, None, mask.bias, _joined(marks, _counting(mask.sizes)))
 
 
 def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
@@ -187,6 +197,7 @@ def _plain(
     key: Array,
     value: Array,
     weights: Array | None,
+    together: Array | None,
     bias: Array | None,
     marks: Marks | None,
 ) -> Array:
@@ -194,20 +205,22 @@ def _plain(
 
     Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
 
-    Weights are 0 or 1, and what a gate must learn is what the output becomes when one of them is
-    the other. With e_ij = exp(score_ij) and total_i = sum of e_ij over the keys with weight 1, a
-    hidden key j that is switched on gets the share
+    Weights are 0 or 1, and what a gate must learn is what the output becomes when a decision is
+    the other one. With e_ij = exp(score_ij), and total_i their sum over the keys of weight 1, a
+    decision that switches the keys in `on` on and those in `off` off moves the output of query i by
 
-        a_ij = e_ij / (total_i + e_ij) = sigmoid(score_ij - log total_i),
+        (sum_on e_ij (v_j - out_i) - sum_off e_ij (v_j - out_i)) / (total_i + sum_on e_ij - sum_off e_ij),
 
-    and the output of query i moves by a_ij (v_j - out_i), exactly. This is what is passed back to
-    w_j, times the cotangent g_i and summed over i. The derivative of the weighted softmax at
-    w_j = 0 has e_ij / total_i instead, which knows no bound: hidden keys of trained models score
-    far above all active ones. An active key with share p_ij that is switched off moves the output
-    by -p_ij / (1 - p_ij) (v_j - out_i), which is passed back likewise: it follows true flips better
-    than the derivative, which has p_ij (docs/results/gate_gradient.md).
+    exactly. Each key's part of this, times the cotangent g_i and summed over i, is passed back to
+    its weight. A hidden key by itself has the factor e_ij / (total_i + e_ij) = sigmoid(score_ij -
+    log total_i), the share that it gets when it is switched on. The derivative of the weighted
+    softmax at w_j = 0 would have e_ij / total_i, which knows no bound: hidden keys of trained
+    models score far above all active ones. docs/results/gate_gradient.md compares them.
+
+    Args: as `attention`; together: [B, N, R], 1 where a weight is of a region, rows of zeros for
+    weights that no region decides; None: each weight is decided by itself.
     """
-    return _forward(query, key, value, weights, bias, marks)[0]
+    return _forward(query, key, value, weights, together, bias, marks)[0]
 
 
 def _forward(
@@ -215,6 +228,7 @@ def _forward(
     key: Array,
     value: Array,
     weights: Array | None,
+    together: Array | None,
     bias: Array | None,
     marks: Marks | None,
 ) -> tuple[Array, tuple[Any, ...]]:
@@ -226,19 +240,15 @@ def _forward(
     total = exponentials.sum(axis=-1)
     mixed = _product("bhqk,bhkd->bhqd", exponentials.astype(value.dtype), _heads_first(value))
     out = _heads_first((mixed / total[..., None]).astype(value.dtype))
-    return out, (query, key, value, weights, bias, marks, out, largest + jnp.log(total))
+    kept = (query, key, value, weights, together, bias, marks, out, largest + jnp.log(total))
+    return out, kept
 
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
-    query, key, value, weights, bias, marks, out, log_total = kept
-    # Hidden keys included: they get gradient to their weight, and `seen` cuts all other.
+    query, key, value, weights, together, bias, marks, out, log_total = kept
+    # Hidden keys included: their weights get gradient, and `seen` cuts all other.
     score = _scores(query, key, bias, marks) - log_total[..., None]
-    if weights is None:
-        shares = jnp.exp(score)
-    else:
-        hidden = (weights < 0.5)[:, None, None, :]
-        # Rounding aside, the score of an active key is at most log_total.
-        shares = jnp.where(hidden, jax.nn.sigmoid(score), jnp.exp(jnp.minimum(score, 0.0)))
+    shares = jnp.exp(score if weights is None else jnp.minimum(score, _LARGEST_EXPONENT))
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
     slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
@@ -251,19 +261,30 @@ def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
         _heads_first(to_query).astype(query.dtype),
         seen(_heads_first(to_key)).astype(key.dtype),
         seen(_heads_first(to_value)).astype(value.dtype),
-        None if weights is None else _switched(slope, shares, hidden).sum(axis=(1, 2)),
+        None if weights is None else _to_weights(slope, shares, weights, together),
+        None if together is None else jnp.zeros_like(together),
         None if bias is None else _seen_bias(slope, weights).astype(bias.dtype),
         None if marks is None else tuple(map(jnp.zeros_like, marks)),
     )
 
 
-def _switched(slope: Array, shares: Array, hidden: Array) -> Array:
-    """What each key's weight is passed back, for every query: [B, H, N, N].
+def _to_weights(slope: Array, shares: Array, weights: Array, together: Array | None) -> Array:
+    """What the weights are passed back, see `_plain`: [B, N].
 
-    For an active key of share p that is switched off the others' shares grow by 1 / (1 - p). Near
-    p = 1 the difference v - out cancels to nothing, so that the quotient is bounded.
+    Args:
+      slope: [B, H, N, N], e_ij / total_i times g_i (v_j - out_i).
+      shares: [B, H, N, N], e_ij / total_i.
+      weights: [B, N].
+      together: [B, N, R] or None.
     """
-    return jnp.where(hidden, slope, slope / jnp.maximum(1 - shares, _LEAST_REST))
+    grows = jnp.where(weights[:, None, None] < 0.5, shares, -shares)
+    if together is None:
+        change = grows
+    else:
+        of_region = _product("bhqk,bkr->bhqr", grows, together)
+        change = _product("bhqr,bkr->bhqk", of_region, together)
+    # Where nearly all goes, v - out cancels to nothing: the quotient is bounded, its rounding not.
+    return (slope / jnp.maximum(1 + change, _LEAST_REST)).sum(axis=(1, 2))
 
 
 def _seen_bias(slope: Array, weights: Array | None) -> Array:

@@ -28,14 +28,13 @@ class GateMLP(nn.Module):
     Attributes:
       hidden: width of the three hidden layers.
       grid_size: (rows, columns) of regions in a training image.
-      bias: starting value of the last bias: above 0, the gate starts out coarse. Batch shaping
-        gives no gradient beyond 6.9, so stay well below.
+      bias: starting value of the last bias: above 0, the gate starts out coarse, below 0 fine.
       dtype: compute dtype of the hidden layers.
     """
 
     hidden: int
     grid_size: tuple[int, int]
-    bias: float = 2.0
+    bias: float = -2.0
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
@@ -46,7 +46,8 @@ class MSViT(Backboned, nn.Module):
       backbone: the transformer; its patch size is the fine scale, twice that the coarse one.
       gate: "mlp" (learned), or one that needs no training: see `gate.untrained_logits`.
       gate_hidden: hidden width of the learned gate; None: the backbone's (fits the published MACs).
-      gate_bias: starting bias of the learned gate, towards coarse (value: ours).
+      gate_bias: starting bias of the learned gate, towards coarse. Below 0 it starts fine, which
+        leaves a pretrained backbone what it knows; the paper's starts coarse (2.0; value: ours).
       temperature: of the Gumbel-sigmoid in training (not published; 2/3 is batch shaping's custom).
       threshold: in evaluation a region is coarse where its probability exceeds this.
       fine_share: if given, this share of each image's regions is fine, in training and evaluation.
@@ -68,7 +69,7 @@ class MSViT(Backboned, nn.Module):
     backbone: ViT
     gate: str = "mlp"
     gate_hidden: int | None = None
-    gate_bias: float = 2.0
+    gate_bias: float = -2.0
     temperature: float = 2 / 3
     threshold: float = 0.5
     fine_share: float | None = None
@@ -226,8 +227,8 @@ class MSViT(Backboned, nn.Module):
           images: [B, H, W, 3] float32, normalised; H and W divisible by the coarse patch.
           train: samples decisions (rng stream "gate"); turns stochastic depth on ("dropout").
           threshold: instead of the module's own, in evaluation; may be traced.
-          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse; in training the gate
-            gets the gradient that they would have passed on to it.
+          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse; in training they get
+            gradient, and the gate what they would have passed on to it.
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
@@ -246,13 +247,16 @@ class MSViT(Backboned, nn.Module):
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
         if runs is None:
-            encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
+            mask = Mask(weights=weights)
+            if both:
+                mask = Mask(weights, self._regions(logits), num_regions=logits.shape[1])
+            encoded = vit.encode(tokens, train=train, mask=mask)
             merged = merged_patches(encoded, vit.prefix_length)
             x = encoded.spread() if vit.pool == "mean" else encoded.tokens
             alive, hosts = encoded.alive, encoded.hosts
         else:
             x, alive, fits, hosts = self._encode_packed(
-                tokens, weights, layout, runs, carried, train
+                tokens, weights, logits, layout, runs, carried, train
             )
         active = weights > 0.5 if fits is None else (weights > 0.5) & fits[:, None]
         hosts = tuple(jnp.where(active, host, -1) for host in hosts)
@@ -279,7 +283,8 @@ class MSViT(Backboned, nn.Module):
             return self._decide(logits, train, threshold)
         if given.shape != logits.shape:
             raise ValueError(f"coarse has shape {given.shape}; the regions are {logits.shape}.")
-        return gates.straight_through(given, nn.sigmoid(logits)) if train else given
+        soft = nn.sigmoid(logits)
+        return given + (soft - lax.stop_gradient(soft)) if train else given
 
     def _carries_both(self, train: bool) -> bool:
         """Whether the tokens of both scales are there, because a gate learns from them."""
@@ -314,10 +319,18 @@ class MSViT(Backboned, nn.Module):
         weights = jnp.concatenate([seen, weights.reshape(batch, -1)], axis=1)
         return tokens, weights, areas.reshape(batch, -1)
 
+    def _regions(self, logits: Array) -> Array:
+        """The region of each token of both scales, -1 for the prefix: [B, R] -> [B, P + 5 R]."""
+        batch, regions = logits.shape
+        index = jnp.repeat(jnp.arange(regions, dtype=jnp.int32), grid.REGION**2 + 1)
+        index = jnp.pad(index, (self.backbone.prefix_length, 0), constant_values=-1)
+        return jnp.broadcast_to(index[None], (batch, index.size))
+
     def _encode_packed(
         self,
         tokens: Array,
         weights: Array,
+        logits: Array,
         layout: layouts.Layout,
         runs: packing.Runs,
         carried: alternatives.Carried | None,
@@ -328,19 +341,18 @@ class MSViT(Backboned, nn.Module):
         Returns what `ViT.classify` needs, which of its tokens were not dropped, which images fit
         [B], and hosts among the tokens [B, P + N].
         """
-        prefix, active, extra = self.backbone.prefix_length, weights > 0.5, None
+        prefix, active = self.backbone.prefix_length, weights > 0.5
+        gated: dict[str, Any] = {}
         if carried is not None:
             extra = jnp.repeat(carried.regions, grid.REGION**2 + 1, axis=1)
-            extra = jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active
-        regions = self.gate_grid[0] * self.gate_grid[1]
+            gated = {
+                "weights": weights,
+                "regions": self._regions(logits),
+                "num_regions": logits.shape[1],
+                "extra": jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active,
+            }
         packed = layouts.pack(
-            tokens,
-            active,
-            layout,
-            runs,
-            shortest=prefix + regions,
-            weights=None if extra is None else weights,
-            extra=extra,
+            tokens, active, layout, runs, shortest=prefix + logits.shape[1], **gated
         )
         encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix

@@ -24,17 +24,20 @@ from msvit_jax.train.optimizer import frozen, map_names
 BIAS = "model/gate_mlp/fc4/bias"
 
 
-def applies(model: nn.Module, config: config_dict.ConfigDict) -> bool:
-    """Whether a run has a gate that learns and a target to hold it to."""
-    gate = config.loss.gate
-    return bool(
-        gate.correction
-        and gate.kind != "none"
-        and not (gate.kind == "bas" and gate.prior == "beta")  # its mean replaces the target
-        and getattr(model, "gate", None) == "mlp"
+def learns(model: nn.Module, config: config_dict.ConfigDict) -> bool:
+    """Whether a run has a gate that learns how many regions are fine."""
+    return (
+        getattr(model, "gate", None) == "mlp"
         and model.fine_share is None
         and not frozen(BIAS, tuple(config.optimizer.freeze))
     )
+
+
+def applies(model: nn.Module, config: config_dict.ConfigDict) -> bool:
+    """Whether a run has a gate that learns and a target to hold it to."""
+    gate = config.loss.gate
+    its_own = gate.kind == "bas" and gate.prior == "beta"  # the prior's mean replaces the target
+    return bool(gate.correction) and gate.kind != "none" and not its_own and learns(model, config)
 
 
 def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Array]:

@@ -29,6 +29,7 @@ from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
 from msvit_jax.train import init_from, optimizer
 from msvit_jax.train.fall import Fall
+from msvit_jax.train.health import Health
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
@@ -290,6 +291,8 @@ class Reporter:
         self._macs = flops.macs_per_image(run.model, np.arange(max_tokens(run.model) + 1))
         self._sums: metrics.Sums | None = None
         self._scalars: list[dict[str, float]] = []
+        half_epoch = max(1, round(run.plan.steps_per_epoch / 2))
+        self._health = Health(run.config.batch_size, half_epoch)
         self._clock, self._clock_step = time.perf_counter(), start
         self._seconds: float | None = None
 
@@ -315,6 +318,9 @@ class Reporter:
         sums = metrics.to_host(reported.sums)
         self._read_at = time.perf_counter()
         self._check(step, scalars)
+        answered = max(float(sums.count - sums.unfit), 1.0)
+        for warning in self._health.observe(scalars, 100 * float(sums.top1) / answered):
+            self._logger.say(f"step {step}: warning: {warning}")
         self._sums = sums if self._sums is None else self._sums + sums
         if self._run.trim is not None:
             self._run.trim.observe(sums.tokens, sums.unfit)

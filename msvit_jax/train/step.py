@@ -142,6 +142,7 @@ def _make_objective(
     model: nn.Module, gate_loss: nn.Module, config: config_dict.ConfigDict
 ) -> Callable[..., tuple[Array, StepMetrics]]:
     """Builds objective(params, batch, key, teacher) -> (total loss, metrics)."""
+    watched = gate_target.learns(model, config)
 
     def objective(
         params: Any, batch: Batch, key: Array, teacher: Teacher | None
@@ -175,7 +176,10 @@ def _make_objective(
             shaped = gate_loss.apply({"params": params["gate_loss"]}, output.gate)
             scalars = {"gate_loss": shaped.loss, **shaped.terms}
             total = total + config.loss.gate.weight * shaped.loss
-            scalars |= gate_target.measure(output.gate, model.threshold, config.loss.gate.target)
+            if watched:
+                scalars |= gate_target.measure(
+                    output.gate, model.threshold, config.loss.gate.target
+                )
         sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=max_tokens(model))
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
 

@@ -116,7 +116,8 @@ class Trim:
 
     def due(self, step: int) -> bool:
         """Whether to look after this step: often, because a gate can move within few steps."""
-        return step % max(1, self.options.every_steps // 8) == 0
+        every = self.options.every_steps
+        return step % every == 0 or step % max(1, every // 8) == 0
 
     def look(self, step: int) -> str | None:
         """Decides on budgets by the counts since the last look.

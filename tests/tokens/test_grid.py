@@ -76,7 +76,7 @@ def test_filled_slots_and_the_map_back(seed):
     fine = rng.random((2, 6, 4, 5)).astype(np.float32)
     token = rng.random((2, 6, 5)).astype(np.float32)
     coarse = rng.integers(0, 2, (2, 6))
-    slots = grid.mix_slots(jnp.asarray(fine), jnp.asarray(token), jnp.asarray(coarse, jnp.float32))
+    slots = grid.fill_slots(jnp.asarray(fine), jnp.asarray(token), jnp.asarray(coarse, jnp.float32))
     dense = np.asarray(grid.slots_to_map(slots, jnp.asarray(coarse, jnp.float32), (2, 3)))
     for b in range(2):
         for y in range(4):
@@ -86,10 +86,24 @@ def test_filled_slots_and_the_map_back(seed):
                 np.testing.assert_array_equal(dense[b, y, x], expected)
 
 
-def test_gradient_to_a_decision_is_coarse_minus_fine():
-    fine, coarse = jnp.full((1, 1, 4, 2), 3.0), jnp.full((1, 1, 2), 5.0)
-    decide = lambda m: grid.mix_slots(fine, coarse, m).sum()  # noqa: E731
-    np.testing.assert_allclose(jax.grad(decide)(jnp.zeros((1, 1))), [[2 * (5.0 - 3.0)]])
+@given(seed=st.integers(0, 1000))
+def test_both_scales_hold_the_slots_tokens_in_their_order(seed):
+    rng = np.random.default_rng(seed)
+    fine, token = rng.random((2, 6, 4, 5)), rng.random((2, 6, 5))
+    coarse = jnp.asarray(rng.integers(0, 2, (2, 6)), jnp.float32)
+    both = np.asarray(grid.both_scales(jnp.asarray(fine), jnp.asarray(token)))
+    slots = np.asarray(grid.fill_slots(jnp.asarray(fine), jnp.asarray(token), coarse))
+    pairs = (
+        (both, grid.both_weights(coarse), grid.both_areas(coarse)),
+        (slots, grid.slot_weights(coarse), grid.slot_areas(coarse)),
+    )
+    for image in range(2):
+        ours, theirs = (
+            [np.asarray(x)[image][np.asarray(weights)[image] > 0] for x in (tokens, areas)]
+            for tokens, weights, areas in pairs
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_positions_of_the_same_grid_are_untouched_and_smooth_ones_keep_their_shape():
