@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "steps",
     "log_every_steps",
     "log_images",
+    "terminal",
     "mesh.data",
     "mesh.fsdp",
     "checkpoint.keep_latest",
@@ -54,6 +55,7 @@ def base() -> config_dict.ConfigDict:
     )  # stops here, part of the way through `epochs`; a later run can go on
     config.eval_every_epochs = 1.0
     config.log_every_steps = 50
+    config.terminal = "lines"  # a line for each report, or "bar": a progress bar alone
     config.log_images = 8  # token maps drawn for TensorBoard at each evaluation
     config.init_from = ""  # another run's workdir, or a weights file
     config.ema_decay = 0.0  # 0: no moving average of the parameters

@@ -17,6 +17,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluation, Samples
 
 # What a line on the terminal shows, in this order, and how.
@@ -37,10 +38,21 @@ SHOWN = {
 }
 
 
+BRIEF = ("total_loss", "top1", "tokens_mean", "images_per_second")
+
+
 class Logger:
     """Writes reports of a run; on other processes than 0 it does nothing."""
 
-    def __init__(self, workdir: pathlib.Path, *, steps: int, start: int, active: bool) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        steps: int,
+        start: int,
+        active: bool,
+        terminal: str = "lines",
+    ) -> None:
         """Opens the logs.
 
         Args:
@@ -48,7 +60,15 @@ class Logger:
           steps: of the whole run, for the progress bar.
           start: step the run begins at.
           active: whether this process writes.
+          terminal: "lines" prints every report; "bar" shows training in the progress bar alone, or
+            in a few lines where nobody watches.
+
+        Raises:
+          UserError: `terminal` is neither.
         """
+        if terminal not in ("lines", "bar"):
+            raise UserError(f"terminal={terminal!r} is neither 'lines' nor 'bar'.")
+        self._steps, self._brief, self._quarters = steps, terminal == "bar", 0
         self._active = active
         if not active:
             return
@@ -88,9 +108,20 @@ class Logger:
         """
         if not self._active:
             return
-        self.say(line(kind, step, epoch, figures))
+        self._show(kind, step, epoch, figures)
         record = {"kind": kind, "step": step, "epoch": round(epoch, 4), "time": time.time()}
         self._later(self._record, kind, step, {**record, **figures})
+
+    def _show(self, kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> None:
+        if kind != "train" or not self._brief:
+            self.say(line(kind, step, epoch, figures))
+            return
+        brief = {name: figures[name] for name in BRIEF if name in figures}
+        self._bar.set_postfix_str("  ".join(_texts(brief)))
+        quarter = 4 * step // self._steps
+        if self._bar.disable and quarter > self._quarters:
+            self._quarters = quarter
+            self.say(line(kind, step, epoch, brief))
 
     def evaluation(
         self, step: int, epoch: float, result: Evaluation, grid: tuple[int, int] | None
@@ -155,11 +186,14 @@ class Logger:
 
 def line(kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> str:
     """One report as a line: 'train  step    100  epoch  0.64  loss 1.2345 ...'."""
-    parts = [f"{kind:<5}  step {step:>6}  epoch {epoch:>6.2f}"]
-    parts += [text.format(figures[name]) for name, text in SHOWN.items() if name in figures]
+    parts = [f"{kind:<5}  step {step:>6}  epoch {epoch:>6.2f}", *_texts(figures)]
     if "seconds_left" in figures:
         parts.append(f"left {duration(figures['seconds_left'])}")
     return "  ".join(parts)
+
+
+def _texts(figures: Mapping[str, Any]) -> list[str]:
+    return [text.format(figures[name]) for name, text in SHOWN.items() if name in figures]
 
 
 def duration(seconds: float) -> str:

@@ -55,6 +55,29 @@ def test_a_second_run_trains_no_more_and_says_where_the_pictures_are(
     assert len(list(sheet.parent.iterdir())) == demo.PICTURES + 1
 
 
+def row(tokens, top1, speed):
+    return dict(zip(demo.COLUMNS, ("", top1, tokens, tokens / 4, speed), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("msvit", "missed"),
+    [
+        (row(32.0, 75.0, 150.0), []),
+        (row(62.0, 75.0, 150.0), ["tokens"]),
+        (row(32.0, 41.0, 150.0), ["top-1"]),
+        (row(61.0, 41.0, 78.0), ["tokens", "top-1", "images a second"]),
+        (row(32.0, float("nan"), 150.0), ["top-1"]),
+    ],
+)
+def test_the_last_lines_say_whether_it_did_what_it_is_for(msvit, missed):
+    said = demo.verdict(row(64.0, 70.0, 100.0), msvit)
+    assert ("did NOT do what it is for" in said) == bool(missed)
+    assert ("did what it is for" in said) != bool(missed)
+    expected = said.partition("expected were")[2].partition("\n")[0]
+    for word in ("tokens", "top-1", "images a second"):
+        assert (word in expected) == (word in missed)
+
+
 def test_a_stopped_demo_says_how_to_go_on(overrides, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda config, workdir: {"step": 1, "top1": 10.0})
     with pytest.raises(UserError, match="the same command goes on"):

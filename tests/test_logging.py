@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from msvit_jax import evaluate, logging, visualize
+from msvit_jax.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,21 @@ def test_a_line_shows_what_there_is_and_nothing_else():
     assert logging.line("train", 10, 0.5, figures) == (
         "train  step     10  epoch   0.50  loss 2.5000  top1 12.35%  left 1m01s"
     )
+
+
+def test_a_bar_alone_shows_few_lines_where_nobody_watches_and_records_all(tmp_path, capsys):
+    logger = logging.Logger(tmp_path, steps=100, start=0, active=True, terminal="bar")
+    for step in range(1, 101):
+        logger.report("train", step, 0.1, {"top1": 12.0, "gate_loss": 1.0})
+    logger.report("eval", 100, 1.0, {"top1": 50.0})
+    logger.close()
+    said = capsys.readouterr().out.splitlines()
+    assert [text.split()[2] for text in said] == ["25", "50", "75", "100", "100"]
+    assert "top1 12.00%" in said[0]
+    assert "gate" not in said[0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 101
+    with pytest.raises(UserError, match="neither 'lines' nor 'bar'"):
+        logging.Logger(tmp_path, steps=1, start=0, active=True, terminal="none")
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):

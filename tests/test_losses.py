@@ -20,12 +20,17 @@ def full(value, count=4):
     return jnp.full((count,), value)
 
 
+def logits(values):
+    """Sorted along the first axis, as logits."""
+    return jax.scipy.special.logit(jnp.sort(jnp.asarray(values), axis=0))
+
+
 def shaped(cdf):
     return float(losses.empirical_cdf_distance(cdf))
 
 
 def test_known_numbers_of_the_relaxed_bernoulli():
-    cdf = losses.relaxed_bernoulli_cdf(jnp.sort(jnp.asarray(X)), full(0.3), full(0.5))
+    cdf = losses.relaxed_bernoulli_cdf(logits(X), full(0.3), full(0.5))
     assert shaped(cdf) == pytest.approx(0.021078696, abs=1e-7)
 
 
@@ -42,7 +47,7 @@ def test_known_number_of_the_normal():
 
 
 def test_known_number_with_a_prior_per_position():
-    x = jnp.sort(jnp.asarray([[0.1, 0.9], [0.4, 0.2], [0.2, 0.3], [0.9, 0.8]]), axis=0)
+    x = logits([[0.1, 0.9], [0.4, 0.2], [0.2, 0.3], [0.9, 0.8]])
     cdf = losses.relaxed_bernoulli_cdf(x, jnp.asarray([[0.3, 0.6]]), jnp.asarray([[0.5, 0.25]]))
     value = float(losses.empirical_cdf_distance(cdf).mean())
     assert value == pytest.approx(0.023021979, abs=1e-7)
@@ -53,7 +58,7 @@ def test_relaxed_bernoulli_is_the_distribution_of_its_samples(p, t):
     uniform = np.random.default_rng(0).random(20000)
     sample = 1 / (1 + np.exp(-(np.log(p / (1 - p)) + np.log(uniform / (1 - uniform))) / t))
     points = np.asarray([0.01, 0.2, 0.5, 0.8, 0.99], np.float32)
-    cdf = losses.relaxed_bernoulli_cdf(jnp.asarray(points), full(p, 5), full(t, 5))
+    cdf = losses.relaxed_bernoulli_cdf(logits(points), full(p, 5), full(t, 5))
     empirical = (sample[:, None] <= points).mean(0)
     np.testing.assert_allclose(cdf, empirical, atol=4 * 0.5 / np.sqrt(20000))
     assert 1 - float(cdf[2]) == pytest.approx(p, abs=1e-5)
@@ -116,6 +121,19 @@ def test_priors_start_finer_in_the_centre_with_the_target_as_their_mean():
     assert mean[2, 2] == mean.max()
     assert mean[0, 0] == mean.min()
     assert mean.mean() == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["bas", "gbas"])
+def test_a_certain_gate_gets_gradient_unless_it_is_clipped(kind):
+    certain = jnp.full((8, 9), 12.0)  # coarse, whatever the image
+
+    def slope(**options):
+        module, _, variables = loss_of(certain, kind=kind, **options)
+        loss = lambda x: module.apply(variables, GateOutput(logits=x, coarse=x)).loss  # noqa: E731
+        return float(jnp.abs(jax.jit(jax.grad(loss))(certain)).max())
+
+    assert slope() > 1e-4
+    assert slope(clip=1e-3) == 0
 
 
 @pytest.mark.parametrize("kind", ["rate", "bas", "gbas"])

@@ -165,7 +165,13 @@ class _Run:
             state = self.start_state()
             start = int(state.step)
             active = jax.process_index() == 0
-            logger = Logger(self.workdir, steps=self.plan.steps, start=start, active=active)
+            logger = Logger(
+                self.workdir,
+                steps=self.plan.steps,
+                start=start,
+                active=active,
+                terminal=self.config.terminal,
+            )
             try:
                 for message in [*self.describe(), *self.messages]:
                     logger.say(message)

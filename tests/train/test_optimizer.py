@@ -68,6 +68,23 @@ def test_two_steps_of_adamw_by_hand():
     np.testing.assert_allclose(params["model"]["head"]["kernel"][0, 0], value, rtol=1e-5)
 
 
+@pytest.mark.parametrize("large", ["backbone", "gate", "priors"])
+def test_each_group_is_clipped_by_its_own_norm(large):
+    params = _params()
+    flat = optimizer.flat_names(params)
+    groups = {name: optimizer.group(name) for name in flat}
+    assert set(groups.values()) == {"backbone", "gate", "priors"}
+    grads = optimizer.map_names(lambda n, x: x * (1e6 if groups[n] == large else 1e-3), params)
+    norms = {k: float(v) for k, v in optimizer.group_norms(grads).items()}
+    clip = optimizer.clip_groups(2.0)
+    clipped = optimizer.flat_names(clip.update(grads, clip.init(params))[0])
+    for group in norms:
+        before = np.concatenate([np.ravel(x) for n, x in optimizer.flat_names(grads).items() if groups[n] == group])
+        after = np.concatenate([np.ravel(x) for n, x in clipped.items() if groups[n] == group])
+        assert norms[group] == pytest.approx(np.linalg.norm(before), rel=1e-5)
+        np.testing.assert_allclose(after, before * min(1, 2 / np.linalg.norm(before)), rtol=1e-5)
+
+
 def test_only_kernels_decay():
     plain = _updates(_params())
     decayed = {

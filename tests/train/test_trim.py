@@ -58,8 +58,8 @@ def test_budgets_are_tight_without_spread():
 
 def make(**options):
     section = OPTIONS.copy_and_resolve_references()
-    section.update(options)
-    return trim.Trim.start(section, grid=196, images=64)
+    section.update({"room": 0.0, **options})
+    return trim.Trim.start(section, regions=49, images=64)
 
 
 def counts(at, images=1000):
@@ -70,9 +70,9 @@ def counts(at, images=1000):
 
 def test_budgets_change_only_when_it_pays_or_images_go_without():
     schedule = make()
-    assert schedule.budgets == (196,)
+    assert schedule.budgets == (245,)
     schedule.observe(counts(120), 0)
-    assert "196 -> 120/120/120/120/120/120/120/120 tokens" in schedule.look(200)
+    assert "245 -> 120/120/120/120/120/120/120/120 tokens" in schedule.look(200)
     schedule.observe(counts(115), 0)  # 1 - 120 / 120: the same budgets
     assert schedule.look(200) is None
     schedule.observe(counts(111), 0)  # saves 7 %, less than a compilation is worth
@@ -87,30 +87,42 @@ def test_budgets_change_only_when_it_pays_or_images_go_without():
 def test_budgets_grow_within_an_interval_but_do_not_shrink():
     schedule = make()
     assert [step for step in range(1, 101) if schedule.due(step)] == [25, 50, 75, 100]
+    odd = make(every_steps=20)  # an eighth of it does not divide it
+    assert [step for step in range(15, 25) if odd.due(step)] == [16, 18, 20, 22, 24]
     schedule.observe(counts(120), 0)
     assert schedule.look(25) is None
     schedule.observe(counts(120), 0)
-    assert "196 -> 120/" in schedule.look(200)
+    assert "245 -> 120/" in schedule.look(200)
     schedule.observe(counts(100), 0)
     assert schedule.look(225) is None
     schedule.observe(counts(150), 500)
     assert "120/120/120/120/120/120/120/120 -> 152/" in schedule.look(250)
 
 
-def test_no_more_changes_than_promised_then_the_whole_grid():
+def test_no_more_changes_than_promised_then_places_for_everything():
     schedule = make(changes=1)
     schedule.observe(counts(120), 0)
     assert schedule.look(200)
     schedule.observe(counts(60), 0)
     assert schedule.look(200) is None
     schedule.observe(counts(150), 900)
-    assert "-> 196 tokens" in schedule.look(200)
-    assert schedule.budgets == (196,)
+    assert "-> 245 tokens" in schedule.look(200)
+    assert schedule.budgets == (245,)
+
+
+def test_budgets_have_room_for_alternatives():
+    schedule = make(room=0.25)
+    schedule.observe(counts(120), 0)
+    assert "245 -> 176/" in schedule.look(200)  # 120 and a quarter of 196, in whole eights
+    schedule.observe(counts(190), 500)
+    assert "-> 240/" in schedule.look(225)
+    schedule.observe(counts(196), 500)
+    assert "-> 245/" in schedule.look(250)  # never beyond both scales of every region
 
 
 def test_parts_are_equal_parts_of_a_device_s_images():
     section = OPTIONS.copy_and_resolve_references()
-    assert trim.Trim.start(section, grid=16, images=12).parts == 4
+    assert trim.Trim.start(section, regions=4, images=12).parts == 4
 
 
 def trimmed(**changes):
@@ -133,7 +145,7 @@ def whole_run(printed_run):
 
 def test_a_trimmed_run_changes_budgets_and_says_so(printed_run):
     _, figures, said = printed_run
-    assert "budgets 16 -> " in said
+    assert "budgets 20 -> " in said
     assert figures["examples"] == tiny_run.VALIDATION
     assert "unfit" not in figures  # evaluation answers every image
 
@@ -185,7 +197,7 @@ def test_rows_train_with_a_frozen_gate(tmp_path):
     [
         ({"model__layout": "rows", "model__rows": 8, "model__row_width": 20}, "freeze it"),
         ({"model__layout": "trimmed", "model__budget": (8, 12, 16)}, "cannot be cut into 3"),
-        ({"model__layout": "trimmed", "model__budget": 17}, "budget=17 is not possible"),
+        ({"model__layout": "trimmed", "model__budget": 21}, "budget=21 is not possible"),
     ],
 )
 def test_layouts_that_cannot_train_are_told(changes, message):
