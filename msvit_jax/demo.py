@@ -165,8 +165,8 @@ def verdict(dense: dict[str, Any], msvit: dict[str, Any]) -> str:
         return f"MSViT did what it is for: {shown}."
     return (
         f"MSViT did NOT do what it is for: {shown}; expected were {' and '.join(missed)}.\n"
-        "On a busy machine images a second mean little: run the same command again when it is idle. "
-        "What went wrong in training stands in its warnings above and in metrics.jsonl."
+        "Images a second mean little on a busy machine: run the same command again when it is "
+        "idle. What went wrong in training stands in its warnings above and in metrics.jsonl."
     )
 
 

@@ -59,7 +59,9 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     if layout == DENSE:
         return Sizes({}, batch * most, batch * most)
     if layout == "slots":
-        return Sizes({"layout": layout}, batch * most, active)
+        # A gate learns from both scales of every region.
+        carried = model.most_places if options.train and model.gate == "mlp" else most
+        return Sizes({"layout": layout}, batch * carried, active)
     if layout == "rows":
         rows = _rows(model, counts, options)
         attributes = {"layout": layout, "rows": rows.rows, "row_width": rows.width}
@@ -87,8 +89,15 @@ def _scheduled(model: nn.Module, batch: int, options: Options) -> tuple[int, ...
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
     )
     histogram = np.bincount(seen, minlength=most + 1)
-    parts = math.gcd(batch, trim.default_config()["parts"])
-    return trim.ladder(histogram, smallest=regions, parts=parts, images=batch)
+    defaults = trim.default_config()
+    return trim.ladder(
+        histogram,
+        smallest=regions,
+        parts=math.gcd(batch, defaults["parts"]),
+        images=batch,
+        room=round(defaults["room"] * most),
+        most=model.most_places,
+    )
 
 
 def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPlan:

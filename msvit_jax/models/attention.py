@@ -206,10 +206,11 @@ def _plain(
     Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
 
     Weights are 0 or 1, and what a gate must learn is what the output becomes when a decision is
-    the other one. With e_ij = exp(score_ij), and total_i their sum over the keys of weight 1, a
-    decision that switches the keys in `on` on and those in `off` off moves the output of query i by
+    the other one. With e_ij = exp(score_ij), total_i their sum over the keys of weight 1, and
+    s_j = 1 for a key that the other decision switches on, -1 for one that it switches off, the
+    output of query i then moves by
 
-        (sum_on e_ij (v_j - out_i) - sum_off e_ij (v_j - out_i)) / (total_i + sum_on e_ij - sum_off e_ij),
+        sum_j s_j e_ij (v_j - out_i) / (total_i + sum_j s_j e_ij),
 
     exactly. Each key's part of this, times the cotangent g_i and summed over i, is passed back to
     its weight. A hidden key by itself has the factor e_ij / (total_i + e_ij) = sigmoid(score_ij -

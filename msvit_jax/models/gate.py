@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from jax import Array, lax
 
 from msvit_jax import flops
@@ -131,12 +132,36 @@ def scaled_gradient(x: Array, factor: Array) -> Array:
     return still + jnp.where(factor > 0, factor * (x - still), 0)
 
 
-def decide(logits: Array, *, threshold: float | Array) -> Array:
+@struct.dataclass
+class Decisions:
+    """Decisions on the regions of a batch.
+
+    Attributes:
+      coarse: [B, R], 1 = one coarse token, 0 = four fine ones; straight-through in training.
+      slope: [B, R], derivative of the relaxed decision by the gate's logit, without gradient.
+    """
+
+    coarse: Array
+    slope: Array
+
+
+def decide(logits: Array, *, threshold: float | Array) -> Decisions:
     """Decisions without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
-    return (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
+    coarse = (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
+    return Decisions(coarse, jnp.zeros_like(logits))
 
 
-def sample(logits: Array, key: Array, temperature: float) -> Array:
+def given(coarse: Array, logits: Array) -> Decisions:
+    """Somebody else's decisions, which get gradient, as does the gate through its probability."""
+    soft = jax.nn.sigmoid(logits)
+    return Decisions(coarse + (soft - lax.stop_gradient(soft)), _slope(soft))
+
+
+def _slope(probability: Array) -> Array:
+    return lax.stop_gradient(probability * (1 - probability))
+
+
+def sample(logits: Array, key: Array, temperature: float) -> Decisions:
     """Gumbel-sigmoid decisions with straight-through gradient (MSViT, section 3).
 
     A region is coarse with probability sigmoid(logit); gradient flows as through the relaxed
@@ -144,10 +169,11 @@ def sample(logits: Array, key: Array, temperature: float) -> Array:
     """
     noise = jax.random.logistic(key, logits.shape, logits.dtype)
     soft = jax.nn.sigmoid((logits + noise) / temperature)
-    return straight_through((soft > 0.5).astype(soft.dtype), soft)
+    coarse = straight_through((soft > 0.5).astype(soft.dtype), soft)
+    return Decisions(coarse, lax.stop_gradient(soft * (1 - soft) / temperature))
 
 
-def finest(logits: Array, share: float) -> Array:
+def finest(logits: Array, share: float) -> Decisions:
     """The same share of every image fine: the regions least inclined to be coarse.
 
     Straight-through to the probabilities, so that a gate can be trained under a fixed budget too.
@@ -158,5 +184,5 @@ def finest(logits: Array, share: float) -> Array:
     """
     count = round(share * logits.shape[1])
     rank = jnp.argsort(jnp.argsort(logits, axis=1), axis=1)
-    hard = (rank >= count).astype(jnp.float32)
-    return straight_through(hard, jax.nn.sigmoid(logits))
+    hard, soft = (rank >= count).astype(jnp.float32), jax.nn.sigmoid(logits)
+    return Decisions(straight_through(hard, soft), _slope(soft))

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import Array, lax
+from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
@@ -119,9 +119,7 @@ class MSViT(Backboned, nn.Module):
         """Raises ValueError for a layout whose sizes do not fit the model."""
         regions = self.gate_grid[0] * self.gate_grid[1]
         most = self.most_places if self.layout == "trimmed" else grid.REGION**2 * regions
-        self.packing_layout.check(
-            grid=most, smallest=regions, prefix=self.backbone.prefix_length
-        )
+        self.packing_layout.check(grid=most, smallest=regions, prefix=self.backbone.prefix_length)
 
     @property
     def packing_layout(self) -> layouts.Layout:
@@ -182,7 +180,9 @@ class MSViT(Backboned, nn.Module):
         mean, std = (jnp.asarray(x, regions.dtype).reshape(shape) for x in (self.mean, self.std))
         return gates.untrained_logits(self.gate, regions * std + mean)
 
-    def _decide(self, logits: Array, train: bool, threshold: float | Array | None) -> Array:
+    def _decide(
+        self, logits: Array, train: bool, threshold: float | Array | None
+    ) -> gates.Decisions:
         if self.fine_share is not None:
             return gates.finest(logits, self.fine_share)
         if train and self.gate == "mlp":
@@ -211,7 +211,7 @@ class MSViT(Backboned, nn.Module):
         """Decides as in evaluation and does nothing else; arguments as of a call."""
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
-        return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold))
+        return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold).coarse)
 
     def __call__(
         self,
@@ -232,7 +232,15 @@ class MSViT(Backboned, nn.Module):
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
-        coarse = self._decisions(logits, train, threshold, coarse)
+        if coarse is not None and coarse.shape != logits.shape:
+            raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
+        if coarse is None:
+            decisions = self._decide(logits, train, threshold)
+        elif train:
+            decisions = gates.given(coarse, logits)
+        else:
+            decisions = gates.Decisions(coarse, jnp.zeros_like(logits))
+        coarse = decisions.coarse
         vit, both = self.backbone, self._carries_both(train)
         layout = self._layout_of(both)
         runs, carried = None, None
@@ -242,7 +250,7 @@ class MSViT(Backboned, nn.Module):
             runs = layouts.make_runs(lengths, layout)
             if both:
                 room = runs.room.reshape(-1) - lengths
-                carried = self._alternatives(logits, coarse, room)
+                carried = self._alternatives(decisions, room)
                 coarse = gates.scaled_gradient(coarse, carried.weight)
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
@@ -275,17 +283,6 @@ class MSViT(Backboned, nn.Module):
             hosts=None if both else host_patches(hosts, vit.prefix_length),
         )
 
-    def _decisions(
-        self, logits: Array, train: bool, threshold: float | Array | None, given: Array | None
-    ) -> Array:
-        """The gate's decisions or the given ones, straight-through in training."""
-        if given is None:
-            return self._decide(logits, train, threshold)
-        if given.shape != logits.shape:
-            raise ValueError(f"coarse has shape {given.shape}; the regions are {logits.shape}.")
-        soft = nn.sigmoid(logits)
-        return given + (soft - lax.stop_gradient(soft)) if train else given
-
     def _carries_both(self, train: bool) -> bool:
         """Whether the tokens of both scales are there, because a gate learns from them."""
         return train and self.gate == "mlp" and self.layout in ("slots", "trimmed")
@@ -298,11 +295,11 @@ class MSViT(Backboned, nn.Module):
         prefix = self.backbone.prefix_length
         return dataclasses.replace(layout, budget=tuple(prefix + b for b in layout.budget))
 
-    def _alternatives(self, logits: Array, coarse: Array, room: Array) -> alternatives.Carried:
+    def _alternatives(self, decisions: gates.Decisions, room: Array) -> alternatives.Carried:
         """The regions whose tokens of the other scale get the places that are left."""
         if self.carry == "random":
-            return alternatives.random(coarse, self.make_rng("gate"), room)
-        return alternatives.nearest(coarse, -jnp.abs(logits), room)
+            return alternatives.random(decisions.coarse, self.make_rng("gate"), room)
+        return alternatives.nearest(decisions.coarse, decisions.slope, room)
 
     def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:
         """Prefix and patch tokens [B, P + N, D], their weights [B, P + N], their areas [B, N]."""

@@ -1,4 +1,4 @@
-"""Watches a run's figures for what means that it has gone wrong, and says it once, with a remedy."""
+"""Watches a run's figures for signs that it has gone wrong, and says each once, with a remedy."""
 
 import collections
 import dataclasses
@@ -78,9 +78,9 @@ class Health:
         if now > best - max(FALL, noise):
             return ""
         return (
-            f"training top-1 falls: {now:.1f} % over the last {len(self._top1)} steps, {best:.1f} % "
-            "before. What was learned is being lost; lower optimizer.learning_rate, lengthen "
-            "optimizer.warmup_epochs, or let the gate start finer (model.gate_bias=-4)."
+            f"training top-1 falls: {now:.1f} % over the last {len(self._top1)} steps, "
+            f"{best:.1f} % before. What was learned is being lost; lower optimizer.learning_rate, "
+            "lengthen optimizer.warmup_epochs, or let the gate start finer (model.gate_bias=-4)."
         )
 
     def _saturation(self, rate: float) -> str:

@@ -59,7 +59,7 @@ def variables(weights):
 def decisions(weights, kind):
     logits = jitted.apply(model(), variables(weights), examples()[0], method="gate_logits")
     if kind == "samples":
-        return gates.sample(logits, jax.random.key(1), 2 / 3)
+        return gates.sample(logits, jax.random.key(1), 2 / 3).coarse
     if kind == "halves":
         return jax.random.bernoulli(jax.random.key(2), 0.5, logits.shape).astype(jnp.float32)
     return jnp.full(logits.shape, float(kind == "coarse"))
@@ -73,7 +73,9 @@ def losses(logits):
 def flips(weights, kind):
     """The loss with a region coarse less that with it fine, each region by itself: [B, R]."""
     coarse = decisions(weights, kind)
-    loss = jax.jit(lambda c: losses(model().apply(variables(weights), examples()[0], coarse=c).logits))
+    loss = jax.jit(
+        lambda c: losses(model().apply(variables(weights), examples()[0], coarse=c).logits)
+    )
     pairs = [(coarse.at[:, r].set(1.0), coarse.at[:, r].set(0.0)) for r in range(REGIONS)]
     return np.stack([loss(on) - loss(off) for on, off in pairs], axis=1)
 
@@ -84,7 +86,11 @@ def passed_back(run, weights, coarse):
     def loss(coarse):
         rngs = {"gate": jax.random.key(0)}
         output = run.apply(variables(weights), examples()[0], train=True, coarse=coarse, rngs=rngs)
-        return jnp.where(output.fits, losses(output.logits), 0).sum() if output.fits is not None else losses(output.logits).sum()
+        return (
+            jnp.where(output.fits, losses(output.logits), 0).sum()
+            if output.fits is not None
+            else losses(output.logits).sum()
+        )
 
     return np.asarray(jax.jit(jax.grad(loss))(coarse))
 
@@ -125,7 +131,10 @@ def literal(weights, kind):
 
     def mlp(x, p):
         hidden = x @ p["fc1"]["kernel"] + p["fc1"]["bias"][None, None]
-        return jax.nn.gelu(hidden, approximate=False) @ p["fc2"]["kernel"] + p["fc2"]["bias"][None, None]
+        return (
+            jax.nn.gelu(hidden, approximate=False) @ p["fc2"]["kernel"]
+            + p["fc2"]["bias"][None, None]
+        )
 
     def loss(coarse):
         parts = [jnp.ones((IMAGES, 1)), coarse, jnp.repeat(1 - coarse, FINE, axis=1)]

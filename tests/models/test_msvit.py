@@ -211,7 +211,7 @@ def test_thresholds_trade_tokens_monotonically():
 @hypothesis.given(share=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_a_fixed_share_takes_the_least_coarse_regions(share, seed):
     logits = jax.random.normal(jax.random.key(seed), (4, 9))
-    coarse = np.asarray(gates.finest(logits, share))
+    coarse = np.asarray(gates.finest(logits, share).coarse)
     count = round(share * 9)
     np.testing.assert_array_equal((coarse < 0.5).sum(1), count)
     for row, decision in zip(np.asarray(logits), coarse, strict=True):
@@ -221,7 +221,7 @@ def test_a_fixed_share_takes_the_least_coarse_regions(share, seed):
 
 def test_sampled_decisions_are_hard_and_follow_the_probability():
     logits = jnp.full((20000, 1), 0.8)
-    coarse = gates.sample(logits, jax.random.key(0), 2 / 3)
+    coarse = gates.sample(logits, jax.random.key(0), 2 / 3).coarse
     assert set(np.unique(coarse)) <= {0.0, 1.0}
     p = 1 / (1 + np.exp(-0.8))
     assert abs(float(coarse.mean()) - p) < 4 * np.sqrt(p * (1 - p) / 20000)
@@ -232,7 +232,7 @@ def test_straight_through_gradient_is_the_relaxed_decisions():
     noise = jax.random.logistic(key, logits.shape, logits.dtype)
     expected = jax.grad(lambda x: jax.nn.sigmoid((x + noise) / 0.5).sum())(logits)
     chex.assert_trees_all_close(
-        jax.grad(lambda x: gates.sample(x, key, 0.5).sum())(logits), expected
+        jax.grad(lambda x: gates.sample(x, key, 0.5).coarse.sum())(logits), expected
     )
 
 

@@ -1,6 +1,5 @@
 """Alternatives: what is carried fits, whole regions at a time, and each draw's mean is unbiased."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given

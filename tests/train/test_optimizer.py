@@ -79,7 +79,9 @@ def test_each_group_is_clipped_by_its_own_norm(large):
     clip = optimizer.clip_groups(2.0)
     clipped = optimizer.flat_names(clip.update(grads, clip.init(params))[0])
     for group in norms:
-        before = np.concatenate([np.ravel(x) for n, x in optimizer.flat_names(grads).items() if groups[n] == group])
+        before = np.concatenate(
+            [np.ravel(x) for n, x in optimizer.flat_names(grads).items() if groups[n] == group]
+        )
         after = np.concatenate([np.ravel(x) for n, x in clipped.items() if groups[n] == group])
         assert norms[group] == pytest.approx(np.linalg.norm(before), rel=1e-5)
         np.testing.assert_allclose(after, before * min(1, 2 / np.linalg.norm(before)), rtol=1e-5)
