@@ -121,7 +121,7 @@ def shelves_apart(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
     everything = (*(getattr(mask, name) for name in names), *arrays)
     for (_, length), *part in zip(mask.shelves, *map(split, everything), strict=True):
         cut = [None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part]
-        fields = dict(zip(names, cut, strict=False))
+        fields: dict[str, Any] = dict(zip(names, cut, strict=False))
         own = dataclasses.replace(mask, shelves=(), **fields)
         parts.append((own, cut[len(names) :]))
     return parts
