@@ -11,7 +11,8 @@ From the configs of this repository with fewer epochs:
 The layouts give the same answers but for rounding. Trimmed leaves out of a step the few images
 without places, and gives no gradient to regions whose alternatives have none; so the question is
 whether accuracy and tokens differ by more than seeds do. Everything is judged after its last step.
-Writes docs/results/layouts.md and layouts.json. What is done already is not done again. Cost: about half an hour on two CPU cores.
+Writes docs/results/layouts.md and layouts.json. What is done already is not done again. Cost: about
+half an hour on two CPU cores.
 """
 
 import concurrent.futures

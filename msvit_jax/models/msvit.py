@@ -81,7 +81,6 @@ class MSViT(Backboned, nn.Module):
     rows: int | None = None
     row_width: int | None = None
     row_groups: int = 1
-    carry: str = "nearest"
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -297,8 +296,6 @@ class MSViT(Backboned, nn.Module):
 
     def _alternatives(self, decisions: gates.Decisions, room: Array) -> alternatives.Carried:
         """The regions whose tokens of the other scale get the places that are left."""
-        if self.carry == "random":
-            return alternatives.random(decisions.coarse, self.make_rng("gate"), room)
         return alternatives.nearest(decisions.coarse, decisions.slope, room)
 
     def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:

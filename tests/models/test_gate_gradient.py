@@ -1,167 +1,18 @@
-"""What a gate is passed back against the true change of the loss when a decision is flipped.
+"""What a gate is passed back against the true change of the loss when a decision is flipped."""
 
-On random weights and on trained ones (trained_gate.npz, made by tools/make_trained_gate.py), whose
-hidden keys score far above the active ones.
-"""
-
-import functools
-import pathlib
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 
-from msvit_jax import config as configs
-from msvit_jax.data import scattered_digits
-from msvit_jax.models import gate as gates
-from msvit_jax.train.optimizer import map_names
-from msvit_jax.train.step import normalise
-from tests import jitted
-from tests.models.test_vit import rough
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SIZES = {"model.width": 32, "model.depth": 3, "model.heads": 4, "model.gate_hidden": 16}
-IMAGES, REGIONS, FINE = 16, 16, 4
-KINDS = ("samples", "halves", "fine", "coarse")
-
-
-@functools.cache
-def model():
-    config = configs.load(str(ROOT / "configs/digits_msvit.py"), SIZES)
-    return configs.build_model(configs.resolve(config, 10)).clone(layout="slots")
-
-
-@functools.cache
-def examples():
-    """Normalised canvases of validation digits, and their labels."""
-    variant = scattered_digits.ScatteredDigits.BUILDER_CONFIGS[0]
-    digits, sources = scattered_digits._digits(), scattered_digits.digit_indices("validation")
-    rng = np.random.default_rng(0)
-    chosen = rng.choice(sources, IMAGES)
-    drawn = [scattered_digits.draw_canvas(digits.images[i], variant, rng).image for i in chosen]
-    images = normalise(jnp.asarray(np.stack(drawn)), model().mean, model().std)
-    return images, jnp.asarray(digits.target[chosen])
-
-
-@functools.cache
-def variables(weights):
-    shapes = jax.eval_shape(model().init, jax.random.key(0), examples()[0])
-    if weights == "random":
-        return rough(shapes)
-    arrays = np.load(pathlib.Path(__file__).with_name("trained_gate.npz"))
-    params = map_names(lambda name, _: jnp.asarray(arrays[name], jnp.float32), shapes["params"])
-    return {"params": params}
-
-
-@functools.cache
-def decisions(weights, kind):
-    logits = jitted.apply(model(), variables(weights), examples()[0], method="gate_logits")
-    if kind == "samples":
-        return gates.sample(logits, jax.random.key(1), 2 / 3).coarse
-    if kind == "halves":
-        return jax.random.bernoulli(jax.random.key(2), 0.5, logits.shape).astype(jnp.float32)
-    return jnp.full(logits.shape, float(kind == "coarse"))
-
-
-def losses(logits):
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), examples()[1][:, None], axis=1)[:, 0]
-
-
-@functools.cache
-def flips(weights, kind):
-    """The loss with a region coarse less that with it fine, each region by itself: [B, R]."""
-    coarse = decisions(weights, kind)
-    loss = jax.jit(
-        lambda c: losses(model().apply(variables(weights), examples()[0], coarse=c).logits)
-    )
-    pairs = [(coarse.at[:, r].set(1.0), coarse.at[:, r].set(0.0)) for r in range(REGIONS)]
-    return np.stack([loss(on) - loss(off) for on, off in pairs], axis=1)
-
-
-def passed_back(run, weights, coarse):
-    """Gradient of the summed losses to the decisions: [B, R]."""
-
-    def loss(coarse):
-        rngs = {"gate": jax.random.key(0)}
-        output = run.apply(variables(weights), examples()[0], train=True, coarse=coarse, rngs=rngs)
-        return (
-            jnp.where(output.fits, losses(output.logits), 0).sum()
-            if output.fits is not None
-            else losses(output.logits).sum()
-        )
-
-    return np.asarray(jax.jit(jax.grad(loss))(coarse))
-
-
-@functools.cache
-def literal(weights, kind):
-    """The paper's sequence, both scales of all regions, with shares that are bounded: [B, R].
-
-    Written out apart from the library: hard masked attention, to which every key adds a term of
-    value 0 whose gradient to the key's weight is the share times (v - out); the share of a hidden
-    key is the one that it has when it is switched on, of an active one the one that it has.
-    """
-    params, vit = variables(weights)["params"]["backbone"], model().backbone
-    fine, region = jitted.apply(model(), variables(weights), examples()[0], method="embed_scales")
-    tokens = jnp.concatenate([region, fine.reshape(IMAGES, -1, vit.width)], axis=1)
-    first = params["cls_token"] + params["pos_embed"][:1]
-    start = jnp.concatenate([jnp.broadcast_to(first[None], (IMAGES, 1, vit.width)), tokens], axis=1)
-
-    def attend(x, weight, p):
-        qkv = x @ p["qkv"]["kernel"] + p["qkv"]["bias"][None, None]
-        q, k, v = (t.reshape(*t.shape[:2], vit.heads, -1) for t in jnp.split(qkv, 3, axis=-1))
-        score = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1], dtype=np.float32)
-        active = jax.lax.stop_gradient(weight)[:, None, None] > 0.5
-        shown = jnp.where(active, score, -jnp.inf)
-        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(shown, axis=-1), v)
-        ratio = jnp.exp(score - jax.nn.logsumexp(shown, axis=-1, keepdims=True))
-        share = jax.lax.stop_gradient(jnp.where(active, ratio, ratio / (1 + ratio)))
-        moved = jnp.einsum("bk,bhqk,bkhd->bqhd", weight, share, jax.lax.stop_gradient(v))
-        total = jnp.einsum("bk,bhqk->bqh", weight, share)[..., None]
-        added = moved - total * jax.lax.stop_gradient(out)
-        out = (out + added - jax.lax.stop_gradient(added)).reshape(x.shape)
-        return out @ p["proj"]["kernel"] + p["proj"]["bias"][None, None]
-
-    def norm(x, p):
-        centered = x - x.mean(-1, keepdims=True)
-        scale = jnp.sqrt((centered**2).mean(-1, keepdims=True) + np.float32(1e-6))
-        return centered / scale * p["scale"][None, None] + p["bias"][None, None]
-
-    def mlp(x, p):
-        hidden = x @ p["fc1"]["kernel"] + p["fc1"]["bias"][None, None]
-        return (
-            jax.nn.gelu(hidden, approximate=False) @ p["fc2"]["kernel"]
-            + p["fc2"]["bias"][None, None]
-        )
-
-    def loss(coarse):
-        parts = [jnp.ones((IMAGES, 1)), coarse, jnp.repeat(1 - coarse, FINE, axis=1)]
-        weight, x = jnp.concatenate(parts, axis=1), start
-        for layer in range(vit.depth):
-            p = params[f"blocks_{layer}"]
-            x = x + attend(norm(x, p["norm1"]), weight, p["attn"])
-            x = x + mlp(norm(x, p["norm2"]), p["mlp"])
-        x = norm(x, params["norm"])[:, 0]
-        return losses(x @ params["head"]["kernel"] + params["head"]["bias"][None]).sum()
-
-    return np.asarray(jax.jit(jax.grad(loss))(decisions(weights, kind)))
-
-
-def quality(found, true):
-    """Rank correlation, and the share of the same signs among changes that matter."""
-    matter = np.abs(true) > 1e-3
-    return spearmanr(found, true, axis=None)[0], (np.sign(found) == np.sign(true))[matter].mean()
+from tests.models import flips
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
 def test_slots_follow_true_flips_at_least_as_well_as_the_papers_sequence(weights):
     ours, theirs = [], []
-    for kind in KINDS:
-        found = passed_back(model(), weights, decisions(weights, kind))
-        ours.append(quality(found, flips(weights, kind)))
-        theirs.append(quality(literal(weights, kind), flips(weights, kind)))
+    for kind in flips.KINDS:
+        found = flips.passed_back(flips.model(), weights, flips.decisions(weights, kind))
+        ours.append(flips.quality(found, flips.true(weights, kind)))
+        theirs.append(flips.quality(flips.literal(weights, kind), flips.true(weights, kind)))
         assert np.abs(found).max() < 100  # the derivative at weight 0 reaches millions
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert (ours[:, 0] >= theirs[:, 0] - 1e-3).all()
@@ -171,11 +22,11 @@ def test_slots_follow_true_flips_at_least_as_well_as_the_papers_sequence(weights
 @pytest.mark.parametrize("weights", ["random", "trained"])
 @pytest.mark.parametrize("budget", [48, (40, 48, 56, 64)])
 def test_trimmed_passes_back_the_same_to_what_it_carries_and_nothing_else(weights, budget):
-    coarse = decisions(weights, "samples")
-    everything = passed_back(model(), weights, coarse)
-    found = passed_back(model().clone(layout="trimmed", budget=budget), weights, coarse)
+    coarse = flips.decisions(weights, "samples")
+    everything = flips.passed_back(flips.model(), weights, coarse)
+    found = flips.passed_back(flips.model().clone(layout="trimmed", budget=budget), weights, coarse)
     carried = found != 0
     assert 0.2 < carried.mean() < 1
     np.testing.assert_allclose(found[carried], everything[carried], rtol=2e-3, atol=2e-5)
-    all_there = passed_back(model().clone(layout="trimmed", budget=80), weights, coarse)
+    all_there = flips.passed_back(flips.model().clone(layout="trimmed", budget=80), weights, coarse)
     np.testing.assert_allclose(all_there, everything, rtol=2e-3, atol=2e-5)
