@@ -3,10 +3,10 @@
     python studies/gate_gradient.py
 
 Against the true change of the loss when one region is flipped, on random weights and on a small
-trained model (tests/models/trained_gate.npz), 16 canvases of 16 regions, for the gate's own samples,
-random halves, all fine and all coarse. Then what the trimmed layout passes to the gate's parameters
-beside all regions, for several numbers of places. Writes docs/results/gate_gradient.md. Cost: three
-minutes on one CPU core. The accuracies in its last table are copied from runs, see there.
+trained model (tests/models/trained_gate.npz), 16 canvases of 16 regions, for the gate's own
+samples, random halves, all fine and all coarse. Then what the trimmed layout passes to the gate's
+parameters beside all regions, for several numbers of places. Writes docs/results/gate_gradient.md.
+Cost: about three minutes on one CPU core.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import numpy as np
 
 from msvit_jax import errors
 from msvit_jax.models.msvit import MSViT
-from msvit_jax.tokens import alternatives, grid
+from msvit_jax.tokens import grid
 from msvit_jax.train.optimizer import flat_names
 
 sys.path.insert(0, str(digits.ROOT))
@@ -31,8 +31,8 @@ PLACES = (32, 40, 48, 56, 64)
 DRAWS = 24
 
 
-def by_chance(coarse: jax.Array, key: jax.Array, room: jax.Array) -> alternatives.Carried:
-    """Carries regions by chance, each with a known probability, whose inverse is its weight.
+def by_chance(coarse: jax.Array, key: jax.Array, room: jax.Array) -> jax.Array:
+    """Carries regions by chance, each with a known probability, whose inverse is its factor.
 
     First coarse tokens of fine regions, which take one place each, then fours for coarse regions.
     """
@@ -40,13 +40,12 @@ def by_chance(coarse: jax.Array, key: jax.Array, room: jax.Array) -> alternative
     of_fine, of_coarse = (~is_coarse).sum(axis=1), is_coarse.sum(axis=1)
     singles = jnp.clip(room, 0, of_fine)
     fours = jnp.clip((room - singles) // grid.REGION**2, 0, of_coarse)
-    carried, weight = jnp.zeros_like(is_coarse), jnp.zeros(coarse.shape)
+    factor = jnp.zeros(coarse.shape)
     for mine, total, taken in ((~is_coarse, of_fine, singles), (is_coarse, of_coarse, fours)):
         rank = jnp.argsort(jnp.argsort(jnp.where(mine, draw, 2.0), axis=1), axis=1)
         chosen = mine & (rank < taken[:, None])
-        carried |= chosen
-        weight = jnp.where(chosen, (total / jnp.maximum(taken, 1))[:, None], weight)
-    return alternatives.Carried(carried, weight)
+        factor = jnp.where(chosen, (total / jnp.maximum(taken, 1))[:, None], factor)
+    return factor
 
 
 def followed(weights: str) -> str:
@@ -123,9 +122,9 @@ def carried() -> str:
 
 PAGE = """# The gate's gradient
 
-Made by `python studies/gate_gradient.py`. What each region's decision is passed back, against the true
-change of the loss when that region alone is flipped: rank correlation / share of equal signs among
-changes above 0.001, by how the other regions are decided; and the largest value of any.
+Made by `python studies/gate_gradient.py`. What each region's decision is passed back, against the
+true change of the loss when that region alone is flipped: rank correlation / share of equal signs
+among changes above 0.001, by how the other regions are decided; and the largest value of any.
 
 ## Random weights
 
@@ -141,8 +140,8 @@ A model of three layers, 32 wide, 82 % top-1 at 31.7 tokens.
 
 The same trained model: the task's gradient to the gate's parameters in the trimmed layout beside
 that of all regions, over {draws} samples of decisions, {images} images. Bias and error are in units
-of the mean gradient's norm. "nearest" carries the regions whose relaxed decision moves most; "by chance" draws
-regions and weights them so that the mean is right.
+of the mean gradient's norm. "nearest" carries the regions whose relaxed decision moves most; "by
+chance" draws regions and weights them so that the mean is right.
 
 {carried}
 """

@@ -127,9 +127,9 @@ def straight_through(hard: Array, soft: Array) -> Array:
 
 
 def scaled_gradient(x: Array, factor: Array) -> Array:
-    """The value of x, with `factor` times its gradient; nothing at all where the factor is 0."""
+    """The value of x, with `factor` times its gradient."""
     still = lax.stop_gradient(x)
-    return still + jnp.where(factor > 0, factor * (x - still), 0)
+    return still + factor * (x - still)
 
 
 @struct.dataclass

@@ -250,7 +250,7 @@ class MSViT(Backboned, nn.Module):
             if both:
                 room = runs.room.reshape(-1) - lengths
                 carried = self._alternatives(decisions, room)
-                coarse = gates.scaled_gradient(coarse, carried.weight)
+                coarse = gates.scaled_gradient(coarse, carried)
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
         if runs is None:
@@ -294,8 +294,8 @@ class MSViT(Backboned, nn.Module):
         prefix = self.backbone.prefix_length
         return dataclasses.replace(layout, budget=tuple(prefix + b for b in layout.budget))
 
-    def _alternatives(self, decisions: gates.Decisions, room: Array) -> alternatives.Carried:
-        """The regions whose tokens of the other scale get the places that are left."""
+    def _alternatives(self, decisions: gates.Decisions, room: Array) -> Array:
+        """Factors of the regions' gradients, 0 where the other scale's tokens get no place."""
         return alternatives.nearest(decisions.coarse, decisions.slope, room)
 
     def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:
@@ -327,7 +327,7 @@ class MSViT(Backboned, nn.Module):
         logits: Array,
         layout: layouts.Layout,
         runs: packing.Runs,
-        carried: alternatives.Carried | None,
+        carried: Array | None,
         train: bool,
     ) -> tuple[Array, Array | None, Array, tuple[Array, ...]]:
         """Encodes in a packed layout.
@@ -338,7 +338,7 @@ class MSViT(Backboned, nn.Module):
         prefix, active = self.backbone.prefix_length, weights > 0.5
         gated: dict[str, Any] = {}
         if carried is not None:
-            extra = jnp.repeat(carried.regions, grid.REGION**2 + 1, axis=1)
+            extra = jnp.repeat(carried > 0, grid.REGION**2 + 1, axis=1)
             gated = {
                 "weights": weights,
                 "regions": self._regions(logits),

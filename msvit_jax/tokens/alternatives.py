@@ -7,32 +7,13 @@ tokens of a coarse region, the coarse token of a fine one.
 """
 
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
 from msvit_jax.tokens import grid
 
 
-@struct.dataclass
-class Carried:
-    """Which regions' alternatives are carried.
-
-    Attributes:
-      regions: [B, R] bool.
-      weight: [B, R] float32, factor of their gradient; 0 for regions that are not carried.
-    """
-
-    regions: Array
-    weight: Array
-
-
-def count(coarse: Array) -> Array:
-    """Places that the alternatives of each region take: [B, R] decisions -> [B, R] int32."""
-    return jnp.where(coarse > 0.5, grid.REGION**2, 1).astype(jnp.int32)
-
-
-def nearest(coarse: Array, slope: Array, room: Array) -> Carried:
-    """Carries the regions whose decision can move most.
+def nearest(coarse: Array, slope: Array, room: Array) -> Array:
+    """Chooses the regions whose decision can move most.
 
     A region's gradient is a multiple of the derivative of its relaxed decision, close to nothing
     where that is nearly 0 or 1: leaving those regions out costs little. Regions drawn by chance,
@@ -42,8 +23,12 @@ def nearest(coarse: Array, slope: Array, room: Array) -> Carried:
       coarse: [B, R] decisions, 1 = coarse.
       slope: [B, R], derivative of the relaxed decision by the gate's logit.
       room: [B] int32, places for alternatives.
+
+    Returns:
+      [B, R] float32, 1 where a region's alternatives are carried, else 0.
     """
+    needed = jnp.where(coarse > 0.5, grid.REGION**2, 1).astype(jnp.int32)
     order = jnp.argsort(-slope, axis=1, stable=True)
-    filled = jnp.cumsum(jnp.take_along_axis(count(coarse), order, axis=1), axis=1)
-    carried = jnp.take_along_axis(filled, jnp.argsort(order, axis=1), axis=1) <= room[:, None]
-    return Carried(carried, carried.astype(jnp.float32))
+    filled = jnp.cumsum(jnp.take_along_axis(needed, order, axis=1), axis=1)
+    filled = jnp.take_along_axis(filled, jnp.argsort(order, axis=1), axis=1)
+    return (filled <= room[:, None]).astype(jnp.float32)
