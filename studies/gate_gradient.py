@@ -56,7 +56,8 @@ def followed(weights: str) -> str:
         ),
         "paper's sequence, bounded": lambda k: flips.literal(weights, k, flips.bounded),
         "each key switched by itself": lambda k: flips.literal(weights, k, flips.switched),
-        "each region decided the other way (ours)": lambda k: flips.passed_back(
+        "each region decided the other way": lambda k: flips.literal(weights, k, flips.decided),
+        "the library": lambda k: flips.passed_back(
             flips.model(), weights, flips.decisions(weights, k)
         ),
     }

@@ -21,9 +21,6 @@ from msvit_jax.tokens.packing import NOBODY
 Marks = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
-_LEAST_REST = 1e-2  # of the total, what a decision is taken to leave at least
-# A hidden key may score far above every active one; its exponential must stay finite.
-_LARGEST_EXPONENT = 30.0
 _FAR = 30_000.0  # no two scores of a row lie so far apart
 _PALLAS_BLOCK = 128  # the kernel wants whole blocks of this many tokens
 _PALLAS_FROM = 1024  # tokens from which on scores cost more memory traffic than padding to blocks
@@ -36,9 +33,6 @@ class Mask:
     Attributes:
       weights: [B, N], 0 or 1, at least one 1 in every row; a token of weight 0 is hidden from all.
         Gradient reaches the weights, of hidden tokens too.
-      regions: [B, N] int32, the region that decides a token's weight, or -1; all weights of a
-        region change together. None: each weight changes by itself.
-      num_regions: number of regions of an image.
       segments: [B, N] int32, the image that a token belongs to, `NOBODY` for an empty place.
         Tokens see their own image only; what an empty place holds, NaN even, reaches no image.
       sizes: [B, N] float32, how many tokens each stands for; its key counts so many times (ToMe's
@@ -53,11 +47,9 @@ class Mask:
     """
 
     weights: Array | None = None
-    regions: Array | None = None
     segments: Array | None = None
     sizes: Array | None = None
     bias: Array | None = None
-    num_regions: int = struct.field(pytree_node=False, default=0)
     shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
     most: int = struct.field(pytree_node=False, default=2)
@@ -117,7 +109,7 @@ def shelves_apart(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
     split = lambda x: (  # noqa: E731
         [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
     )
-    names = ("weights", "regions", "segments", "sizes")
+    names = ("weights", "segments", "sizes")
     everything = (*(getattr(mask, name) for name in names), *arrays)
     for (_, length), *part in zip(mask.shelves, *map(split, everything), strict=True):
         cut = [None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part]
@@ -143,10 +135,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
         weights = mask.weights.astype(jnp.float32)
-        together = None
-        if mask.regions is not None:
-            together = jax.nn.one_hot(mask.regions, mask.num_regions, dtype=jnp.float32)
-        return _plain(query, key, value, weights, together, mask.bias, _counting(mask.sizes))
+        return _plain(query, key, value, weights, mask.bias, _counting(mask.sizes))
     if mask.segments is not None:
         # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
         empty = (mask.segments == NOBODY)[:, :, None, None]
@@ -180,7 +169,7 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
         marks = _hiding(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
         marks = _parting(mask.segments, mask.most)
-    return _plain(query, key, value, None, None, mask.bias, _joined(marks, _counting(mask.sizes)))
+    return _plain(query, key, value, None, mask.bias, _joined(marks, _counting(mask.sizes)))
 
 
 def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
@@ -197,7 +186,6 @@ def _plain(
     key: Array,
     value: Array,
     weights: Array | None,
-    together: Array | None,
     bias: Array | None,
     marks: Marks | None,
 ) -> Array:
@@ -205,23 +193,19 @@ def _plain(
 
     Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
 
-    Weights are 0 or 1, and what a gate must learn is what the output becomes when a decision is
-    the other one. With e_ij = exp(score_ij), total_i their sum over the keys of weight 1, and
-    s_j = 1 for a key that the other decision switches on, -1 for one that it switches off, the
-    output of query i then moves by
+    Weights are 0 or 1, and what a gate must learn is what the output becomes when one of them is
+    the other. With e_ij = exp(score_ij) and total_i = sum of e_ij over the keys of weight 1, a
+    hidden key j that is switched on gets the share
 
-        sum_j s_j e_ij (v_j - out_i) / (total_i + sum_j s_j e_ij),
+        a_ij = e_ij / (total_i + e_ij) = sigmoid(score_ij - log total_i),
 
-    exactly. Each key's part of this, times the cotangent g_i and summed over i, is passed back to
-    its weight. A hidden key by itself has the factor e_ij / (total_i + e_ij) = sigmoid(score_ij -
-    log total_i), the share that it gets when it is switched on. The derivative of the weighted
-    softmax at w_j = 0 would have e_ij / total_i, which knows no bound: hidden keys of trained
-    models score far above all active ones. docs/results/gate_gradient.md compares them.
-
-    Args: as `attention`; together: [B, N, R], 1 where a weight is of a region, rows of zeros for
-    weights that no region decides; None: each weight is decided by itself.
+    and the output of query i moves by a_ij (v_j - out_i), exactly. That is what w_j is passed back,
+    times the cotangent g_i and summed over i. The derivative of the weighted softmax at w_j = 0
+    would have e_ij / total_i, which knows no bound: hidden keys of trained models score far above
+    all active ones. To an active key its derivative is passed back, the share being e_ij / total_i.
+    docs/results/gate_gradient.md compares this with other estimates.
     """
-    return _forward(query, key, value, weights, together, bias, marks)[0]
+    return _forward(query, key, value, weights, bias, marks)[0]
 
 
 def _forward(
@@ -229,7 +213,6 @@ def _forward(
     key: Array,
     value: Array,
     weights: Array | None,
-    together: Array | None,
     bias: Array | None,
     marks: Marks | None,
 ) -> tuple[Array, tuple[Any, ...]]:
@@ -241,15 +224,19 @@ def _forward(
     total = exponentials.sum(axis=-1)
     mixed = _product("bhqk,bhkd->bhqd", exponentials.astype(value.dtype), _heads_first(value))
     out = _heads_first((mixed / total[..., None]).astype(value.dtype))
-    kept = (query, key, value, weights, together, bias, marks, out, largest + jnp.log(total))
-    return out, kept
+    return out, (query, key, value, weights, bias, marks, out, largest + jnp.log(total))
 
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
-    query, key, value, weights, together, bias, marks, out, log_total = kept
+    query, key, value, weights, bias, marks, out, log_total = kept
     # Hidden keys included: their weights get gradient, and `seen` cuts all other.
     score = _scores(query, key, bias, marks) - log_total[..., None]
-    shares = jnp.exp(score if weights is None else jnp.minimum(score, _LARGEST_EXPONENT))
+    if weights is None:
+        shares = jnp.exp(score)
+    else:
+        hidden = (weights < 0.5)[:, None, None]
+        # An active key's score is at most log_total, rounding aside.
+        shares = jnp.where(hidden, jax.nn.sigmoid(score), jnp.exp(jnp.minimum(score, 0.0)))
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
     slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
@@ -262,30 +249,10 @@ def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
         _heads_first(to_query).astype(query.dtype),
         seen(_heads_first(to_key)).astype(key.dtype),
         seen(_heads_first(to_value)).astype(value.dtype),
-        None if weights is None else _to_weights(slope, shares, weights, together),
-        None if together is None else jnp.zeros_like(together),
+        None if weights is None else slope.sum(axis=(1, 2)),
         None if bias is None else _seen_bias(slope, weights).astype(bias.dtype),
         None if marks is None else tuple(map(jnp.zeros_like, marks)),
     )
-
-
-def _to_weights(slope: Array, shares: Array, weights: Array, together: Array | None) -> Array:
-    """What the weights are passed back, see `_plain`: [B, N].
-
-    Args:
-      slope: [B, H, N, N], e_ij / total_i times g_i (v_j - out_i).
-      shares: [B, H, N, N], e_ij / total_i.
-      weights: [B, N].
-      together: [B, N, R] or None.
-    """
-    grows = jnp.where(weights[:, None, None] < 0.5, shares, -shares)
-    if together is None:
-        change = grows
-    else:
-        of_region = _product("bhqk,bkr->bhqr", grows, together)
-        change = _product("bhqr,bkr->bhqk", of_region, together)
-    # Where nearly all goes, v - out cancels to nothing: the quotient is bounded, its rounding not.
-    return (slope / jnp.maximum(1 + change, _LEAST_REST)).sum(axis=(1, 2))
 
 
 def _seen_bias(slope: Array, weights: Array | None) -> Array:

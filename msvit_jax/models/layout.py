@@ -168,8 +168,6 @@ def pack(
     *,
     shortest: int,
     weights: Array | None = None,
-    regions: Array | None = None,
-    num_regions: int = 0,
     extra: Array | None = None,
 ) -> Packed:
     """Packs a batch.
@@ -181,8 +179,6 @@ def pack(
       runs: from there.
       shortest: tokens that every image has at least, prefix included.
       weights: [B, N] straight-through weights of the tokens, where they take gradient.
-      regions: [B, N] int32, the regions that decide them.
-      num_regions: number of regions of an image.
       extra: [B, N] bool, inactive tokens that are carried for their gradient.
     """
     images = images_per_group(active.shape[0], layout)
@@ -200,8 +196,6 @@ def pack(
         weights = jnp.where(alone, 1.0, packed.gather(weights))
     mask = Mask(
         weights=weights,
-        regions=None if regions is None else packed.gather(regions, fill=-1),
-        num_regions=num_regions,
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
         shelves=shelves,
         alone=layout.kind != "rows",
@@ -221,7 +215,6 @@ def _in_tiles(packed: Packed) -> Packed:
     own = dataclasses.replace(
         mask,
         weights=None if mask.weights is None else apart(mask.weights),
-        regions=None if mask.regions is None else apart(mask.regions),
         segments=None if mask.segments is None else apart(mask.segments),
         shelves=(),
     )

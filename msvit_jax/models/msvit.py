@@ -254,16 +254,13 @@ class MSViT(Backboned, nn.Module):
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
         if runs is None:
-            mask = Mask(weights=weights)
-            if both:
-                mask = Mask(weights, self._regions(logits), num_regions=logits.shape[1])
-            encoded = vit.encode(tokens, train=train, mask=mask)
+            encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, vit.prefix_length)
             x = encoded.spread() if vit.pool == "mean" else encoded.tokens
             alive, hosts = encoded.alive, encoded.hosts
         else:
             x, alive, fits, hosts = self._encode_packed(
-                tokens, weights, logits, layout, runs, carried, train
+                tokens, weights, layout, runs, carried, train
             )
         active = weights > 0.5 if fits is None else (weights > 0.5) & fits[:, None]
         hosts = tuple(jnp.where(active, host, -1) for host in hosts)
@@ -313,18 +310,10 @@ class MSViT(Backboned, nn.Module):
         weights = jnp.concatenate([seen, weights.reshape(batch, -1)], axis=1)
         return tokens, weights, areas.reshape(batch, -1)
 
-    def _regions(self, logits: Array) -> Array:
-        """The region of each token of both scales, -1 for the prefix: [B, R] -> [B, P + 5 R]."""
-        batch, regions = logits.shape
-        index = jnp.repeat(jnp.arange(regions, dtype=jnp.int32), grid.REGION**2 + 1)
-        index = jnp.pad(index, (self.backbone.prefix_length, 0), constant_values=-1)
-        return jnp.broadcast_to(index[None], (batch, index.size))
-
     def _encode_packed(
         self,
         tokens: Array,
         weights: Array,
-        logits: Array,
         layout: layouts.Layout,
         runs: packing.Runs,
         carried: Array | None,
@@ -339,15 +328,10 @@ class MSViT(Backboned, nn.Module):
         gated: dict[str, Any] = {}
         if carried is not None:
             extra = jnp.repeat(carried > 0, grid.REGION**2 + 1, axis=1)
-            gated = {
-                "weights": weights,
-                "regions": self._regions(logits),
-                "num_regions": logits.shape[1],
-                "extra": jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active,
-            }
-        packed = layouts.pack(
-            tokens, active, layout, runs, shortest=prefix + logits.shape[1], **gated
-        )
+            extra = jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active
+            gated = {"weights": weights, "extra": extra}
+        shortest = prefix + self.gate_grid[0] * self.gate_grid[1]
+        packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
         encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
         needed = None if self.backbone.pool == "mean" else prefix
         alive = encoded.alive

@@ -256,7 +256,6 @@ def reduce(
     mask = dataclasses.replace(
         mask,
         weights=together([m.weights for m in masks]),
-        regions=together([m.regions for m in masks]),
         segments=together([m.segments for m in masks]),
         sizes=together([m.sizes for m in masks]),
         shelves=tuple(
@@ -309,11 +308,10 @@ def _reduce_rows(
 
 
 def _kept_mask(mask: Mask, merge: merging.Merge, size: Array, stage: Stage) -> Mask:
-    weights, regions, segments = mask.weights, mask.regions, mask.segments
+    weights, segments = mask.weights, mask.segments
     return dataclasses.replace(
         mask,
         weights=None if weights is None else merging.take(weights, merge.kept, fill=1.0),
-        regions=None if regions is None else merging.take(regions, merge.kept, fill=-1),
         segments=None if segments is None else merging.take(segments, merge.kept, fill=NOBODY),
         sizes=size if stage.reducer == "tome" else None,
     )

@@ -110,6 +110,14 @@ def switched(ratio, active):
     return jnp.where(active, ratio / jnp.maximum(1 - ratio, 0.01), ratio / (1 + ratio))
 
 
+def decided(ratio, active):
+    """The exact change of one layer's output when all keys of a region change together."""
+    member = jnp.concatenate([jnp.eye(REGIONS), jnp.repeat(jnp.eye(REGIONS), FINE, axis=0)])
+    member = jnp.pad(member, ((1, 0), (0, 0)))  # the class token is of no region
+    of_region = jnp.einsum("bhqk,kr->bhqr", jnp.where(active, -ratio, ratio), member)
+    return ratio / jnp.maximum(1 + jnp.einsum("bhqr,kr->bhqk", of_region, member), 0.01)
+
+
 @functools.cache
 def literal(weights, kind, share_of=bounded):
     """The paper's sequence, both scales of all regions, with a rule for the shares: [B, R].

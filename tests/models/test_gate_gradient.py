@@ -7,16 +7,24 @@ from tests.models import flips
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
-def test_slots_follow_true_flips_at_least_as_well_as_the_papers_sequence(weights):
-    ours, theirs = [], []
+@pytest.mark.parametrize("kind", flips.KINDS)
+def test_a_gate_is_passed_back_what_the_papers_sequence_gives_with_bounded_shares(weights, kind):
+    found = flips.passed_back(flips.model(), weights, flips.decisions(weights, kind))
+    expected = flips.literal(weights, kind)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found).max() < 100  # the derivative at weight 0 reaches millions
+
+
+@pytest.mark.parametrize(
+    ("weights", "rank", "signs"), [("random", 0.99, 0.99), ("trained", 0.7, 0.88)]
+)
+def test_it_follows_true_flips(weights, rank, signs):
+    """On trained weights what slots with a mix of both scales gave had ranks of .54 to .68."""
     for kind in flips.KINDS:
         found = flips.passed_back(flips.model(), weights, flips.decisions(weights, kind))
-        ours.append(flips.quality(found, flips.true(weights, kind)))
-        theirs.append(flips.quality(flips.literal(weights, kind), flips.true(weights, kind)))
-        assert np.abs(found).max() < 100  # the derivative at weight 0 reaches millions
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert (ours[:, 0] >= theirs[:, 0] - 1e-3).all()
-    assert ours[:, 1].mean() >= theirs[:, 1].mean()
+        quality = flips.quality(found, flips.true(weights, kind))
+        assert quality[0] > rank
+        assert quality[1] > signs
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
