@@ -26,7 +26,8 @@ def get_config() -> config_dict.ConfigDict:
         "pos_init": "sincos",
         "layout": "trimmed",
     }
-    config.trim.every_steps = 50
+    config.trim.parts = 4  # each is compiled by itself, which a small model does not earn back
+    config.trim.every_steps = 100
     config.data.name = "scattered_digits"
     config.data.image_size = 64
     config.data.pad_shift = 4

@@ -28,7 +28,7 @@ from absl import flags
 from msvit_jax import errors
 
 DENSE, TUNED, FROZEN = 4.0, 2.0, 1.0  # epochs
-LOOK = 50  # steps between looks at the token counts
+LOOK = 100  # steps between looks at the token counts
 ROWS = {"model.layout": "rows", "model.rows": 40, "model.row_width": 72}  # of 65 places at least
 ARMS = ("slots", "trimmed", "slots, frozen gate", "rows, frozen gate")
 
