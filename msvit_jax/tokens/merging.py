@@ -8,7 +8,8 @@ others are the baselines it has to beat, after their papers' descriptions.
 * "mergence": the most important tokens stay, each other one is merged into the nearest of them.
 * "topk": the most important stay, the others are dropped (EViT without fusion).
 * "evit": as topk, the others are fused into one (Liang et al. 2022, section 3).
-* "tome": bipartite soft matching by keys (Bolya et al. 2023, section 3).
+* "tome": bipartite soft matching by keys (Bolya et al. 2023, section 3). The only one that lays
+  what stays in another order, see `_tome_order`.
 * "random": tokens chosen by chance stay.
 """
 
@@ -331,10 +332,10 @@ def _fused(
 
 
 def _tome(tokens: Tokens, stay: Array, places: tuple[int, int]) -> Merge:
-    """Tokens at even places of an image are merged into those at odd ones, most similar first."""
+    """Tokens at even positions of an image go into those at odd ones, the most similar first."""
     assert tokens.keys is not None
-    ordinal = jnp.where(tokens.member, jnp.cumsum(tokens.member, axis=1), 0).sum(axis=2) - 1
-    source, target = (tokens.patch & (ordinal % 2 == parity) for parity in (0, 1))
+    position = _position(tokens, tokens.member.any(axis=2))
+    source, target = (tokens.patch & (position % 2 == parity) for parity in (0, 1))
     half = -(-tokens.x.shape[1] // 2)
     # Each image of a row may begin with either parity.
     spare = min(tokens.x.shape[1], half + tokens.member.shape[2] - 1)
@@ -343,11 +344,40 @@ def _tome(tokens: Tokens, stay: Array, places: tuple[int, int]) -> Merge:
     count = tokens.x.shape[1]
     rank = _ranks(_put(similarity, sources, count), tokens.member & source[:, :, None])
     goes = tokens.of_image(tokens.counts) - stay
-    kept, removed, place = _placed(tokens, source & (rank < goes), places)
+    leaves = source & (rank < goes)
+    # An image that loses nothing stays as it is.
+    order = jnp.where(goes > 0, _tome_order(tokens, source, leaves, rank - goes), position)
+    kept, removed, place = _placed(tokens, leaves, places, order)
     host_token = _put(take(targets, best), sources, count)
     host = take(take(place, host_token), removed, fill=places[0])
     own, share = take(tokens.size, kept), take(tokens.size, removed)
     return Merge(kept, removed, host, own, share).normalised()
+
+
+def _tome_order(tokens: Tokens, source: Array, leaves: Array, similar: Array) -> Array:
+    """Position of each token that stays, among those of its image, as ToMe's own code has it.
+
+    First the prefix, then sources that were not merged, then targets. The next layer takes every
+    other token of this order, so another order would make other groups there.
+
+    Args:
+      tokens: the sequence.
+      source: [B, N] bool, patch tokens at even positions.
+      leaves: [B, N] bool, which of them are merged.
+      similar: [B, N] int32, position by similarity of the sources that are not merged: their order
+        in images without a prefix. ToMe sorts them back only to get the class token to the front.
+
+    Returns:
+      [B, N] int32; anything for tokens that do not stay.
+    """
+    front = tokens.prefix | (source & ~leaves)
+    back = tokens.patch & ~source
+    has_prefix, front_count = (
+        tokens.of_image((tokens.member & chosen[:, :, None]).sum(axis=1, dtype=jnp.int32))
+        for chosen in (tokens.prefix, front)
+    )
+    ahead = jnp.where(has_prefix > 0, _position(tokens, front), similar)
+    return jnp.where(back, front_count + _position(tokens, back), ahead)
 
 
 def _ranks(score: Array, member: Array) -> Array:
@@ -371,15 +401,33 @@ def _ranks(score: Array, member: Array) -> Array:
     return (before & same).sum(axis=2, dtype=jnp.int32)
 
 
-def _placed(tokens: Tokens, removed: Array, places: tuple[int, int]) -> tuple[Array, Array, Array]:
-    """Gives places to all but the removed, in order: indices of both, and each token's place."""
+def _placed(
+    tokens: Tokens, removed: Array, places: tuple[int, int], order: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """Gives places to all but the removed: indices of both, and each token's place.
+
+    Args:
+      tokens: the sequence.
+      removed: [B, N] bool.
+      places: for kept and removed tokens.
+      order: [B, N] int32, position of each kept token among those of its image; None: as they are.
+    """
     active = tokens.member.any(axis=2)
     kept = active & ~removed
+    position = jnp.cumsum(kept, axis=1) - 1
+    if order is not None:  # images stay where they are
+        position = position - _position(tokens, kept) + order
     # A reduced sequence must have somebody in each place; inactive tokens stay inactive.
     behind = kept.sum(axis=1, keepdims=True) + jnp.cumsum(~active, axis=1) - 1
-    place = jnp.where(kept, jnp.cumsum(kept, axis=1) - 1, jnp.where(active, places[0], behind))
+    place = jnp.where(kept, position, jnp.where(active, places[0], behind))
     gone = jnp.where(removed, jnp.cumsum(removed, axis=1) - 1, places[1])
     return _inverted(place, places[0]), _inverted(gone, places[1]), place.astype(jnp.int32)
+
+
+def _position(tokens: Tokens, chosen: Array) -> Array:
+    """Positions of the chosen tokens among the chosen of their image: [B, N] bool -> int32."""
+    earlier = jnp.cumsum(tokens.member & chosen[:, :, None], axis=1, dtype=jnp.int32)
+    return jnp.where(tokens.member, earlier, 0).sum(axis=2) - 1
 
 
 def _listed(chosen: Array, most: int) -> Array:

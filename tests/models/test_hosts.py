@@ -91,11 +91,12 @@ def test_hosts_tell_the_same_groups_as_places(reducer):
             pairs = set(zip(place[alive].tolist(), host[alive].tolist(), strict=True))
             assert len(pairs) == len({p for p, _ in pairs}) == len({h for _, h in pairs})
             assert all(place[h] == p for p, h in pairs)  # a host is part of its own token
-            assert [h for _, h in sorted(pairs)] == sorted(h for _, h in pairs)  # in their order
+            if reducer != "tome":  # in their order; ToMe's own is in tests/tokens/test_tome.py
+                assert [h for _, h in sorted(pairs)] == sorted(h for _, h in pairs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reducer", ["mergence", "random"])
+@pytest.mark.parametrize("reducer", ["mergence", "tome", "random"])
 def test_hosts_are_the_same_in_every_layout(layout, reducer):
     options = {"reducer": reducer, "gate_bias": 0.0}
     slots = _apply("msvit_tiny_patch16_224", **options)

@@ -62,8 +62,8 @@ def reducing(model):
         options = case[1] or {"keep": model.stages[layer].keep}
         values = (x, size, score, key.mean(axis=1), np.zeros(len(x), int))
         _, held, sizes = loop((case[0], options, case[2]), *values, prefix)
-        x = np.stack([held[host] for host in sorted(held)])
-        size = np.array([sizes[host] for host in sorted(held)])
+        x = np.stack([held[host] for host in held])
+        size = np.array([sizes[host] for host in held])
         return x, size, size if model.reducer == "tome" else np.ones(len(x))
 
     return reduce
@@ -77,7 +77,9 @@ def reducing(model):
         {"reducer": "topk", "distilled": True},
         {"reducer": "evit"},
         {"reducer": "tome", "remove": 3, "layer_scale": 0.5},
+        {"reducer": "tome", "remove": 3, "distilled": True},
         {"reducer": "tome", "reduce_layers": (2,), "pool": "mean"},
+        {"reducer": "tome", "reduce_layers": (1, 2, 3), "pool": "mean", "class_token": False},
         {"reducer": "mergence", "pool": "mean", "class_token": False},
         {"reducer": "evit", "distilled": True, "register_tokens": 3},
     ],

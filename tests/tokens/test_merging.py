@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from msvit_jax.tokens import merging
+from tests.tokens.test_tome import published
 
 ROWS, PLACES, WIDTH = 3, 14, 5
 PREFIX = {"one image": 1, "several": 2}  # tokens before the patches of an image in each kind of row
@@ -91,7 +92,10 @@ def softened(tokens, host, guests):
 
 
 def loop(case, x, size, score, keys, luck, prefix):
-    """One image: where each token is, None: dropped; what each that stays holds, and its size."""
+    """One image: where each token is, None: dropped; what those that stay hold, and their sizes.
+
+    Those that stay are in the order in which they must lie.
+    """
     reducer, options, weights = case
     patches = list(range(prefix, len(x)))
     stay = math.ceil(round(options.get("keep", 1) * len(patches), 6))
@@ -108,14 +112,11 @@ def loop(case, x, size, score, keys, luck, prefix):
         where |= dict.fromkeys(order[stay:], order[stay] if order[stay:] else None)
     else:
         goes = min(options.get("remove", len(patches) - stay), len(patches) // 2)
-        targets = [i for i in patches if i % 2 == 1]
-        edges = []
-        for i in set(patches) - set(targets) if targets else ():
-            best = max(targets, key=lambda t: cosine(keys[i], keys[t]))
-            edges.append((cosine(keys[i], keys[best]), i, best))
-        where |= {i: best for _, i, best in sorted(edges, reverse=True)[:goes]}
+        groups, _ = published(keys, prefix, goes)
+        where = {i: group[0] for group in groups for i in group}
     held, sizes = {}, {}
-    for host in {h for h in where.values() if h is not None}:
+    stayed = sorted({h for h in where.values() if h is not None})
+    for host in stayed if reducer != "tome" else [group[0] for group in groups]:
         inside = [i for i in where if where[i] == host]
         sizes[host] = sum(size[i] for i in inside)
         if reducer == "evit":
@@ -146,7 +147,7 @@ def test_every_reducer_does_what_a_loop_over_an_images_tokens_does(case, kind, s
         for image in images_of(tokens, row):
             values = (tokens.x, tokens.size, tokens.importance, tokens.keys, tokens.luck)
             where, held, size = loop(CASES[case], *(v[row, image] for v in values), PREFIX[kind])
-            stayed += [image[i] for i in sorted(held)]
+            stayed += [image[i] for i in held]
             for token, host in where.items():
                 at = place[row, image[token]]
                 if host is None:
@@ -155,7 +156,7 @@ def test_every_reducer_does_what_a_loop_over_an_images_tokens_does(case, kind, s
                 assert merge.kept[row, at] == image[host]
                 np.testing.assert_allclose(x[row, at], held[host], atol=1e-5)
                 assert sizes[row, at] == size[host]
-        # Those that stay are in their order and come first; inactive tokens stay inactive.
+        # Those that stay are in order and come first; inactive tokens stay inactive.
         count = len(stayed)
         np.testing.assert_array_equal(merge.kept[row, :count], stayed)
         behind = merge.kept[row, count:]
