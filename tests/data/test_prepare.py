@@ -110,7 +110,7 @@ def test_stops_at_unreadable_files_naming_all_and_leaving_nothing(damaged, tmp_p
     message = str(info.value)
     assert "2 of 11 files" in message
     assert "train/cat/0.jpg: image file is truncated" in message
-    assert "train/dog/notes.txt: cannot identify image file" in message
+    assert "train/dog/notes.txt: it is no image" in message
     assert "--on_error=skip" in message
     assert not sets.exists()
 

@@ -16,7 +16,8 @@ from msvit_jax import sharding
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
 from msvit_jax.export import Options, write
-from msvit_jax.export.run import Model, read_image
+from msvit_jax.export import run as runner
+from msvit_jax.export.run import Model
 from msvit_jax.inference import Predictor
 from msvit_jax.inference import thresholds as exits
 from tests.export import made
@@ -269,7 +270,10 @@ def test_image_files_are_read_as_the_library_reads_them(mode, kind, size, tmp_pa
     Image.fromarray(pixels).convert(mode).save(file)
     for crop in (1.0, 0.875):
         expected = decode.read_file(file, made.SIDE, crop)
-        np.testing.assert_array_equal(read_image(str(file), made.SIDE, crop), expected)
+        about = {"image_size": made.SIDE, "crop": crop}
+        ((name, read),) = runner.read_images(str(file), about)
+        assert name == str(file)
+        np.testing.assert_array_equal(read, expected)
 
 
 BAD = [

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from msvit_jax.errors import UserError
-from msvit_jax.inference.images import find_files, open_images
+from msvit_jax.inference.images import Reading, find_files, open_images
 
 SIZE = 8
 
 
 def _open(images):
-    return open_images(images, size=SIZE, crop=1.0)
+    return open_images(images, Reading(SIZE))
 
 
 def _bytes(count, size=SIZE, channels=3):
@@ -77,7 +77,7 @@ BAD = [
     (list(_with_nan([2])), "image 2 has them"),
     (np.full((2, SIZE, SIZE, 3), np.inf), "infinite pixels"),
     (_bytes(2).astype(np.int32), "type int32; give uint8"),
-    ([_bytes(1)[0], _bytes(1)[0].astype(np.float32)], "mixes uint8 images with normalised float"),
+    ([_bytes(1)[0], _bytes(1)[0].astype(np.float32)], "mixes uint8 images with normalized float"),
     (["a.png", _bytes(1)[0]], "both paths and arrays"),
     ("nowhere/x.png", "no image file 'nowhere/x.png'"),
 ]
@@ -92,7 +92,7 @@ def test_bad_images_end_in_a_message(images, message):
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     source = _open([tmp_path / "bad.png"])
-    with pytest.raises(UserError, match=r"bad\.png' is no image"):
+    with pytest.raises(UserError, match=r"bad\.png' cannot be read: it is no image"):
         _all(source)
 
 
@@ -101,15 +101,15 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     names = lambda *patterns: [  # noqa: E731
-        str(p.relative_to(tmp_path) if p.is_absolute() else p) for p in find_files(patterns)
+        str(p.relative_to(tmp_path) if p.is_absolute() else p) for p in find_files(patterns).files
     ]
     assert names(str(tmp_path)) == ["a.JPG", "b.png", "sub/c.webp"]
     assert names(f"{tmp_path}/*/*.txt") == ["sub/notes.txt"]
     assert names(f"{tmp_path}/b.png", str(tmp_path)) == ["b.png", "a.JPG", "sub/c.webp"]
     monkeypatch.chdir(tmp_path)
     assert names("**/*.webp") == ["sub/c.webp"]
-    assert find_files([]) == []
+    assert find_files([]).files == []
     for nothing in ("none.png", "*.gif", str(tmp_path / "sub" / "none")):
         with pytest.raises(UserError, match="is no file, no folder"):
             find_files([nothing])
-    assert isinstance(find_files(["b.png"])[0], pathlib.Path)
+    assert isinstance(find_files(["b.png"]).files[0], pathlib.Path)
