@@ -8,6 +8,7 @@ in the pipelines that published ImageNet figures come from.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fnmatch
 import functools
@@ -27,12 +28,15 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 Box: TypeAlias = tuple[float, float, float, float]  # left, upper, right, lower in pixels
 Resize: TypeAlias = Callable[[Image.Image, Box, int], np.ndarray]
 
+_LONGEST = 160  # characters of a decoder's own words
 MAX_BYTES = 2**30  # of an encoded image: beyond it a file is something else, or an attack
 
 # Pillow warns and logs about metadata that nobody here asks for; what is fatal it raises. Once and
 # for the whole process, because filters set around a call are not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\b")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints, in C, what Pillow also raises
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 # An external program (EPS: Ghostscript) or a handler that the user installs would decode these.
 _NOT_DECODED_BY_PILLOW = ("EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG")
@@ -86,11 +90,14 @@ def _reason(error: Exception) -> str:
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     if isinstance(error, MemoryError):
         return "there is not enough memory for it"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.filename is not None:
+        return error.strerror or "it cannot be read"
     # Pillow names the memory address of the buffer, which tells nobody anything.
     text = " ".join(re.sub(r"<_io\.BytesIO.*?>", "", shown(str(error))).split())
-    if isinstance(error, OSError | ValueError | SyntaxError | EOFError) and text:
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    if isinstance(error, ValueError | SyntaxError) and text:
+        return text
+    if isinstance(error, OSError) and text and error.errno is None:
         return text
     return f"damaged ({type(error).__name__}{': ' * bool(text)}{text})"
 

@@ -85,7 +85,7 @@ class _Function:
 
 
 def write(source: Source, directory: pathlib.Path, options: Options) -> None:
-    """Writes functions, weights, about.json, run.py and image_files.py into a directory that does not exist.
+    """Writes functions, weights, about.json and what runs them into a new directory.
 
     Args:
       source: of model and parameters.

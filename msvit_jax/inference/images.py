@@ -17,6 +17,7 @@ from msvit_jax.errors import UserError
 File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
 
+_NONE = "There are no images to predict: the list is empty."
 _NAMED = 8  # indices or sizes that a message names
 _NORMALIZED_MOST = 4  # times the greatest value that normalized pixels can have: none has more
 
@@ -99,11 +100,9 @@ def open_images(images: Images, how: Reading) -> Source:
     if not hasattr(images, "ndim"):
         images = _as_list(images)
     if hasattr(images, "ndim"):
-        images = np.asarray(images)
-    if np.shape(images)[:1] == (0,) or (isinstance(images, list) and not images):
-        raise UserError("There are no images to predict: the list is empty.")
-    if isinstance(images, np.ndarray):
-        return _from_array(images, how)
+        return _from_array(np.asarray(images), how)
+    if not images:
+        raise UserError(_NONE)
     if all(isinstance(image, File) for image in images):
         return _from_files([pathlib.Path(str(path)) for path in images], how)
     if any(isinstance(image, File) for image in images):
@@ -136,6 +135,8 @@ def _as_array(image: Any) -> np.ndarray:
 
 
 def _from_array(images: np.ndarray, how: Reading) -> Source:
+    if images.shape[:1] == (0,):
+        raise UserError(_NONE)
     if images.ndim != 4:
         hint = " For a single image write images[None]." if images.ndim == 3 else ""
         raise UserError(f"Images must be [N, H, W, 3], not {images.shape}.{hint}")
