@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from msvit_jax.errors import UserError
-from msvit_jax.inference.images import Reading, find_files, open_images
+from msvit_jax.inference.images import Reading, find_files, find_unreadable, open_images
 
 SIZE = 8
 
@@ -80,13 +80,38 @@ BAD = [
     ([_bytes(1)[0], _bytes(1)[0].astype(np.float32)], "mixes uint8 images with normalized float"),
     (["a.png", _bytes(1)[0]], "both paths and arrays"),
     ("nowhere/x.png", "no image file 'nowhere/x.png'"),
+    ([(_bytes(1)[0], 3), (_bytes(1)[0], 5)], "tuples, as data sets of images and labels do"),
+    ([[_bytes(1)[0], np.int64(3)]], "lists, as data sets of images and labels do"),
+    ([{"image": _bytes(1)[0]}], r"an array \[H, W, 3\], not a dict"),
+    ([[[1, 2], [3]]], r"an array \[H, W, 3\], not a list"),
+    (7, "not a int"),
+    (None, "not a NoneType"),
+    (np.zeros((2, 3, SIZE, SIZE), np.uint8), "move the channels to the end"),
+    (
+        _bytes(2).astype(np.float32),
+        r"must be normalized: .* within 2\.6.* values of 0 to 255; give",
+    ),
+    (list(_bytes(2).astype(np.float64)), "must be normalized"),
 ]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.mark.parametrize(("images", "message"), BAD)
 def test_bad_images_end_in_a_message(images, message):
     with pytest.raises(UserError, match=message):
-        _open(images)
+        open_images(images, Reading(SIZE, **IMAGENET))
+
+
+def test_floats_of_0_to_1_are_hinted_at():
+    with pytest.warns(UserWarning, match=r"within 0 and 1, .* \(pixels / 255 - model.mean\)"):
+        open_images(_bytes(3) / 255, Reading(SIZE, **IMAGENET))
+
+
+def test_normalized_floats_are_taken_as_they_are():
+    pixels = _bytes(3) / 255
+    for images in ((pixels - IMAGENET["mean"]) / IMAGENET["std"], np.zeros((2, SIZE, SIZE, 3))):
+        read = _all(open_images(images, Reading(SIZE, **IMAGENET)))
+        np.testing.assert_array_equal(read, images.astype(np.float32))
 
 
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path):
@@ -94,6 +119,24 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path):
     source = _open([tmp_path / "bad.png"])
     with pytest.raises(UserError, match=r"bad\.png' cannot be read: it is no image"):
         _all(source)
+
+
+def test_bad_files_are_skipped_where_asked_for(tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.fromarray(_bytes(1)[0]).save(good)
+    bad.write_bytes(b"no image")
+    paths = [bad, good, tmp_path / "gone.png", good, bad, bad]
+    source = open_images(paths, Reading(SIZE, on_error="skip"))
+    chunks = [(list(numbers), images.shape) for numbers, images in source.chunks(2)]
+    assert chunks == [([1], (1, SIZE, SIZE, 3)), ([3], (1, SIZE, SIZE, 3))]
+    assert sorted(source.failed) == [0, 2, 4, 5]
+    assert source.failed[2] == "No such file or directory"
+    assert find_unreadable(paths, Reading(SIZE)) == {
+        bad: "it is no image, or of a format that is not read here",
+        tmp_path / "gone.png": "No such file or directory",
+    }
+    with pytest.raises(UserError, match="on_error='ignore' is neither"):
+        open_images(paths, Reading(SIZE, on_error="ignore"))
 
 
 def test_files_folders_and_globs(tmp_path, monkeypatch):
