@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ class AnswerFile:
         Raises:
           UserError: another suffix, a file that exists, or one that cannot be written.
         """
-        path = pathlib.Path(path).expanduser()
+        path = pathlib.Path(os.path.expanduser(path))
         if path.suffix not in SUFFIXES:
             raise UserError(f"--out={str(path)!r}: answers are written to .csv or .jsonl files.")
         if path.exists():
