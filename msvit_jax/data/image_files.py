@@ -187,6 +187,8 @@ def open_image(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> Op
     if encoded.startswith(b"version https://git-lfs"):
         raise ImageError("it is a pointer of Git LFS, not the file itself; run git lfs pull")
     image = Image.open(io.BytesIO(encoded), formats=formats())
+    if len(image.size) != 2 or not all(isinstance(n, int) and n > 0 for n in image.size):
+        raise ImageError("its header is damaged")  # some decoders take any size from it
     return Opened(image, _turn(image) if exif_orientation else None)
 
 

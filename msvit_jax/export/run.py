@@ -9,6 +9,7 @@ about.json says what the functions take and return. In Python: `Model().classify
 """
 
 import argparse
+import contextlib
 import importlib
 import io
 import json
@@ -241,16 +242,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.batch < 1:
         raise ValueError(f"--batch={given.batch}: at least 1 is needed")
-    out = open_beside(given.out) if given.out else None
+    if not given.out:
+        run_files(given)
+        return
+    with whole_file(given.out if given.out.endswith(".npz") else f"{given.out}.npz") as file:
+        np.savez(file, allow_pickle=False, **run_files(given))
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[Any]:
+    """Opens a file before any work; what is written takes its place at the end, or never."""
     try:
-        answers = run_files(given)
-        if out:
-            np.savez(out, allow_pickle=False, **answers)
-            out.close()
-            os.replace(out.name, npz_path(given.out))
+        with open(f"{path}.part", "wb") as file:
+            yield file
+        os.replace(file.name, path)
     finally:
-        if out and os.path.exists(out.name):
-            os.unlink(out.name)
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.part")
 
 
 def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -273,16 +281,6 @@ def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
     return answers
-
-
-def npz_path(out: str) -> str:
-    """With the ending that NumPy gives such files."""
-    return out if out.endswith(".npz") else f"{out}.npz"
-
-
-def open_beside(out: str) -> Any:
-    """Opens, before any work, a file that takes the place of `out` when it is whole."""
-    return open(f"{npz_path(out)}.part", "wb")
 
 
 if __name__ == "__main__":
