@@ -157,7 +157,10 @@ BAD = [
     (_png(60000, 60000), "more than 178,956,970 pixels"),
     (encoded(np.zeros((2, 2, 3), np.uint8), "TIFF")[:60], "."),
     (b"Image type: RGB image\r\nImage size (x*y): 4*4*4\r\n".ljust(511, b"\0") + b"\x1a", "header"),
-    (b"Image type: RGB image\r\nImage size (x*y): 0*4\r\n".ljust(511, b"\0") + b"\x1a", "header"),
+    (
+        b"Image type: RGB image\r\nImage size (x*y): 0*4\r\n".ljust(511, b"\0") + b"\x1a",
+        "header|no image",
+    ),
 ]
 
 
