@@ -4,14 +4,20 @@
     python -m msvit_jax.predict --weights=FILE --model=NAME photos/
 
 Takes files, folders and globs. A weights file of ours says itself what its model is. Prints a
-table, then one JSON object as the last line. --tokens sets the gate's threshold so that these
-images get that many tokens on average; --pictures draws where the tokens went. --budget=GMACS sets
-a cascade's exits by the thresholds that eval.py fitted.
+table, then one JSON object as the last line; --out=answers.csv (or .jsonl) gets each answer when it
+is there. --tokens sets the gate's threshold so that these images get that many tokens on average;
+--pictures draws where the tokens went. --budget=GMACS sets a cascade's exits by the thresholds that
+eval.py fitted.
+
+Files that cannot be read are named and skipped; with --on_error=stop all files are read before the
+first is classified, and any that cannot be ends it. What is passed over in folders is counted.
 """
 
+import contextlib
+import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,70 +25,168 @@ import tqdm
 from absl import flags
 
 from msvit_jax import checkpoint, errors, evaluate, flops, host, weights
-from msvit_jax.data import decode
+from msvit_jax.data import decode, image_files
+from msvit_jax.data.image_files import shown
+from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
-from msvit_jax.inference.images import find_files
+from msvit_jax.inference.answer_files import AnswerFile
+from msvit_jax.inference.images import find_files, find_unreadable
 
 COLUMNS = ("file", "class", "probability", "tokens")
 _CALIBRATED_ON = 1000  # files at most
+_NAMED = 20  # files that cannot be read that a message names at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command is told; the flags say what each one means."""
+
+    workdir: str | None = None
+    weights: str | None = None
+    model: str | None = None
+    which: str = "best"
+    batch_size: int = 32
+    layout: str = "auto"
+    tokens: float | None = None
+    budget: float | None = None
+    pictures: str | None = None
+    out: str | None = None
+    on_error: str = "skip"
+    exif_orientation: bool | None = None
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds, predicts, prints, draws."""
+    """The command."""
+    given = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Options)]
+    run(argv[1:], Options(**{name: getattr(given, name) for name in names}))
+
+
+def run(patterns: Sequence[str], options: Options) -> None:
+    """Finds, predicts, prints, draws.
+
+    Args:
+      patterns: files, folders and globs.
+      options: see there.
+
+    Raises:
+      UserError: nothing found, nothing that can be read, or a place that cannot be written to.
+    """
     host.keep_freed_memory()
     checkpoint.quiet_orbax()
-    files = find_files(argv[1:])
+    found = find_files(patterns)
+    files = found.files
     if not files:
-        raise errors.UserError("Name the image files to classify, or a folder or glob of them.")
-    given = flags.FLAGS
-    predictor, source = _load(given)
-    if given.pictures:
-        _check_pictures(predictor)
-    if given.tokens is not None:
-        _calibrate(predictor, files, given.tokens)
-    with tqdm.tqdm(total=len(files), unit="image", disable=None) as bar:
-        predictions = predictor(files, progress=bar.update)
+        raise UserError("Name the image files to classify, or a folder or glob of them.")
+    for line in image_files.passed_over_lines(found.passed_over):
+        print(f"passed over: {line}")
+    predictor, source = _load(options)
+    if options.pictures:
+        _check_pictures(predictor, options.pictures)
+    if options.on_error == "stop":
+        _check_files(predictor, files)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(AnswerFile(options.out)) if options.out else None
+        if options.tokens is not None:
+            _calibrate(predictor, files, options)
+        predictions = _predict(predictor, files, options, out)
+    failed = {files[number]: reason for number, reason in predictions.failed.items()}
+    for line in _failed_lines(failed):
+        print(f"skipped {line}")
+    good = [number for number in range(len(files)) if number not in predictions.failed]
+    if not good:
+        raise UserError(f"None of the {len(files)} files can be read as an image.")
+    files, predictions = [files[number] for number in good], predictions.take(good)
     rows = _rows(files, predictions)
-    print(evaluate.table(rows, COLUMNS), flush=True)
-    if given.pictures:
-        _draw(predictor, files, predictions, pathlib.Path(given.pictures))
+    print(
+        evaluate.table([{**row, "file": shown(row["file"])} for row in rows], COLUMNS), flush=True
+    )
+    trouble = None
+    if options.pictures:
+        try:
+            _draw(predictor, files, predictions, pathlib.Path(options.pictures))
+        except OSError as error:  # a full disk: the answers are printed all the same
+            trouble = error
     macs = flops.macs_per_image(predictor.model, predictions.tokens)
     summary = {
         **source,
         "images": len(files),
+        "skipped": {str(file): reason for file, reason in failed.items()},
+        "passed_over": {reason: len(paths) for reason, paths in found.passed_over.items()},
         "threshold": predictor.threshold,
         "thresholds": predictor.thresholds,
         "tokens_mean": float(predictions.tokens.mean()),
         "gmacs_mean": float(macs.mean()) / 1e9,
     }
     print(json.dumps({**summary, "predictions": rows}))
+    if trouble:
+        raise trouble
 
 
-def _load(given: Any) -> tuple[Predictor, dict[str, Any]]:
+def _predict(
+    predictor: Predictor, files: Sequence[pathlib.Path], options: Options, out: AnswerFile | None
+) -> Predictions:
+    def answered(numbers: list[int], predictions: Predictions) -> None:
+        if out:
+            out.write(_rows([files[number] for number in numbers], predictions))
+
+    with tqdm.tqdm(total=len(files), unit="image", disable=None) as bar:
+        predictions = predictor(
+            files, on_error=options.on_error, answered=answered, progress=bar.update
+        )
+    if out:
+        failed = predictions.failed.items()
+        out.write({"file": str(files[number]), "error": reason} for number, reason in failed)
+    return predictions
+
+
+def _check_files(predictor: Predictor, files: Sequence[pathlib.Path]) -> None:
+    """Before anything is computed."""
+    bad = find_unreadable(files, predictor.reading())
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(files)} files cannot be read as images; nothing was computed.\n"
+            + "\n".join(f"  {line}" for line in _failed_lines(bad))
+            + "\nRepair or remove them, or leave them out with --on_error=skip."
+        )
+
+
+def _failed_lines(failed: Mapping[pathlib.Path, str]) -> list[str]:
+    lines = [f"{shown(file)}: {reason}" for file, reason in failed.items()]
+    more = [f"{len(lines) - _NAMED} more"] if len(lines) > _NAMED else []
+    return lines[:_NAMED] + more
+
+
+def _load(given: Options) -> tuple[Predictor, dict[str, Any]]:
     """The Predictor, and what to say of where it is from."""
     if bool(given.workdir) == bool(given.weights):
-        raise errors.UserError("Give --workdir=DIR, or --weights=FILE (with --model=NAME).")
-    options = {
+        raise UserError("Give --workdir=DIR, or --weights=FILE (with --model=NAME).")
+    options: dict[str, Any] = {
         "budget": given.budget,
         "batch_size": given.batch_size,
         "layout": given.layout,
         "model": given.model,
     }
+    if given.exif_orientation is not None:
+        options["exif_orientation"] = given.exif_orientation
     if given.weights:
         if weights.file_of(given.weights) is None:
-            raise errors.UserError(f"There is no weights file {given.weights!r}.")
+            raise UserError(f"There is no weights file {given.weights!r}.")
         predictor = Predictor.load(given.weights, **options)
         assert predictor.report is not None
         print(f"{given.weights}: {predictor.report}\n")
         return predictor, {"weights": given.weights}
+    assert given.workdir
     step = checkpoint.find_step(given.workdir, given.which)
     predictor = Predictor.load(given.workdir, str(step), **options)
     return predictor, {"workdir": given.workdir, "step": step}
 
 
-def _calibrate(predictor: Predictor, files: Sequence[pathlib.Path], tokens: float) -> None:
+def _calibrate(predictor: Predictor, files: Sequence[pathlib.Path], options: Options) -> None:
+    assert options.tokens is not None
     spread = np.unique(np.linspace(0, len(files) - 1, _CALIBRATED_ON).astype(int))
-    reached = predictor.calibrate([files[index] for index in spread], tokens)
+    sample = [files[index] for index in spread]
+    reached = predictor.calibrate(sample, options.tokens, on_error=options.on_error)
     print(
         f"gate threshold {reached.threshold:.4g}: {reached.tokens:.4g} tokens per image on "
         f"{reached.images} of the images\n"
@@ -104,12 +208,13 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
     ]
 
 
-def _check_pictures(predictor: Predictor) -> None:
+def _check_pictures(predictor: Predictor, out: str) -> None:
     """Before anything is computed."""
+    errors.check_writable(out, "--pictures")
     from msvit_jax.visualize import examples  # brings matplotlib
 
     if not examples.has_pictures(predictor.model):
-        raise errors.UserError(
+        raise UserError(
             "--pictures draws what a gate decided and which tokens were merged; this model does "
             "neither."
         )
@@ -121,14 +226,13 @@ def _draw(
     """Draws as many images as a contact sheet shows, the first ones."""
     from msvit_jax.visualize import examples  # brings matplotlib
 
-    shown = [
-        examples.Example(
-            decode.read_file(file, predictor.model.image_size, predictor.crop), file.name
-        )
+    how = (predictor.model.image_size, predictor.crop, predictor.exif_orientation)
+    first = [
+        examples.Example(decode.read_file(file, *how), shown(file.name))
         for file in files[: examples.ON_SHEET]
     ]
-    drawn = examples.write(shown, predictions, examples.reducing_layers(predictor.model), out)
-    print(f"\npictures of {len(shown)} of {len(files)} images in {out}, together in {drawn.sheet}")
+    drawn = examples.write(first, predictions, examples.reducing_layers(predictor.model), out)
+    print(f"\npictures of {len(first)} of {len(files)} images in {out}, together in {drawn.sheet}")
 
 
 if __name__ == "__main__":
@@ -142,4 +246,12 @@ if __name__ == "__main__":
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
     flags.DEFINE_float("budget", None, "Mean GMACs per image to set a cascade's exits to.")
     flags.DEFINE_string("pictures", None, "Folder for pictures of where the tokens went.")
+    flags.DEFINE_string("out", None, ".csv or .jsonl file that gets each answer when it is there.")
+    flags.DEFINE_enum("on_error", "skip", ["stop", "skip"], "What to do with bad files.")
+    flags.DEFINE_bool(
+        "exif_orientation",
+        None,
+        "Turn photos upright, or (--noexif_orientation) take them as stored; by default as the "
+        "model was trained.",
+    )
     errors.run(main)

@@ -1,15 +1,19 @@
 """The command, from a trained run and files to a table, pictures and one line of JSON."""
 
+import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from msvit_jax import checkpoint, export, flops
+from msvit_jax import checkpoint, export, flops, predict
 from msvit_jax.data import decode
+from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictor
 from msvit_jax.train import loop
 from msvit_jax.train.step import normalise
@@ -70,6 +74,152 @@ def test_the_command(workdir, photos, tmp_path):
     assert [line[:2] for line in table] == [[row["file"], row["class"]] for row in rows]
     drawn = sorted(path.name for path in tmp_path.iterdir())
     assert drawn == [*(f"00{i}_{i}.png" for i in range(7)), "contact_sheet.png"]
+
+
+@pytest.fixture(scope="module")
+def predictor(workdir):
+    """Compiled once for the tests below."""
+    return Predictor.load(workdir, "latest", batch_size=4, layout="slots")
+
+
+@pytest.fixture
+def here(predictor, workdir, photos, tmp_path, monkeypatch, capsys):
+    """The command in this process, over a copy of the photos: its result and what it printed."""
+    shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Predictor, "load", lambda *arguments, **options: predictor)
+
+    def run(*patterns, **options):
+        predict.run(patterns, predict.Options(workdir=str(workdir), **options))
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]), printed
+
+    return run
+
+
+def test_bad_files_are_named_and_the_others_answered(here, tmp_path):
+    whole, _ = here("photos")
+    good = {row["file"]: row for row in whole["predictions"]}
+    bad = {b"a.png": b"no image", b"z\xe9\n.jpg": b"", b"3.png": b"\x89PNG\r\n\x1a\n"}
+    for name, content in bad.items():
+        with open(os.path.join(b"photos", name), "wb") as file:
+            file.write(content)
+    shutil.copy("photos/2.png", "photos/._2.png")
+    (tmp_path / "photos" / "notes.txt").write_text("")
+    result, printed = here("photos", out="answers.csv")
+    skipped = {os.path.join("photos", os.fsdecode(name)) for name in bad}
+    assert set(result["skipped"]) == skipped
+    assert result["passed_over"] == {"hidden": 1, ".txt files": 1}
+    assert "passed over: 1 .txt files: photos/notes.txt" in printed
+    assert "skipped photos/z\\xe9\\n.jpg: it is empty (0 bytes)" in printed
+    assert result["images"] == 6
+    del good["photos/3.png"]
+    for row in result["predictions"]:
+        same = good.pop(row["file"])
+        assert row["probability"] == pytest.approx(same["probability"], abs=1e-6)
+        assert {**row, "probability": 0} == {**same, "probability": 0}
+    assert not good
+    with open("answers.csv", encoding="utf-8", newline="") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 9
+    for row in result["predictions"]:
+        assert float(rows[row["file"]]["probability"]) == row["probability"]
+        assert rows[row["file"]]["error"] == ""
+    assert rows["photos/z\\xe9\\n.jpg"]["error"] == "it is empty (0 bytes)"
+
+
+def test_bad_files_stop_it_before_the_work(here, predictor, monkeypatch):
+    for name in ("photos/a.png", "photos/b.png"):
+        with open(name, "wb") as file:
+            file.write(b"no image")
+    monkeypatch.setattr(predictor._programs, "put", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(UserError, match=r"2 of 9 files .*\n  photos/a\.png: .*\n  photos/b\.png:"):
+        here("photos", on_error="stop")
+
+
+def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monkeypatch):
+    """Whatever ends it: what was computed is there."""
+    whole, _ = here("photos")
+    decide, calls = predictor._programs.put, []
+
+    def breaks(images, places):
+        calls.append(len(images))
+        if sum(calls) > 110:  # of 134: each image is seen by the gate and then by the model
+            raise MemoryError
+        return decide(images, places)
+
+    monkeypatch.setattr(predictor._programs, "put", breaks)
+    for index in range(60):
+        shutil.copy("photos/0.png", f"photos/more{index}.png")
+    with pytest.raises(MemoryError):
+        here("photos", out="answers.jsonl")
+    expected = {row["file"]: row["label"] for row in whole["predictions"]}
+    with open("answers.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert 8 <= len(rows) < 67
+    for row in rows:
+        copied = os.path.basename(row["file"]).startswith("more")
+        assert row["label"] == expected["photos/0.png" if copied else row["file"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pictures": "photos/0.png"}, "--pictures='photos/0.png' cannot be written: .* no folder"),
+        ({"pictures": "/dev/null/x"}, "--pictures='/dev/null/x' cannot be written"),
+        ({"out": "photos/0.png/a.csv"}, "--out='photos/0.png/a.csv' cannot be written"),
+        ({"out": "answers.txt"}, r"\.csv or \.jsonl"),
+    ],
+)
+def test_places_to_write_are_tried_first(options, message, here, predictor, monkeypatch):
+    monkeypatch.setattr(predictor._programs, "put", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(UserError, match=message):
+        here("photos", **options)
+
+
+def test_photos_are_turned_unless_told_otherwise(workdir, tmp_path):
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    upright.save(tmp_path / "upright.png")
+    upright.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    upright.rotate(180).save(tmp_path / "stored.png")
+    files = [tmp_path / f"{name}.png" for name in ("upright", "turned", "stored")]
+    for turned, same in ((True, 0), (False, 2)):
+        predictor = Predictor.load(
+            workdir, "latest", batch_size=4, layout="slots", exif_orientation=turned
+        )
+        logits = predictor(files).logits
+        np.testing.assert_allclose(logits[1], logits[same], atol=1e-5)
+        assert np.abs(logits[1] - logits[2 - same]).max() > 1e-3
+
+
+def test_files_that_all_fail_end_in_a_message(here):
+    with open("bad.jpg", "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(UserError, match="None of the 1 files can be read"):
+        here("bad.jpg")
+
+
+def test_calibration_leaves_bad_files_out(here):
+    whole, _ = here("photos", tokens=9.0)
+    with open("photos/a.png", "wb") as file:
+        file.write(b"no image")
+    result, _ = here("photos", tokens=9.0)
+    assert result["threshold"] == whole["threshold"]
+    assert result["tokens_mean"] == whole["tokens_mean"]
+
+
+def test_linked_folders_and_rarer_suffixes_are_answered(here, tmp_path):
+    for name, form in (("a.avif", "AVIF"), ("b.jfif", "JPEG"), ("c.jp2", "JPEG2000")):
+        (tmp_path / "disk").mkdir(exist_ok=True)
+        Image.open("photos/0.png").save(tmp_path / "disk" / name, form)
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "disk")
+    result, _ = here("photos")
+    files = [row["file"] for row in result["predictions"]]
+    assert files[-4:-1] == [f"photos/linked/{name}" for name in ("a.avif", "b.jfif", "c.jp2")]
+    assert result["images"] == 10
 
 
 @pytest.mark.slow

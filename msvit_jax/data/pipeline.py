@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from msvit_jax.data import augment, decode, sources
+from msvit_jax.data import augment, decode, image_files, sources
+from msvit_jax.data.image_files import ImageError
 from msvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -35,6 +36,8 @@ def default_config() -> ConfigDict:
             "crop_scale": None,  # (least, greatest) share of the area; None: centre crop
             "crop_ratio": (3 / 4, 4 / 3),
             "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
+            # Turned upright as viewers do it; False: as stored, as in published ImageNet pipelines.
+            "exif_orientation": True,
             "flip": False,
             "pad_shift": 0,  # pixels
             "randaugment": {"num_ops": 0, "magnitude": 9.0, "std": 0.5},
@@ -160,6 +163,7 @@ class TrainTransform(grain.transforms.RandomMap):
     crop_scale: tuple[float, float] | None
     crop_ratio: tuple[float, float]
     resize: str
+    exif_orientation: bool
     flip: bool
     pad_shift: int
     randaugment: dict[str, Any] | None
@@ -174,6 +178,7 @@ class TrainTransform(grain.transforms.RandomMap):
             crop_scale=config.crop_scale and tuple(config.crop_scale),
             crop_ratio=tuple(config.crop_ratio),
             resize=_checked_resize(config.resize),
+            exif_orientation=config.exif_orientation,
             flip=config.flip,
             pad_shift=config.pad_shift,
             randaugment=config.randaugment.to_dict() if config.randaugment.num_ops else None,
@@ -198,12 +203,12 @@ class TrainTransform(grain.transforms.RandomMap):
 
     def _crop(self, element: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
         if self.crop_scale is None:
-            return centre_crop(element, self.size, 1.0)
+            return centre_crop(element, self.size, 1.0, self.exif_orientation)
         try:
-            image = decode.open_image(element["image"])
-            box = decode.random_box(*image.size, self.crop_scale, self.crop_ratio, rng)
-            return decode.resized_crop(image, box, self.size, decode.RESIZES[self.resize])
-        except decode.DECODE_ERRORS as error:
+            opened = image_files.open_image(element["image"], self.exif_orientation)
+            box = decode.random_box(*opened.size, self.crop_scale, self.crop_ratio, rng)
+            return image_files.resized_crop(opened, box, self.size, decode.RESIZES[self.resize])
+        except ImageError as error:
             raise decode.unreadable(element, error) from error
 
 
@@ -216,15 +221,16 @@ def _checked_resize(name: str) -> str:
     return name
 
 
-def centre_crop(element: dict[str, Any], size: int, fraction: float) -> np.ndarray:
+def centre_crop(
+    element: dict[str, Any], size: int, fraction: float, exif_orientation: bool = True
+) -> np.ndarray:
     """Cuts the central square of an example's image and resizes it to uint8 [S, S, 3]."""
     pixels = element["image"]
     if isinstance(pixels, np.ndarray) and pixels.shape == (size, size, 3) and fraction == 1.0:
         return pixels
     try:
-        image = decode.open_image(pixels)
-        return decode.resized_crop(image, decode.centre_box(*image.size, fraction), size)
-    except decode.DECODE_ERRORS as error:
+        return image_files.centre_crop(pixels, size, fraction, exif_orientation)
+    except ImageError as error:
         raise decode.unreadable(element, error) from error
 
 
@@ -248,30 +254,36 @@ class EvalBatches(Iterable[Batch]):
         config, rows = self._config, self._rows
         padded = len(self) * rows.local * rows.count
         transform = functools.partial(
-            _eval_example, examples=self._examples, size=config.image_size, crop=config.eval_crop
+            _eval_example,
+            examples=self._examples,
+            size=config.image_size,
+            crop=config.eval_crop,
+            exif_orientation=config.exif_orientation,
         )
         dataset = grain.MapDataset.range(padded).map(transform).batch(rows.local)
         return iter(_ahead(dataset[rows.index :: rows.count], config))
 
 
-def _eval_example(index: int, examples: sources.Examples, size: int, crop: float) -> Batch:
+def _eval_example(
+    index: int, examples: sources.Examples, size: int, crop: float, exif_orientation: bool
+) -> Batch:
     """Returns example `index`, or a zero row beyond the last one."""
     valid = index < len(examples)
     example = examples[index if valid else 0]
     made = {
-        "image": centre_crop(example, size, crop),
+        "image": centre_crop(example, size, crop, exif_orientation),
         "label": np.asarray(example["label"], np.int32),
         "valid": np.asarray(valid),
     }
     if sources.MASK in example:
-        made[sources.MASK] = _mask(example, size, crop)
+        made[sources.MASK] = _mask(example, size, crop, exif_orientation)
     return made if valid else {key: np.zeros_like(value) for key, value in made.items()}
 
 
-def _mask(example: dict[str, Any], size: int, crop: float) -> np.ndarray:
+def _mask(example: dict[str, Any], size: int, crop: float, exif_orientation: bool) -> np.ndarray:
     try:
-        return decode.decode_mask(example[sources.MASK], size, crop)
-    except decode.DECODE_ERRORS as error:
+        return decode.decode_mask(example[sources.MASK], size, crop, exif_orientation)
+    except ImageError as error:
         raise decode.unreadable(example, error) from error
 
 
@@ -283,7 +295,8 @@ def _train_examples(config: ConfigDict) -> Any:
     if config.workers:
         raise UserError("data.cache keeps images in this process; set data.workers to 0 with it.")
     size = config.image_size if config.crop_scale is None else None
-    return _decoded(str(builder.data_dir), config.train_split, size, examples)
+    key = (str(builder.data_dir), config.train_split, size, config.exif_orientation)
+    return _decoded(key, examples)
 
 
 class _CachedExamples(collections.UserList[dict[str, Any]]):
@@ -293,28 +306,28 @@ class _CachedExamples(collections.UserList[dict[str, Any]]):
         return f"<{len(self)} decoded examples>"
 
 
-_CACHE: dict[tuple[str, str, int | None], _CachedExamples] = {}
+_Key = tuple[str, str, int | None, bool]  # folder, split, size, exif_orientation
+_CACHE: dict[_Key, _CachedExamples] = {}
 
 
-def _decoded(
-    folder: str, split: str, size: int | None, examples: sources.Examples
-) -> _CachedExamples:
-    """Decodes a split once and keeps it, resized to `size` where every epoch needs just that."""
-    key = (folder, split, size)
+def _decoded(key: _Key, examples: sources.Examples) -> _CachedExamples:
+    """Decodes a split once and keeps it, resized to a size where every epoch needs just that."""
     if key not in _CACHE:
         _CACHE.clear()  # one split at a time: this can be most of the memory in use
         _CACHE[key] = _CachedExamples(
-            _decode_example(example, size) for example in examples.in_order()
+            _decode_example(example, *key[2:]) for example in examples.in_order()
         )
     return _CACHE[key]
 
 
-def _decode_example(example: dict[str, Any], size: int | None) -> dict[str, Any]:
+def _decode_example(
+    example: dict[str, Any], size: int | None, exif_orientation: bool
+) -> dict[str, Any]:
     if size is not None:
-        return example | {"image": centre_crop(example, size, 1.0)}
+        return example | {"image": centre_crop(example, size, 1.0, exif_orientation)}
     try:
-        return example | {"image": np.asarray(decode.to_rgb(decode.open_image(example["image"])))}
-    except decode.DECODE_ERRORS as error:
+        return example | {"image": image_files.decode(example["image"], exif_orientation)}
+    except ImageError as error:
         raise decode.unreadable(example, error) from error
 
 

@@ -4,7 +4,8 @@ r"""Makes a data set of your own images: a TFDS folder in array_record, original
         --name=my_images --data_dir=<folder> [--on_error=skip] [--workers=4]
 
 `--source` may be given several times (one archive per split). Every file is decoded once before
-anything is written; those that cannot be read are listed by name.
+anything is written; those that cannot be read are listed by name, with what was passed over and
+what is odd about the classes.
 """
 
 import concurrent.futures
@@ -12,21 +13,28 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import re
+import unicodedata
 import zipfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags
 
 from msvit_jax import errors
-from msvit_jax.data import decode, sources
+from msvit_jax.data import image_files, sources
+from msvit_jax.data.image_files import ImageError, shown
 from msvit_jax.errors import UserError
 
 LAYOUT = "Expected split/class/file, for instance train/cat/1.jpg and validation/cat/2.jpg."
+NAMED = 20  # files or classes that a message lists at most
+
+_DEFLATE64 = 9  # how Windows Explorer compresses files of more than 2 GB
+_UNZIP = "unpack the archive with another tool, for instance 7-Zip, and give the folder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +44,12 @@ class SourceFile:
     Attributes:
         container: the folder or zip archive.
         path: its place in there, split/class/file with forward slashes.
+        entry: its name in the archive, if that is another.
     """
 
     container: str
     path: str
+    entry: str = ""
 
     @property
     def split(self) -> str:
@@ -52,9 +62,30 @@ class SourceFile:
         return self.path.split("/")[1]
 
     def read(self) -> bytes:
-        """Returns the file's bytes."""
+        """Returns the file's bytes.
+
+        Raises:
+            ImageError: it cannot be read, or is no image by its length.
+        """
         archive = _archive(self.container)
-        return archive.read(self.path) if archive else Path(self.container, self.path).read_bytes()
+        if archive is None:
+            return image_files.read_bytes(Path(self.container, self.path))
+        return _read_entry(archive, self.entry or self.path)
+
+
+@image_files.guarded()
+def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
+    info = archive.getinfo(name)
+    if info.flag_bits & 0x1:
+        raise ImageError(f"it is locked with a password; {_UNZIP}")
+    if info.compress_type == _DEFLATE64:
+        raise ImageError(f"it is compressed by Deflate64, which Python cannot read; {_UNZIP}")
+    image_files.check_length(info.file_size)
+    try:
+        return archive.read(name)
+    except NotImplementedError as error:
+        method = f"compressed by method {info.compress_type}, which Python cannot read"
+        raise ImageError(f"it is {method}; {_UNZIP}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +96,43 @@ class Unreadable:
     reason: str
 
     def __str__(self) -> str:
-        return f"  {self.file.container}: {self.file.path}: {self.reason}"
+        return f"  {shown(self.file.container)}: {shown(self.file.path)}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a folder or archive holds.
+
+    Attributes:
+        files: the visible ones, sorted.
+        folders: paths of its folders, with forward slashes.
+        passed_over: by reason, what was not taken.
+    """
+
+    files: list[SourceFile]
+    folders: set[str]
+    passed_over: dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was made: the folder, examples per split, class names, and what was left out."""
+    """What was made.
+
+    Attributes:
+        folder: the data set.
+        examples: their number in each split.
+        class_names: in the order of the labels.
+        skipped: files that could not be read.
+        passed_over: by reason, files and folders that were not looked into.
+        notes: what is odd about splits and classes, a sentence each.
+    """
 
     folder: Path
     examples: dict[str, int]
     class_names: tuple[str, ...]
     skipped: tuple[Unreadable, ...]
+    passed_over: Mapping[str, Sequence[str]]
+    notes: tuple[str, ...]
 
 
 class ImageFiles(  # type: ignore[call-arg]
@@ -89,13 +146,13 @@ class ImageFiles(  # type: ignore[call-arg]
     def __init__(self, *, name: str, files: Sequence[SourceFile], **kwargs: Any) -> None:
         self.name = name
         self._files = files
-        self._class_names = sorted({file.label for file in files})
+        self._labels = {label: index for index, label in enumerate(_labels(files))}
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
             "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=self._class_names),
+            "label": tfds.features.ClassLabel(names=class_names(self._labels)),
             "file_name": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(
@@ -107,16 +164,44 @@ class ImageFiles(  # type: ignore[call-arg]
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    ) -> dict[str, Iterator[tuple[bytes, dict[str, Any]]]]:
         del dl_manager
         splits = sorted({file.split for file in self._files})
         return {split: self._generate_examples(split) for split in splits}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         for file in self._files:
             if file.split == split:
-                example = {"image": file.read(), "label": file.label, "file_name": file.path}
-                yield file.path, example
+                # As bytes, because a file's name need not be text.
+                path = file.path.encode("utf-8", "surrogateescape")
+                label = self._labels[file.label]
+                yield path, {"image": file.read(), "label": label, "file_name": path}
+
+
+def _labels(files: Iterable[SourceFile]) -> list[str]:
+    return sorted({file.label for file in files})
+
+
+def class_names(labels: Iterable[str]) -> list[str]:
+    r"""Names of class folders as TFDS can store them: text, on one line each, no spaces around.
+
+    What is no such text is escaped: a byte that is not UTF-8 becomes '\xe9'.
+
+    Raises:
+        UserError: two folders get one name, or one gets none.
+    """
+    names: dict[str, str] = {}
+    for label in labels:
+        name = shown(label).strip()
+        if not name:
+            raise UserError(f"The class folder {label!r} has a name of spaces only; rename it.")
+        if name in names:
+            raise UserError(
+                f"The class folders {names[name]!r} and {label!r} differ in nothing that a class "
+                "name can hold; rename one of them."
+            )
+        names[name] = label
+    return list(names)
 
 
 def prepare(
@@ -136,22 +221,57 @@ def prepare(
     """
     root = sources.data_root(data_dir)
     _check_name(name, root)
-    files = [file for each in container for file in list_files(each)]
+    errors.check_writable(root, "data_dir")
+    listings = [list_files(each) for each in container]
+    files = [file for each in listings for file in each.files]
+    passed_over = image_files.Found()
+    for each in listings:
+        passed_over.add(image_files.Found(passed_over=each.passed_over))
+    if on_error == "stop":
+        _check_accessible(passed_over.passed_over)
     _check_unique(files)
+    _check_splits(files)
+    names = class_names(_labels(files))
     bad = find_unreadable(files, workers)
     if bad and on_error == "stop":
         raise UserError(
             f"{len(bad)} of {len(files)} files cannot be read as images; nothing was written.\n"
-            + "\n".join(map(str, bad))
+            + "\n".join(_listed(bad))
             + "\nRepair or remove them, or leave them out with --on_error=skip."
         )
     left_out = {each.file for each in bad}
     good = [file for file in files if file not in left_out]
     _check_splits_left(files, good)
+    names = class_names(_labels(good))
     folder = _write(name, good, root)
     counts = Counter(file.split for file in good)
-    class_names = tuple(sorted({file.label for file in good}))
-    return Prepared(folder, dict(sorted(counts.items())), class_names, tuple(bad))
+    return Prepared(
+        folder,
+        dict(sorted(counts.items())),
+        tuple(names),
+        tuple(bad),
+        passed_over.passed_over,
+        tuple(_notes(listings, good)),
+    )
+
+
+def _check_accessible(passed_over: Mapping[str, Sequence[str]]) -> None:
+    """A dead link may have been a whole class."""
+    harmless = (image_files.HIDDEN, image_files.LOOPS)
+    lost = {reason: paths for reason, paths in passed_over.items() if reason not in harmless}
+    if lost:
+        raise UserError(
+            "Some of what lies there cannot be read; nothing was written.\n  "
+            + "\n  ".join(image_files.passed_over_lines(lost, NAMED))
+            + "\nRepair or remove it, or leave it out with --on_error=skip."
+        )
+
+
+def _listed(bad: Sequence[Unreadable]) -> list[str]:
+    lines = [str(each) for each in bad[:NAMED]]
+    if len(bad) > NAMED:
+        lines.append(f"  ... and {len(bad) - NAMED} more")
+    return lines
 
 
 def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
@@ -166,58 +286,101 @@ def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
         raise _taken(name, root) from error
 
 
-def list_files(container: str) -> list[SourceFile]:
-    """Lists a folder or zip of split/class/file in order; hidden files are passed over."""
-    place = Path(container).expanduser()
-    if not place.exists():
-        raise UserError(f"--source={container} does not exist.")
+def list_files(container: str) -> Listing:
+    """Lists a folder or zip of split/class/file in order; links to folders are followed.
+
+    Raises:
+        UserError: it is missing, neither a folder nor an archive, or of another layout.
+    """
+    place = Path(os.path.expanduser(container))
+    if not os.path.exists(place):
+        raise UserError(f"--source={shown(container)} does not exist.")
     archive = _archive(str(place))
-    if archive:
-        paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
-    else:
-        paths = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
-    visible = sorted(path for path in paths if not _hidden(path))
-    misplaced = [path for path in visible if path.count("/") != 2]
+    listing = _list_folder(place) if archive is None else _list_archive(str(place), archive)
+    misplaced = [file.path for file in listing.files if not _is_placed(file.path)]
     if misplaced:
         raise UserError(
-            f"{container} has {len(misplaced)} files that are not in split/class/file, the first "
-            f"is {misplaced[0]}. {LAYOUT}"
+            f"{shown(container)} has {len(misplaced)} files that are not in split/class/file, the "
+            f"first is {shown(misplaced[0])}. {LAYOUT}"
         )
-    if not visible:
-        raise UserError(f"{container} holds no files. {LAYOUT}")
-    return [SourceFile(str(place), path) for path in visible]
+    for first, second in itertools.pairwise(listing.files):
+        if first.path == second.path:
+            raise UserError(f"{shown(container)} holds {shown(first.path)} twice.")
+    if not listing.files:
+        passed = image_files.passed_over_lines(listing.passed_over)
+        told = "".join(f" Passed over: {line}." for line in passed)
+        raise UserError(f"{shown(container)} holds no files. {LAYOUT}{told}")
+    return listing
 
 
-def _hidden(path: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(path).parts)
+def _list_folder(place: Path) -> Listing:
+    found = image_files.walk(place)
+    files = [SourceFile(str(place), path.relative_to(place).as_posix()) for path in found.files]
+    folders = {path.relative_to(place).as_posix() for path in found.folders}
+    return Listing(sorted(files, key=lambda file: file.path), folders, found.passed_over)
+
+
+def _list_archive(place: str, archive: zipfile.ZipFile) -> Listing:
+    files, folders, passed_over = [], set(), image_files.Found()
+    for entry in archive.infolist():
+        path = entry.filename
+        if "/" not in path:  # some tools of Windows part folders so, against the format's rules
+            path = path.replace("\\", "/")
+        path = path.removeprefix("./")
+        if any(map(image_files.is_hidden, path.split("/"))) and ".." not in path.split("/"):
+            passed_over.pass_over(path, image_files.HIDDEN)
+        elif path.endswith("/"):
+            folders.add(path.rstrip("/"))
+        else:
+            files.append(SourceFile(place, path, "" if path == entry.filename else entry.filename))
+    return Listing(sorted(files, key=lambda file: file.path), folders, passed_over.passed_over)
+
+
+def _is_placed(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 3 and not any(part in ("", ".", "..") for part in parts)
 
 
 @functools.cache
 def _archive(container: str) -> zipfile.ZipFile | None:
     """Opens a zip archive once per process; None for a folder."""
-    if Path(container).is_dir():
+    if os.path.isdir(container):
         return None
+    if not os.path.isfile(container):  # a pipe would block
+        raise UserError(f"{shown(container)} is neither a folder nor a zip archive.")
     try:
-        return zipfile.ZipFile(container)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{container} is neither a folder nor a zip archive ({error}).") from error
+        with image_files.guarded():
+            return zipfile.ZipFile(container)
+    except ImageError as error:
+        raise UserError(
+            f"{shown(container)} is neither a folder nor a zip archive that can be read ({error})."
+        ) from error
 
 
 def find_unreadable(files: Iterable[SourceFile], workers: int = 1) -> list[Unreadable]:
-    """Decodes every file to its end and returns those where that fails."""
+    """Decodes every file to its end and returns those where that fails.
+
+    Raises:
+        UserError: a worker process was ended, for instance for want of memory.
+    """
     if workers <= 1:
         return [bad for bad in map(_check, files) if bad]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return [bad for bad in pool.map(_check, files, chunksize=64) if bad]
+    try:
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            return [bad for bad in pool.map(_check, files, chunksize=64) if bad]
+    except concurrent.futures.BrokenExecutor as error:
+        raise UserError(
+            "A process that checks files was ended, perhaps for want of memory; use fewer "
+            "--workers."
+        ) from error
 
 
 def _check(file: SourceFile) -> Unreadable | None:
     try:
-        decode.to_rgb(decode.open_image(file.read()))
-    except (*decode.DECODE_ERRORS, zipfile.BadZipFile) as error:
-        # Pillow names the memory address of the buffer, which tells nobody anything.
-        return Unreadable(file, re.sub(r" <_io\.BytesIO.*?>", "", str(error)))
+        image_files.decode(file.read())
+    except ImageError as error:
+        return Unreadable(file, str(error))
     return None
 
 
@@ -242,13 +405,61 @@ def _check_unique(files: Sequence[SourceFile]) -> None:
     ordered = sorted(files, key=lambda file: file.path)
     for first, second in itertools.pairwise(ordered):
         if first.path == second.path:
-            raise UserError(f"{first.path} is in both {first.container} and {second.container}.")
+            raise UserError(
+                f"{shown(first.path)} is in both {shown(first.container)} and "
+                f"{shown(second.container)}."
+            )
+
+
+def _check_splits(files: Iterable[SourceFile]) -> None:
+    for split in sorted({file.split for file in files}):
+        if not re.fullmatch(r"\w+(-\w+)*", split, re.ASCII) or split == "all":
+            raise UserError(
+                f"{split!r} cannot be a split's name: use letters, digits and underscores, for "
+                "instance 'train' and 'validation'."
+            )
 
 
 def _check_splits_left(files: Sequence[SourceFile], good: Sequence[SourceFile]) -> None:
     lost = {file.split for file in files} - {file.split for file in good}
     if lost:
         raise UserError(f"No file of split {', '.join(sorted(lost))} can be read as an image.")
+
+
+def _notes(listings: Sequence[Listing], good: Sequence[SourceFile]) -> Iterator[str]:
+    """What makes classes other than their owner may think, a sentence each."""
+    used = {file.path.rpartition("/")[0] for file in good}
+    used |= {path.partition("/")[0] for path in used}
+    held = {folder for listing in listings for folder in listing.folders if folder != "."}
+    held |= {file.path.rpartition("/")[0] for listing in listings for file in listing.files}
+    empty = sorted(folder for folder in held - used if folder.count("/") < 2)
+    if empty:
+        yield f"No image is in {_named(empty)}."
+    for kind, level in (("Splits", 0), ("Classes", 1)):
+        for alike in _alike({file.path.split("/")[level] for file in good}):
+            names = " and ".join(ascii(name) for name in alike)
+            yield (
+                f"{kind} {names} differ only by case, Unicode form or spaces, and are kept apart."
+            )
+    labels = set(_labels(good))
+    for split in sorted({file.split for file in good}):
+        missing = labels - {file.label for file in good if file.split == split}
+        if missing:
+            yield (
+                f"Split {split} has no image of {len(missing)} of the {len(labels)} classes: "
+                f"{_named(sorted(missing))}."
+            )
+
+
+def _alike(names: Iterable[str]) -> list[list[str]]:
+    groups = defaultdict(list)
+    for name in sorted(names):
+        groups[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
 
 
 _SOURCE = flags.DEFINE_multi_string(
@@ -273,6 +484,10 @@ def main(argv: Sequence[str]) -> None:
     )
     for bad in made.skipped:
         print(f"skipped{bad}")
+    for line in image_files.passed_over_lines(made.passed_over):
+        print(f"passed over: {line}")
+    for note in made.notes:
+        print(f"note: {note}")
     counts = ", ".join(f"{split}: {count}" for split, count in made.examples.items())
     print(f"{made.folder}\n{counts}, {len(made.class_names)} classes, {len(made.skipped)} skipped")
     print(

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from msvit_jax.data import scattered_digits
-from msvit_jax.errors import UserError, nearest
+from msvit_jax.errors import UserError, check_writable, nearest
 
 EMBEDDED = scattered_digits.ScatteredDigits.name
 MASK = "segmentation_mask"
@@ -253,7 +253,9 @@ def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -
 
     Raises:
         FileExistsError: the data set is there already.
+        UserError: the folder cannot be written.
     """
+    check_writable(root, "data_dir")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing.", dir=root) as aside:
         builder = make(aside)
@@ -264,6 +266,8 @@ def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -
         try:
             os.rename(made, folder)
         except OSError as error:
+            if not folder.exists():
+                raise
             raise FileExistsError(f"{folder} exists already") from error
     return folder
 

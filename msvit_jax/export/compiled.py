@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax import Array, export
 
+from msvit_jax.data import image_files
 from msvit_jax.errors import UserError
 from msvit_jax.export import run as runner
 from msvit_jax.export.source import Source
@@ -84,7 +85,7 @@ class _Function:
 
 
 def write(source: Source, directory: pathlib.Path, options: Options) -> None:
-    """Writes functions, weights, about.json and run.py into a directory that does not exist.
+    """Writes functions, weights, about.json and what runs them into a new directory.
 
     Args:
       source: of model and parameters.
@@ -117,7 +118,8 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
     }
     ours.save(directory / WEIGHTS, source.params, source.about)
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    shutil.copyfile(runner.__file__, directory / "run.py")
+    for module in (runner, image_files):
+        shutil.copy(str(module.__file__), directory)
     _write_flatbuffers(directory / runner.FLATBUFFERS)
 
 

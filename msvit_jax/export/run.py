@@ -1,17 +1,22 @@
 """Classifies images with the functions that lie beside this file.
 
-    python run.py photo.jpg folder/*.png images.npy [--batch=32] [--out=answers.npz]
+    python run.py photo.jpg folder/ images.npy [--batch=32] [--out=answers.npz] [--on_error=stop]
 
 Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, S, S, 3] of 0 to 255.
+Files that cannot be read are named and skipped, or end it before any is classified.
 --threshold sets the gate of a mixed-scale model, --thresholds=0.9,0.8 the exits of a cascade.
 about.json says what the functions take and return. In Python: `Model().classify(pixels)`.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,23 +41,15 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_image(path: str, size: int, crop: float) -> np.ndarray:
-    """The central square of an image file, `crop` of its short side, resized: uint8 [S, S, 3]."""
-    from PIL import Image
-
-    image: Image.Image = Image.open(path)
-    full, side = image.size, min(image.size) * crop
-    if image.format == "JPEG" and side >= 2 * size:  # decoded no larger than needed
-        image.draft("RGB", (int(full[0] * size / side), int(full[1] * size / side)))
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
-    scale = np.tile([image.width / full[0], image.height / full[1]], 2)
-    corner = (np.asarray(full) - side) / 2
-    box = np.minimum(np.concatenate([corner, corner + side]) * scale, [*image.size] * 2)
-    if image.size == (size, size) and tuple(box) == (0, 0, size, size):
-        return np.asarray(image)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=tuple(box)))
+def image_files() -> Any:
+    """The module that finds and decodes image files: the library's, or an export's copy of it."""
+    if __package__:
+        return importlib.import_module("msvit_jax.data.image_files")
+    sys.path.append(str(HERE))
+    try:
+        return importlib.import_module("image_files")
+    except ImportError as error:
+        raise ValueError(f"image files need Pillow: pip install pillow ({error})") from error
 
 
 class Model:
@@ -98,7 +95,7 @@ class Model:
           The functions' outputs by name, each [N, ...]; of a cascade `logits` of the exit that an
           image left at, and `exits`, from 0.
         """
-        images = self._checked(images)
+        images = check_pixels(images, self.about)
         batch = min(batch, len(images))
         if self.about["kind"] == "cascade":
             return self._cascade(images, batch, thresholds or self.about["thresholds"])
@@ -112,14 +109,6 @@ class Model:
             for name, values in again.items():
                 answers[name][left] = values
         return answers
-
-    def _checked(self, images: np.ndarray) -> np.ndarray:
-        side, dtype = self.about["image_size"], np.dtype(self.about["pixels"])
-        if images.ndim != 4 or not len(images) or images.shape[1:] != (side, side, 3):
-            raise ValueError(f"images are [N, {side}, {side}, 3], not {images.shape}")
-        if not np.can_cast(images.dtype, dtype):
-            raise ValueError(f"images are {dtype} of 0 to 255, not {images.dtype}")
-        return images.astype(dtype, copy=False)
 
     def _in_batches(
         self, function: Any, images: np.ndarray, batch: int, rest: Sequence[Any]
@@ -170,41 +159,134 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
+def read_files(
+    names: Sequence[str], about: dict[str, Any]
+) -> tuple[list[str], list[np.ndarray], list[str]]:
+    """Reads image files, the images below folders, and .npy files of pixels.
+
+    Args:
+      names: files, folders or patterns.
+      about: the contents of about.json.
+
+    Returns:
+      Names of images, the pixels [S, S, 3] of each, and a line for each file that cannot be read.
+
+    Raises:
+      ValueError: a name that leads to no file.
+    """
+    named: list[str] = []
+    images: list[np.ndarray] = []
+    bad: list[str] = []
+    for name in names:
+        read = read_npy(name, about) if name.endswith(".npy") else read_images(name, about)
+        for image, pixels in read:
+            if isinstance(pixels, str):
+                bad.append(f"{image}: {pixels}")
+            else:
+                named.append(image)
+                images.append(pixels)
+    return named, images, bad
+
+
+def read_npy(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yields names of the images in a file and their pixels, or why there are none."""
+    try:
+        pixels = np.load(name)
+        pixels = check_pixels(pixels[None] if pixels.ndim == 3 else pixels, about)
+    except Exception as error:  # damaged files make NumPy raise nearly anything
+        yield name, " ".join(str(error).split()) or type(error).__name__
+        return
+    for number, image in enumerate(pixels):
+        yield name if len(pixels) == 1 else f"{name}[{number}]", image
+
+
+def read_images(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yields names of image files and their pixels, or why one cannot be read."""
+    images = image_files()
+    found = images.find([name])
+    for line in images.passed_over_lines(found.passed_over):
+        print(f"passed over: {line}", file=sys.stderr)
+    how = (about["image_size"], about["crop"], about.get("exif_orientation", True))
+    for file in found.files:
+        try:
+            yield images.shown(file), images.read_image(file, *how)
+        except images.ImageError as error:
+            yield images.shown(file), str(error)
+
+
+def check_pixels(images: np.ndarray, about: dict[str, Any]) -> np.ndarray:
+    """Pixels in the type that the functions take.
+
+    Raises:
+      ValueError: not [N, S, S, 3], none at all, or of a type that does not fit.
+    """
+    side, dtype = about["image_size"], np.dtype(about["pixels"])
+    if images.ndim != 4 or not len(images) or images.shape[1:] != (side, side, 3):
+        raise ValueError(f"images are [N, {side}, {side}, 3], not {images.shape}")
+    if not np.can_cast(images.dtype, dtype):
+        raise ValueError(f"images are {dtype} of 0 to 255, not {images.dtype}")
+    return images.astype(dtype, copy=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line for each image."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("files", nargs="+", help="image files, or .npy files of pixels")
+    parser.add_argument("files", nargs="+", help="image files, folders, or .npy files of pixels")
     parser.add_argument("--batch", type=int, default=32, help="images run at a time")
     parser.add_argument("--threshold", type=float, help="of a mixed-scale model's gate")
     parser.add_argument("--thresholds", help="of a cascade's exits: 0.9,0.8")
     parser.add_argument("--out", help=".npz file for all outputs")
+    parser.add_argument(
+        "--on_error", choices=("skip", "stop"), default="skip", help="what to do with bad files"
+    )
     given = parser.parse_args(arguments)
+    if given.batch < 1:
+        raise ValueError(f"--batch={given.batch}: at least 1 is needed")
+    if not given.out:
+        run_files(given)
+        return
+    with whole_file(given.out if given.out.endswith(".npz") else f"{given.out}.npz") as file:
+        np.savez(file, allow_pickle=False, **run_files(given))
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[Any]:
+    """Opens a file before any work; what is written takes its place at the end, or never."""
+    try:
+        with open(f"{path}.part", "wb") as file:
+            yield file
+        os.replace(file.name, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.part")
+
+
+def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Reads, classifies and prints."""
     model = Model()
-    size, crop = model.about["image_size"], model.about["crop"]
-    named: list[str] = []
-    parts: list[np.ndarray] = []
-    for file in given.files:
-        if file.endswith(".npy"):
-            pixels = np.load(file)
-            pixels = pixels[None] if pixels.ndim == 3 else pixels
-        else:
-            pixels = read_image(file, size, crop)[None]
-        named += [file if len(pixels) == 1 else f"{file}[{i}]" for i in range(len(pixels))]
-        parts.append(pixels)
+    named, images, bad = read_files(given.files, model.about)
+    for line in bad:
+        print(f"skipped {line}" if given.on_error == "skip" else line, file=sys.stderr)
+    if bad and given.on_error == "stop":
+        raise ValueError(f"{len(bad)} files cannot be read; nothing was classified")
+    if not images:
+        raise ValueError("none of the files can be read")
     thresholds = [float(t) for t in given.thresholds.split(",")] if given.thresholds else None
     answers: dict[str, Any] = model.classify(
-        np.concatenate(parts), batch=given.batch, threshold=given.threshold, thresholds=thresholds
+        np.stack(images), batch=given.batch, threshold=given.threshold, thresholds=thresholds
     )
     shares, labels = softmax(answers["logits"]), answers["logits"].argmax(axis=1)
     classes = model.about["class_names"] or range(shares.shape[1])
     for row, (name, label) in enumerate(zip(named, labels, strict=True)):
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
-    if given.out:
-        np.savez(given.out, allow_pickle=False, **answers)
+    return answers
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have others
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ class Source:
       params: arrays by our names, 'blocks_0/attn/qkv/kernel'.
       class_names: in the order of the labels; empty where they are not known.
       crop: share of the short side of image files that the model was evaluated on.
+      exif_orientation: whether image files were turned upright for it.
       step: of the checkpoint; None if it is from none.
       workdir: of the run; None if it is from none.
     """
@@ -32,6 +33,7 @@ class Source:
     params: dict[str, np.ndarray]
     class_names: Sequence[str] = ()
     crop: float = 1.0
+    exif_orientation: bool = True
     step: int | None = None
     workdir: pathlib.Path | None = None
 
@@ -57,6 +59,7 @@ class Source:
             params={name: np.asarray(value) for name, value in params.items()},
             class_names=tuple(about.get("class_names") or ()),
             crop=config.data.eval_crop,
+            exif_orientation=config.data.exif_orientation,
             step=step,
             workdir=pathlib.Path(workdir),
         )
@@ -75,6 +78,7 @@ class Source:
             "mean": list(model.mean),
             "std": list(model.std),
             "crop": self.crop,
+            "exif_orientation": self.exif_orientation,
             "class_names": list(self.class_names),
             "step": self.step,
         }

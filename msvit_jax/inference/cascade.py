@@ -68,14 +68,16 @@ class CascadeJob:
         self.exits = np.zeros(count, np.int32)
         self.certainty = np.zeros((count, stages))
 
-    def run(self, source: Source, progress: Callable[[int], Any]) -> None:
+    def run(self, source: Source, answered: Callable[[list[int]], Any]) -> None:
         """Answers all images.
 
         Args:
           source: of the images, in order.
-          progress: told how many more images have their answers.
+          answered: told which images have their answers now.
         """
-        chunks: Iterator[tuple[range, np.ndarray]] | None = source.chunks(self._programs.batch)
+        chunks: Iterator[tuple[Sequence[int], np.ndarray]] | None = source.chunks(
+            self._programs.batch
+        )
         while True:
             if self._full:
                 self._start(*self._full.popleft())
@@ -87,7 +89,7 @@ class CascadeJob:
                     self._images.update(zip(*chunk, strict=True))
                     self._start(0, list(chunk[0]), None)
             elif self._on_the_way:
-                progress(self._finish())
+                answered(self._finish())
             else:
                 stage = next((s for s, w in enumerate(self._waiting) if w.numbers), None)
                 if stage is None:
@@ -95,7 +97,7 @@ class CascadeJob:
                 waiting, self._waiting[stage] = self._waiting[stage], _Waiting()
                 self._start(stage, waiting.numbers, waiting.rows)
             if len(self._on_the_way) > _ON_THE_WAY:
-                progress(self._finish())
+                answered(self._finish())
 
     def _start(self, stage: int, numbers: list[int], handed: Any) -> None:
         """Gives the devices a batch; its answers are read later."""
@@ -104,8 +106,8 @@ class CascadeJob:
         done = self._programs.run_stage(stage, batch, handed)
         self._on_the_way.append((stage, numbers, done))
 
-    def _finish(self) -> int:
-        """Reads the answers of the oldest batch; returns how many images leave."""
+    def _finish(self) -> list[int]:
+        """Reads the answers of the oldest batch; returns the images that leave."""
         stage, numbers, done = self._on_the_way.popleft()
         logits = np.asarray(jax.device_get(done.logits))[: len(numbers)]
         certain = exits.certainty(logits[:, None])[:, 0]
@@ -117,7 +119,7 @@ class CascadeJob:
                 del self._images[number]
         if stays.any():
             self._carry(stage + 1, numbers, np.flatnonzero(stays), done.handed)
-        return int((~stays).sum())
+        return [number for number, stay in zip(numbers, stays.tolist(), strict=True) if not stay]
 
     def _carry(self, stage: int, numbers: list[int], staying: np.ndarray, handed: Any) -> None:
         """Lets images wait for a stage; a full batch of them will run next."""

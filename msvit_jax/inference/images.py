@@ -1,21 +1,25 @@
 """Whatever holds images, checked once and then read a batch at a time."""
 
 import dataclasses
+import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from jax import Array
 
-from msvit_jax.data import decode
+from msvit_jax.data import image_files
+from msvit_jax.data.image_files import Found, ImageError, shown
 from msvit_jax.errors import UserError
 
 File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_NONE = "There are no images to predict: the list is empty."
 _NAMED = 8  # indices or sizes that a message names
+_NORMALIZED_MOST = 4  # times the greatest value that normalized pixels can have: none has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,81 +28,163 @@ class Source:
 
     Attributes:
       count: how many.
-      read: reads some of them by a slice: uint8 or float32 [n, S, S, 3].
+      read: reads some of them by a slice: uint8 or float32 [n, S, S, 3]. Of files a list, with an
+        `ImageError` in place of an image that cannot be read.
+      failed: why an image was passed over, by its number; grows while images are read.
     """
 
     count: int
-    read: Callable[[slice], np.ndarray]
+    read: Callable[[slice], np.ndarray | list[np.ndarray | ImageError]]
+    failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields the images one by one."""
-        for index in range(self.count):
-            yield self.read(slice(index, index + 1))[0]
-
-    def chunks(self, size: int) -> Iterator[tuple[range, np.ndarray]]:
-        """Yields the numbers of the next images and the images, `size` at a time."""
+    def chunks(self, size: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """Yields the numbers of the next images and the images, `size` of them or fewer."""
         for start in range(0, self.count, size):
-            numbers = range(start, min(start + size, self.count))
-            yield numbers, self.read(slice(start, start + size))
+            numbers: Sequence[int] = range(start, min(start + size, self.count))
+            images = self.read(slice(start, start + size))
+            if not isinstance(images, np.ndarray):
+                numbers, images = self._readable(numbers, images)
+            if len(numbers):
+                yield numbers, images
+
+    def _readable(
+        self, numbers: Sequence[int], images: list[np.ndarray | ImageError]
+    ) -> tuple[list[int], np.ndarray]:
+        good = {}
+        for number, image in zip(numbers, images, strict=True):
+            if isinstance(image, ImageError):
+                self.failed[number] = str(image)
+            else:
+                good[number] = image
+        return list(good), np.stack(list(good.values())) if good else np.zeros(0, np.uint8)
 
 
-def open_images(images: Images, *, size: int, crop: float) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Attributes:
+      size: side S of the model's images; arrays must have it, files are cut and resized to it.
+      crop: share of a file's short side that its central square has.
+      exif_orientation: files are turned upright.
+      on_error: 'stop' at a file that cannot be read, or 'skip' it.
+      mean: pixels' means, of 0 to 1, that the model's images are normalized with; None: floats are
+        not compared with what normalized pixels can be.
+      std: their standard deviations.
+    """
+
+    size: int
+    crop: float = 1.0
+    exif_orientation: bool = True
+    on_error: str = "stop"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+def open_images(images: Images, how: Reading) -> Source:
     """Checks images and makes them readable.
 
     Args:
       images: an array [N, H, W, 3] or a sequence of [H, W, 3]: uint8 of 0 to 255, or floats that
-        are normalised already; or paths of files, or a single one.
-      size: side S of the model's images; arrays must have it, files are cut and resized to it.
-      crop: share of a file's short side that its central square has.
+        are normalized already; or paths of files, or a single one.
+      how: see there.
 
     Raises:
-      UserError: none at all, a wrong shape, size or type, NaN pixels, or a file that is missing.
+      UserError: none at all, a wrong shape, size or type, NaN pixels, floats that are not
+        normalized, or a file that is missing where that is to stop it.
     """
+    if how.on_error not in ("stop", "skip"):
+        raise UserError(f"on_error={how.on_error!r} is neither 'stop' nor 'skip'.")
     if isinstance(images, File):
         images = [images]
     if not hasattr(images, "ndim"):
-        images = list(images)
-    if len(images) == 0:
-        raise UserError("There are no images to predict: the list is empty.")
+        images = _as_list(images)
     if hasattr(images, "ndim"):
-        return _from_array(np.asarray(images), size)
+        return _from_array(np.asarray(images), how)
+    if not images:
+        raise UserError(_NONE)
     if all(isinstance(image, File) for image in images):
-        return _from_files([pathlib.Path(str(path)) for path in images], size, crop)
+        return _from_files([pathlib.Path(str(path)) for path in images], how)
     if any(isinstance(image, File) for image in images):
         raise UserError("The list holds both paths and arrays; give either the one or the other.")
-    return _from_list([np.asarray(image) for image in images], size)
+    return _from_list([_as_array(image) for image in images], how)
 
 
-def _from_array(images: np.ndarray, size: int) -> Source:
+def _as_list(images: Any) -> list[Any]:
+    try:
+        return list(images)
+    except TypeError as error:
+        raise UserError(
+            f"Images are arrays, or paths of image files, not a {type(images).__name__}."
+        ) from error
+
+
+def _as_array(image: Any) -> np.ndarray:
+    if isinstance(image, tuple | list) and len(image) and np.ndim(image[-1]) == 0:
+        raise UserError(
+            f"The list holds {type(image).__name__}s, as data sets of images and labels do; give "
+            "the images alone: [image for image, label in dataset]."
+        )
+    try:
+        array = np.asarray(image)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"An image is an array [H, W, 3], not a {type(image).__name__}.") from error
+    if array.dtype == object:
+        raise UserError(f"An image is an array [H, W, 3], not a {type(image).__name__}.")
+    return array
+
+
+def _from_array(images: np.ndarray, how: Reading) -> Source:
+    if images.shape[:1] == (0,):
+        raise UserError(_NONE)
     if images.ndim != 4:
         hint = " For a single image write images[None]." if images.ndim == 3 else ""
         raise UserError(f"Images must be [N, H, W, 3], not {images.shape}.{hint}")
-    _check_shapes([images.shape[1:]], size)
+    _check_shapes([images.shape[1:]], how.size)
     _check_type(images.dtype)
-    _check_finite(images)
+    _check_values(images, how)
     return Source(len(images), lambda part: _as_read(images[part]))
 
 
-def _from_list(images: list[np.ndarray], size: int) -> Source:
+def _from_list(images: list[np.ndarray], how: Reading) -> Source:
     for dtype in {image.dtype for image in images}:
         _check_type(dtype)
     if len({image.dtype == np.uint8 for image in images}) > 1:
-        raise UserError("The list mixes uint8 images with normalised float ones; give one kind.")
-    _check_shapes([image.shape for image in images], size)
-    _check_finite(images)
+        raise UserError("The list mixes uint8 images with normalized float ones; give one kind.")
+    _check_shapes([image.shape for image in images], how.size)
+    _check_values(images, how)
     return Source(len(images), lambda part: _as_read(np.stack(images[part])))
 
 
-def _from_files(paths: list[pathlib.Path], size: int, crop: float) -> Source:
-    # Known before the first image is run, not after an hour.
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"There is no image file {str(path)!r}.")
+def _from_files(paths: list[pathlib.Path], how: Reading) -> Source:
+    if how.on_error == "stop":
+        # Known before the first image is run, not after an hour.
+        for path in paths:
+            if not os.path.isfile(path):
+                raise UserError(f"There is no image file '{shown(path)}'.")
 
-    def read(part: slice) -> np.ndarray:
-        return np.stack([decode.read_file(path, size, crop) for path in paths[part]])
+    def read(part: slice) -> list[np.ndarray | ImageError]:
+        images = [_read_file(path, how) for path in paths[part]]
+        if how.on_error == "stop":
+            for path, image in zip(paths[part], images, strict=True):
+                if isinstance(image, ImageError):
+                    raise UserError(f"The image '{shown(path)}' cannot be read: {image}.")
+        return images
 
     return Source(len(paths), read)
+
+
+def _read_file(path: pathlib.Path, how: Reading) -> np.ndarray | ImageError:
+    try:
+        return image_files.read_image(path, how.size, how.crop, how.exif_orientation)
+    except ImageError as error:
+        return error
+
+
+def find_unreadable(paths: Sequence[pathlib.Path], how: Reading) -> dict[pathlib.Path, str]:
+    """Reads and decodes every file, and returns those where that fails, with the reason."""
+    read = ((path, _read_file(path, how)) for path in paths)
+    return {path: str(image) for path, image in read if isinstance(image, ImageError)}
 
 
 def _as_read(images: np.ndarray) -> np.ndarray:
@@ -107,6 +193,11 @@ def _as_read(images: np.ndarray) -> np.ndarray:
 
 def _check_shapes(shapes: Sequence[tuple[int, ...]], size: int) -> None:
     for shape in shapes:
+        if len(shape) == 3 and shape[0] == 3 != shape[-1]:
+            raise UserError(
+                f"An image must be [H, W, 3], not {shape}: move the channels to the end, for "
+                "instance with image.transpose(1, 2, 0)."
+            )
         if len(shape) != 3 or shape[-1] != 3:
             raise UserError(
                 f"An image must be [H, W, 3], not {shape}; convert grey and RGBA images to RGB, "
@@ -129,9 +220,35 @@ def _check_type(dtype: Any) -> None:
     if dtype == np.uint8 or np.issubdtype(dtype, np.floating) or str(dtype) == "bfloat16":
         return
     raise UserError(
-        f"Images of type {dtype}; give uint8 pixels of 0 to 255, or float32 that are normalised "
+        f"Images of type {dtype}; give uint8 pixels of 0 to 255, or float32 that are normalized "
         "with the model's mean and std."
     )
+
+
+def _check_values(images: np.ndarray | Sequence[np.ndarray], how: Reading) -> None:
+    """Refuses what cannot be normalized pixels, and warns of what hardly can."""
+    floats = [image for image in images if image.dtype != np.uint8]
+    if not floats:
+        return
+    _check_finite(images)
+    if how.mean is None or how.std is None:
+        return
+    mean, std = np.asarray(how.mean), np.asarray(how.std)
+    possible = float(np.maximum(np.abs(mean), np.abs(1 - mean)).max() / std.min())
+    least = min(float(image.min()) for image in floats)
+    greatest = max(float(image.max()) for image in floats)
+    remedy = "give uint8 pixels of 0 to 255, or (pixels / 255 - model.mean) / model.std."
+    if max(-least, greatest) > _NORMALIZED_MOST * possible:
+        raise UserError(
+            f"Float images must be normalized: of this model's they lie within {possible:.3g}, and "
+            f"these have values of {least:.4g} to {greatest:.4g}; {remedy}"
+        )
+    if 0 <= least < greatest <= 1 and mean.min() > 0:
+        warnings.warn(
+            f"All values of these float images lie within 0 and 1, so they do not seem to be "
+            f"normalized; {remedy}",
+            stacklevel=6,  # whoever called the Predictor
+        )
 
 
 def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
@@ -146,35 +263,15 @@ def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
         raise UserError(f"NaN or infinite pixels: {which} them. Mend or leave out these images.")
 
 
-def find_files(patterns: Sequence[str]) -> list[pathlib.Path]:
-    """Image files that are named, lie in a named folder (at any depth), or match a glob, sorted.
+def find_files(patterns: Sequence[str]) -> Found:
+    """Image files that are named, lie in a named folder (at any depth), or match a glob.
 
-    Each appears once, in the order of the patterns.
+    Each appears once, in the order of the patterns; what was passed over is listed, too.
 
     Raises:
       UserError: a pattern that finds nothing; names it.
     """
-    found: dict[pathlib.Path, None] = {}
-    for pattern in patterns:
-        files = _matching(pattern)
-        if not files:
-            raise UserError(
-                f"{pattern!r} is no file, no folder with images ({', '.join(SUFFIXES)}), and no "
-                "glob that matches one."
-            )
-        found.update(dict.fromkeys(files))
-    return list(found)
-
-
-def _matching(pattern: str) -> list[pathlib.Path]:
-    path = pathlib.Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        return sorted(file for file in inside if file.is_file())
-    root = pathlib.Path(path.anchor)
     try:
-        return sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
-    except ValueError:  # not a pattern that pathlib knows
-        return []
+        return image_files.find(patterns)
+    except image_files.NoFilesError as error:
+        raise UserError(str(error)) from error

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ _ON_THE_WAY = 2  # calls given to the devices before the answers of the first ar
 class Decided:
     """Some images and what the gate says of them, for the whole batch that they were padded to."""
 
-    numbers: range
+    numbers: Sequence[int]
     images: np.ndarray
     decisions: Decisions | None
 
@@ -35,7 +35,7 @@ def decide(programs: Programs, source: Source, threshold: float | None) -> Itera
       threshold: of the gate; None for a model without one.
     """
 
-    def start(chunk: tuple[range, np.ndarray]) -> Decided:
+    def start(chunk: tuple[Sequence[int], np.ndarray]) -> Decided:
         numbers, images = chunk
         if not programs.gated:
             return Decided(numbers, images, None)
@@ -68,12 +68,12 @@ class Job:
         self.probability: np.ndarray | None = None
         self.merged: np.ndarray | None = None
 
-    def run(self, decided: Iterator[Decided], progress: Callable[[int], Any]) -> None:
+    def run(self, decided: Iterator[Decided], answered: Callable[[list[int]], Any]) -> None:
         """Answers all images.
 
         Args:
           decided: batches of images, in order.
-          progress: told how many more images have their answers.
+          answered: told which images have their answers now.
         """
         more = True
         while True:
@@ -81,7 +81,7 @@ class Job:
             if call is not None:
                 self._start(call)
                 if len(self._on_the_way) > _ON_THE_WAY:
-                    progress(self._finish())
+                    answered(self._finish())
             elif more:
                 batch = next(decided, None)
                 if batch is None:
@@ -89,7 +89,7 @@ class Job:
                 else:
                     self._take_in(batch)
             elif self._on_the_way:
-                progress(self._finish())
+                answered(self._finish())
             else:
                 return
 
@@ -102,9 +102,9 @@ class Job:
             self._images[number] = image
             self._queue.add(number, int(count))
 
-    def _keep(self, numbers: range, decisions: Decisions) -> np.ndarray:
+    def _keep(self, numbers: Sequence[int], decisions: Decisions) -> np.ndarray:
         """Writes down decisions; returns tokens."""
-        own = slice(numbers.start, numbers.stop)
+        own = list(numbers)
         coarse = np.asarray(decisions.coarse)[: len(numbers)]
         if self.coarse is None or self.probability is None:
             self.coarse = np.ones((self._count, coarse.shape[1]), np.float32)
@@ -123,15 +123,15 @@ class Job:
             coarse[places] = self.coarse[call.images]
         self._on_the_way.append((call, self._programs.answer(call.shape, images, coarse)))
 
-    def _finish(self) -> int:
-        """Reads the answers of the oldest call; returns how many there are."""
+    def _finish(self) -> list[int]:
+        """Reads the answers of the oldest call; returns the images that have them."""
         call, answers = self._on_the_way.popleft()
         logits, tokens, fits, merged = jax.device_get(
             (answers.logits, answers.tokens, answers.fits, answers.merged)
         )
         if self.merged is None and merged is not None:
             self.merged = np.zeros((self._count, *merged.shape[1:]), merged.dtype)
-        answered = 0
+        answered: list[int] = []
         for place, image in enumerate(call.places):
             if image == PADDING:
                 continue
@@ -140,7 +140,7 @@ class Job:
                 if self.merged is not None:
                     self.merged[image] = merged[place]
                 del self._images[image]
-                answered += 1
+                answered.append(image)
             else:
                 self._put_back(image, call)
         return answered

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from msvit_jax.inference import thresholds as exits
 from msvit_jax.inference.budgets import fitted_thresholds
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
-from msvit_jax.inference.images import Images, Source, open_images
+from msvit_jax.inference.images import Images, Reading, Source, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Programs, carry_name, stage_name
 from msvit_jax.models.layout import in_slots
@@ -46,6 +46,8 @@ class Predictions:
         of: itself for those that nobody took in; -1 for those that were dropped. A coarse token is
         held by the first of its four patches. The same in every layout. None of other models.
       class_names: of the classes; empty where they are not known.
+      failed: why files were skipped, by their number. Their logits are NaN, their label -1 and
+        their name empty.
     """
 
     logits: np.ndarray
@@ -55,6 +57,7 @@ class Predictions:
     exits: np.ndarray | None = None
     merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+    failed: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -67,8 +70,10 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
-        """[N], the most probable class of each image."""
-        return self.logits.argmax(axis=1)
+        """[N], the most probable class of each image; -1 of a file that was skipped."""
+        labels = self.logits.argmax(axis=1)
+        labels[list(self.failed)] = -1
+        return labels
 
     @property
     def names(self) -> list[str]:
@@ -76,8 +81,22 @@ class Predictions:
         return [self.class_name(label) for label in self.labels]
 
     def class_name(self, label: int) -> str:
-        """A class by its number."""
+        """A class by its number; empty for -1, of a file that was skipped."""
+        if label < 0:
+            return ""
         return self.class_names[label] if self.class_names else str(label)
+
+    def take(self, numbers: Sequence[int]) -> "Predictions":
+        """The answers for some of the images, which must not have been skipped.
+
+        Args:
+          numbers: of the images.
+        """
+        index = np.asarray(numbers, int)
+        arrays = ("logits", "tokens", "coarse", "coarse_probability", "exits", "merged")
+        given = {name: getattr(self, name) for name in arrays}
+        taken: dict[str, Any] = {n: None if x is None else x[index] for n, x in given.items()}
+        return dataclasses.replace(self, **taken, failed={})
 
 
 class Predictor:
@@ -95,6 +114,7 @@ class Predictor:
       model: in the slots layout.
       class_names: of its classes, if they are known.
       crop: see `__init__`.
+      exif_orientation: see `__init__`.
       report: what became of the parameters of a weights file; None otherwise.
     """
 
@@ -113,6 +133,7 @@ class Predictor:
         thresholds: Sequence[float] | None = None,
         class_names: Sequence[str] | None = None,
         crop: float = 1.0,
+        exif_orientation: bool = True,
         mesh: Mesh | None = None,
         max_programs: int = 24,
     ) -> None:
@@ -133,6 +154,8 @@ class Predictor:
             `calibrate_exits`.
           class_names: in the order of the labels.
           crop: share of the short side of image files that is kept, as the data's `eval_crop`.
+          exif_orientation: whether image files are turned upright, as in the data's
+            `exif_orientation`.
           mesh: devices to spread batches over; None: all of them.
           max_programs: of different shapes that may ever be compiled.
 
@@ -166,6 +189,7 @@ class Predictor:
             self.thresholds = thresholds
         self.class_names = _checked_names(class_names, self.model.num_classes)
         self.crop = crop
+        self.exif_orientation = exif_orientation
 
     @classmethod
     def load(
@@ -199,7 +223,11 @@ class Predictor:
         step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
         run = checkpoint.load_run(path, step)
         about = checkpoint.read_about(path, step)
-        known = {"class_names": about.get("class_names"), "crop": run.config.data.eval_crop}
+        known = {
+            "class_names": about.get("class_names"),
+            "crop": run.config.data.eval_crop,
+            "exif_orientation": run.config.data.exif_orientation,
+        }
         if budget is not None:
             _check_cascade(run.model)
             exits.check_budget(budget * 1e9, run.model.exit_macs())
@@ -218,7 +246,8 @@ class Predictor:
         elif model is None:
             model = weights.build_model(about)
         params, report = weights.load_params(file, model)
-        known = {key: about[key] for key in ("class_names", "crop") if about.get(key) is not None}
+        keys = ("class_names", "crop", "exif_orientation")
+        known = {key: about[key] for key in keys if about.get(key) is not None}
         predictor = cls(model, {"params": params}, **{**known, **options})
         predictor.report = report
         return predictor
@@ -288,50 +317,75 @@ class Predictor:
         return self
 
     def __call__(
-        self, images: Images, *, progress: Callable[[int], Any] | None = None
+        self,
+        images: Images,
+        *,
+        on_error: str = "stop",
+        answered: Callable[[list[int], Predictions], Any] | None = None,
+        progress: Callable[[int], Any] | None = None,
     ) -> Predictions:
         """Classifies images.
 
         Args:
-          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or floats, normalised already with the
+          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or floats, normalized already with the
             model's mean and std); a sequence of [S, S, 3]; or paths of image files, whose central
             square is cut and resized. S is the model's image size.
+          on_error: 'stop' at a file that cannot be read, or 'skip' it (see `Predictions.failed`).
+          answered: given the numbers of images and their answers as they come, in the order in
+            which images are done; all of it is in the result as well.
           progress: told how many more images have their answers, now and then.
 
         Raises:
-          UserError: no images, images of a wrong size, shape or type, NaN pixels, or a file that
-            cannot be read.
+          UserError: no images, images of a wrong size, shape or type, NaN pixels, floats that are
+            not normalized, or a file that cannot be read.
         """
-        source = self._open(images)
+        source = self._open(images, on_error)
+        job: Job | CascadeJob
         if self.thresholds is not None:
-            cascade = self._cascade(source, self.thresholds, progress)
-            tokens = self.model.exit_tokens[cascade.exits].astype(np.int32)
-            return Predictions(
-                cascade.logits, tokens, exits=cascade.exits, class_names=self.class_names
-            )
-        job = Job(self._programs, self._policy, source.count)
-        job.run(decide(self._programs, source, self.threshold), progress or (lambda count: None))
-        answers = Predictions(
-            job.logits, job.tokens, merged=job.merged, class_names=self.class_names
-        )
+            stages = len(self.model.exit_tokens)
+            job = CascadeJob(self._programs, stages, self.thresholds, source.count)
+        else:
+            job = Job(self._programs, self._policy, source.count)
+
+        def tell(numbers: list[int]) -> None:
+            if answered and numbers:
+                answered(numbers, self._predictions(job, numbers))
+            if progress:
+                progress(len(numbers))
+
+        if isinstance(job, CascadeJob):
+            job.run(source, tell)
+        else:
+            job.run(decide(self._programs, source, self.threshold), tell)
+        job.logits[list(source.failed)] = np.nan
+        return self._predictions(job, slice(None), source.failed)
+
+    def _predictions(
+        self,
+        job: Job | CascadeJob,
+        part: list[int] | slice,
+        failed: Mapping[int, str] | None = None,
+    ) -> Predictions:
+        """What a job has of some of its images."""
+        known: dict[str, Any] = {"class_names": self.class_names, "failed": failed or {}}
+        if isinstance(job, CascadeJob):
+            tokens = self.model.exit_tokens[job.exits[part]].astype(np.int32)
+            return Predictions(job.logits[part], tokens, exits=job.exits[part], **known)
+        merged = None if job.merged is None else job.merged[part]
+        made = Predictions(job.logits[part], job.tokens[part], merged=merged, **known)
         if job.coarse is None or job.probability is None:
-            return answers
-        shape = (source.count, *self.model.gate_grid)
+            return made
+        shape = (len(made), *self.model.gate_grid)
         return dataclasses.replace(
-            answers,
-            coarse=job.coarse.reshape(shape) > 0.5,
-            coarse_probability=job.probability.reshape(shape),
+            made,
+            coarse=job.coarse[part].reshape(shape) > 0.5,
+            coarse_probability=job.probability[part].reshape(shape),
         )
 
-    def _cascade(
-        self,
-        source: Source,
-        thresholds: Sequence[float],
-        progress: Callable[[int], Any] | None = None,
-    ) -> CascadeJob:
+    def _cascade(self, source: Source, thresholds: Sequence[float]) -> CascadeJob:
         stages = len(self.model.exit_tokens)
         job = CascadeJob(self._programs, stages, thresholds, source.count)
-        job.run(source, progress or (lambda count: None))
+        job.run(source, lambda numbers: None)
         return job
 
     def calibrate_exits(self, images: Images, budget: float) -> tuple[float, ...]:
@@ -367,10 +421,28 @@ class Predictor:
         never = [exits.NEVER] * (len(self.model.exit_tokens) - 1)
         return self._cascade(self._open(images), never).certainty
 
-    def _open(self, images: Images) -> Source:
-        return open_images(images, size=self.model.image_size, crop=self.crop)
+    def _open(self, images: Images, on_error: str = "stop") -> Source:
+        return open_images(images, self.reading(on_error))
 
-    def calibrate(self, images: Images, tokens: float = 100.0) -> Calibration:
+    def reading(self, on_error: str = "stop") -> Reading:
+        """How images are read for the model.
+
+        Args:
+          on_error: 'stop' at a file that cannot be read, or 'skip' it.
+        """
+        model = self.model
+        return Reading(
+            size=model.image_size,
+            crop=self.crop,
+            exif_orientation=self.exif_orientation,
+            on_error=on_error,
+            mean=model.mean,
+            std=model.std,
+        )
+
+    def calibrate(
+        self, images: Images, tokens: float = 100.0, *, on_error: str = "stop"
+    ) -> Calibration:
         """Sets the gate's threshold so that a sample's images have that many tokens on average.
 
         Of the thresholds that stay within the budget it takes the one that comes closest to it.
@@ -379,6 +451,7 @@ class Predictor:
         Args:
           images: a sample, see `__call__`.
           tokens: mean number of active patch tokens per image.
+          on_error: 'stop' at a file that cannot be read, or 'skip' it.
 
         Returns:
           The threshold and the mean that it gives on the sample.
@@ -387,12 +460,14 @@ class Predictor:
           UserError: a budget out of reach (names the range), or a model without a threshold.
         """
         self._check_adjustable()
-        batches = decide(self._programs, self._open(images), self.threshold)
+        batches = decide(self._programs, self._open(images, on_error), self.threshold)
         probability = [
             np.asarray(batch.decisions.probability)[: len(batch.numbers)]
             for batch in batches
             if batch.decisions is not None
         ]
+        if not probability:
+            raise UserError("None of the images can be read, so there is nothing to calibrate on.")
         calibration = threshold_for(np.concatenate(probability), tokens)
         self.threshold = calibration.threshold
         return calibration

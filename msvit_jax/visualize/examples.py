@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from msvit_jax import checkpoint
 from msvit_jax.data import decode, pipeline, sources
+from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.shapes import has_gate
@@ -78,12 +79,8 @@ def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
     Raises:
       UserError: a file is missing or cannot be decoded; names it.
     """
-    return [
-        Example(
-            decode.read_file(path, config.image_size, config.eval_crop), pathlib.Path(path).name
-        )
-        for path in paths
-    ]
+    how = (config.image_size, config.eval_crop, config.exif_orientation)
+    return [Example(decode.read_file(path, *how), shown(pathlib.Path(path).name)) for path in paths]
 
 
 def from_dataset(config: ConfigDict, count: int) -> list[Example]:
@@ -96,7 +93,9 @@ def from_dataset(config: ConfigDict, count: int) -> list[Example]:
     found = ((index, split[index]) for index in indices)
     return [
         Example(
-            pipeline.centre_crop(example, config.image_size, config.eval_crop),
+            pipeline.centre_crop(
+                example, config.image_size, config.eval_crop, config.exif_orientation
+            ),
             f"{config.eval_split} {index}",
             int(example["label"]),
         )

@@ -32,7 +32,7 @@ def save(
       path: of the .safetensors file; it is there whole or not at all.
       flat: arrays by our names, joined by '/'.
       about: JSON values. What is read back: `model` (`name` and options of `create_model`), `mean`
-        and `std` of the pixels, `class_names`, `crop`. Anything else is kept.
+        and `std` of the pixels, `class_names`, `crop`, `exif_orientation`. Anything else is kept.
     """
     path = pathlib.Path(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}

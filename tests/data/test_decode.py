@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from msvit_jax.data import decode
-from msvit_jax.errors import UserError
+from msvit_jax.data import decode, image_files
 
 PHOTO = Image.fromarray(load_sample_images().images[0])  # 640 x 427
 
@@ -22,7 +21,7 @@ def encoded(image, fmt="PNG", **options):
 
 
 def test_a_crop_is_resized_as_pillow_does_it_in_two_steps():
-    got = decode.resized_crop(decode.open_image(encoded(PHOTO)), (100, 50, 300, 250), 64)
+    got = image_files.resized_crop(image_files.open_image(encoded(PHOTO)), (100, 50, 300, 250), 64)
     expected = PHOTO.crop((100, 50, 300, 250)).resize((64, 64), Image.Resampling.BICUBIC)
     # box= also looks at the pixels beside the crop, which only its border can show.
     difference = np.abs(got.astype(int) - np.asarray(expected, int))
@@ -33,17 +32,17 @@ def test_a_crop_is_resized_as_pillow_does_it_in_two_steps():
 def test_scaled_decoding_gives_nearly_the_same_picture(divisor):
     jpeg = encoded(PHOTO, "JPEG", quality=95)
     box = (120.0, 20.0, 520.0, 420.0)
-    image = decode.open_image(jpeg)
-    got = decode.resized_crop(image, box, 400 // divisor)
-    assert image.size == (-(-640 // divisor), -(-427 // divisor))  # was decoded at this scale
+    image = image_files.open_image(jpeg)
+    got = image_files.resized_crop(image, box, 400 // divisor)
+    assert image.image.size == (-(-640 // divisor), -(-427 // divisor))  # was decoded at this scale
     full = Image.open(io.BytesIO(jpeg)).resize(got.shape[:2], Image.Resampling.BICUBIC, box=box)
     assert np.abs(got.astype(int) - np.asarray(full, int)).mean() < 5
 
 
 def test_large_crops_relative_to_the_size_alone_are_decoded_scaled():
-    image = decode.open_image(encoded(PHOTO, "JPEG"))
-    decode.resized_crop(image, (0.0, 0.0, 399.0, 399.0), 200)
-    assert image.size == (640, 427)
+    image = image_files.open_image(encoded(PHOTO, "JPEG"))
+    image_files.resized_crop(image, (0.0, 0.0, 399.0, 399.0), 200)
+    assert image.image.size == (640, 427)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -54,7 +53,9 @@ def test_every_mode_becomes_rgb(mode):
     else:
         image = PHOTO.convert(mode)
     fmt = "TIFF" if mode == "CMYK" else "PNG"
-    got = decode.resized_crop(decode.open_image(encoded(image, fmt)), (0, 0, 400, 400), 100)
+    got = image_files.resized_crop(
+        image_files.open_image(encoded(image, fmt)), (0, 0, 400, 400), 100
+    )
     source = grey if mode in ("L", "LA", "1", "I;16") else PHOTO
     expected = source.convert("RGB").resize(
         (100, 100), Image.Resampling.BICUBIC, box=(0, 0, 400, 400)
@@ -92,7 +93,7 @@ def test_random_boxes_have_a_uniform_area():
 
 def test_centre_box_is_resize_then_crop():
     size, fraction = 112, 0.875
-    box = decode.centre_box(*PHOTO.size, fraction)
+    box = image_files.centre_box(*PHOTO.size, fraction)
     got = np.asarray(PHOTO.resize((size, size), Image.Resampling.BICUBIC, box=box), int)
     resized = PHOTO.resize((round(640 * 128 / 427), 128), Image.Resampling.BICUBIC)
     left, top = (resized.width - size) // 2, (128 - size) // 2
@@ -108,13 +109,13 @@ def test_masks_keep_their_class_numbers():
 
 
 def test_a_mask_with_colours_is_refused():
-    with pytest.raises(UserError, match="one channel of class numbers, not RGB"):
+    with pytest.raises(image_files.ImageError, match="one channel of class numbers, not RGB"):
         decode.decode_mask(encoded(PHOTO), 8, 1.0)
 
 
 def test_opencv_agrees_where_it_is_installed():
     pytest.importorskip("cv2")
-    image = decode.open_image(encoded(PHOTO))
+    image = image_files.open_image(encoded(PHOTO))
     box = (100.0, 50.0, 356.0, 306.0)
-    got = decode.resized_crop(image, box, 256, decode.resize_opencv)
+    got = image_files.resized_crop(image, box, 256, decode.resize_opencv)
     np.testing.assert_array_equal(got, np.asarray(PHOTO)[50:306, 100:356])

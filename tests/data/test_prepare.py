@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from msvit_jax import data
-from msvit_jax.data import prepare, sources
+from msvit_jax.data import image_files, prepare, sources
 from msvit_jax.errors import UserError
 
 
@@ -110,7 +112,7 @@ def test_stops_at_unreadable_files_naming_all_and_leaving_nothing(damaged, tmp_p
     message = str(info.value)
     assert "2 of 11 files" in message
     assert "train/cat/0.jpg: image file is truncated" in message
-    assert "train/dog/notes.txt: cannot identify image file" in message
+    assert "train/dog/notes.txt: it is no image" in message
     assert "--on_error=skip" in message
     assert not sets.exists()
 
@@ -149,6 +151,213 @@ def test_wrong_sources_are_named(folder, tmp_path):
     assert "cannot be a data set's name" in message(folder, name="My Pets")
     (folder / "train/stray.jpg").write_bytes(picture(0))
     assert "the first is train/stray.jpg. Expected split/class/file" in message(folder)
+
+
+def put(root, files):
+    """Files by names of bytes."""
+    for name, content in files.items():
+        path = os.path.join(os.fsencode(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+def make(source, tmp_path, **options):
+    return prepare.prepare([str(source)], name="pets", data_dir=str(tmp_path / "sets"), **options)
+
+
+def test_linked_classes_on_another_disk_are_followed(files, tmp_path):
+    for path, content in files.items():
+        split, label, name = path.split("/")
+        root = "disk" if label == "dog" else "source"
+        put(tmp_path / root / split / label, {name.encode(): content})
+    for split in ("train", "validation"):
+        (tmp_path / "source" / split / "dog").symlink_to(tmp_path / "disk" / split / "dog")
+    (tmp_path / "source" / "train" / "cat" / "all").symlink_to(tmp_path / "source")
+    made = make(tmp_path / "source", tmp_path)
+    assert made.examples == {"train": 6, "validation": 4}
+    assert made.class_names == ("cat", "dog")
+    assert list(made.passed_over) == [image_files.LOOPS]
+    assert made.notes == ()
+
+
+def test_a_dead_link_stops_it_as_it_may_have_been_a_class(folder, tmp_path):
+    (folder / "train" / "fox").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match=r"1 links to nothing: .*train/fox"):
+        make(folder, tmp_path)
+    made = make(folder, tmp_path, on_error="skip")
+    assert made.passed_over["links to nothing"] == [str(folder / "train" / "fox")]
+    assert made.passed_over["hidden"] == [str(folder / ".DS_Store")]
+
+
+def test_names_of_any_bytes_are_kept(tmp_path):
+    names = [
+        b"train/caf\xe9/b\xe9te.png",
+        "train/日本/é\n\t.png".encode(),
+        b"train/a\nb/x\\y.png",
+        b"train/a\nb/\xff\xfe.png",
+    ]
+    put(tmp_path / "source", {name: picture(index) for index, name in enumerate(names)})
+    made = make(tmp_path / "source", tmp_path)
+    assert made.class_names == ("a\\nb", "caf\\xe9", "日本")
+    read = {record["file_name"]: record for record in records(made, "train")}
+    assert set(read) == set(names)
+    for index, name in enumerate(names):
+        assert read[name]["image"] == picture(index)
+    labels = {name.split(b"/")[1]: record["label"] for name, record in read.items()}
+    assert labels == {b"a\nb": 0, b"caf\xe9": 1, "日本".encode(): 2}
+    features = tfds.builder_from_directory(made.folder).info.features
+    assert tuple(features["label"].names) == made.class_names
+
+
+def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
+    put(tmp_path / "source", {b"train/cat/0.png": picture(0), b"train/cat /0.png": picture(1)})
+    with pytest.raises(UserError, match="'cat' and 'cat ' differ in nothing"):
+        make(tmp_path / "source", tmp_path)
+
+
+def test_odd_classes_are_told(tmp_path):
+    names = [
+        b"train/cat/0.png",
+        b"train/dog/0.png",
+        "train/cafe\u0301/0.png".encode(),
+        b"validation/Cat/0.png",
+        b"validation/dog/0.png",
+        b"validation/fox/0.png",
+        "validation/caf\u00e9/0.png".encode(),
+    ]
+    put(tmp_path / "source", {name: picture(index) for index, name in enumerate(names)})
+    put(tmp_path / "source", {b"train/lost/0.png": b"no image"})
+    for empty in ("train/bird", "test"):
+        (tmp_path / "source" / empty).mkdir()
+    made = make(tmp_path / "source", tmp_path, on_error="skip")
+    assert set(made.notes) == {
+        "No image is in test, train/bird, train/lost.",
+        "Classes 'Cat' and 'cat' differ only by case, Unicode form or spaces, and are kept apart.",
+        "Classes 'cafe\\u0301' and 'caf\\xe9' differ only by case, Unicode form or spaces, and are "
+        "kept apart.",
+        "Split train has no image of 3 of the 6 classes: Cat, caf\u00e9, fox.",
+        "Split validation has no image of 2 of the 6 classes: cafe\u0301, cat.",
+    }
+
+
+def zipped(path, files, **options):
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_zip_with_backslashes_is_read(files, folder, tmp_path):
+    with_backslashes = {name.replace("/", "\\"): content for name, content in files.items()}
+    with_backslashes["train\\bird\\"] = b""
+    made = make(zipped(tmp_path / "a.zip", with_backslashes), tmp_path)
+    plain = prepare.prepare([str(folder)], name="pets", data_dir=str(tmp_path / "b"))
+    for path in plain.folder.iterdir():
+        assert path.read_bytes() == (made.folder / path.name).read_bytes()
+    assert made.notes == ("No image is in train/bird.",)
+
+
+def test_a_zip_of_the_current_folder_is_read(files, tmp_path):
+    made = make(zipped(tmp_path / "a.zip", {f"./{k}": v for k, v in files.items()}), tmp_path)
+    assert made.examples == {"train": 6, "validation": 4}
+    assert {r["file_name"] for r in records(made, "train")} == {
+        name.encode() for name in files if name.startswith("train")
+    }
+
+
+@pytest.mark.parametrize("name", ["train/../0.png", "/train/0.png", "../train/0.png", "0.png"])
+def test_places_outside_the_layout_are_refused(name, files, tmp_path):
+    with pytest.raises(UserError, match="1 files that are not in split/class/file"):
+        make(zipped(tmp_path / "a.zip", {**files, name: picture(0)}), tmp_path)
+
+
+def test_a_file_that_is_twice_in_a_zip_is_refused(files, tmp_path):
+    twice = {**files, "./train/cat/0.jpg": picture(0)}
+    with pytest.raises(UserError, match=r"holds train/cat/0\.jpg twice"):
+        make(zipped(tmp_path / "a.zip", twice), tmp_path)
+
+
+def changed(path, at, size, value, entry):
+    """Overwrites a field of an entry, in its own header and in the directory at the end."""
+    data = bytearray(path.read_bytes())
+    for signature, more in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        name = 30 if not more else 46
+        for match in re.finditer(re.escape(signature), bytes(data)):
+            start = match.start()
+            if data[start + name : start + name + len(entry)] == entry:
+                field = start + at + more
+                data[field : field + size] = value.to_bytes(size, "little")
+    path.write_bytes(data)
+
+
+ZIP_FIELDS = {
+    "password": (6, 2, 1, "locked with a password; unpack the archive with another tool"),
+    "Deflate64": (8, 2, 9, "Deflate64, which Python cannot read; unpack the archive with another"),
+    "PPMd": (8, 2, 98, "method 98, which Python cannot read; unpack"),
+    "zlib": (8, 2, 8, r"damaged \(error: Error -3 while decompressing"),
+    "bzip2": (8, 2, 12, "Invalid data stream"),
+    "lzma": (8, 2, 14, "damaged"),
+    "checksum": (14, 4, 7, "damaged .*Bad CRC-32"),
+    "bomb": (22, 4, 2**31, "2,147,483,648 bytes; an image may have"),
+}
+
+
+@pytest.mark.parametrize("kind", ZIP_FIELDS)
+def test_entries_that_cannot_be_read_are_told_or_skipped(kind, files, tmp_path):
+    *field, reason = ZIP_FIELDS[kind]
+    path = zipped(tmp_path / "a.zip", files)
+    changed(path, *field, entry=b"train/cat/0.jpg")
+    with pytest.raises(UserError, match=rf"1 of 10 files.*\n.*train/cat/0\.jpg: .*{reason}"):
+        make(path, tmp_path)
+    prepare._archive.cache_clear()
+    listing = prepare.list_files(str(path))
+    (bad,) = prepare.find_unreadable(listing.files)
+    assert bad.file.path == "train/cat/0.jpg"
+
+
+def test_a_skipped_entry_leaves_the_others(files, tmp_path):
+    path = zipped(tmp_path / "a.zip", files)
+    changed(path, 6, 2, 1, entry=b"train/cat/0.jpg")
+    made = make(path, tmp_path, on_error="skip")
+    assert made.examples == {"train": 5, "validation": 4}
+    assert "password" in str(made.skipped[0])
+
+
+def test_many_bad_files_are_named_in_part(tmp_path):
+    names = [b"train/cat/%d.png" % index for index in range(50)]
+    put(tmp_path / "source", dict.fromkeys(names, b"no image"))
+    with pytest.raises(UserError) as info:
+        make(tmp_path / "source", tmp_path)
+    lines = str(info.value).splitlines()
+    assert len(lines) == 1 + prepare.NAMED + 2
+    assert lines[-2] == "  ... and 30 more"
+
+
+def test_special_files_are_told_and_never_opened(folder, tmp_path):
+    os.mkfifo(folder / "train" / "cat" / "pipe.jpg")
+    (folder / "train" / "cat" / "empty.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"1 pipes: .*pipe\.jpg"):
+        make(folder, tmp_path)
+    made = make(folder, tmp_path, on_error="skip")
+    assert [bad.reason for bad in made.skipped] == ["it is empty (0 bytes)"]
+    os.mkfifo(tmp_path / "pipe.zip")
+    with pytest.raises(UserError, match=r"pipe\.zip is neither a folder nor a zip"):
+        prepare.list_files(str(tmp_path / "pipe.zip"))
+
+
+@pytest.mark.parametrize("place", ["file/sets", "/dev/null/sets", "/proc/sets", "file"])
+def test_a_data_dir_that_cannot_be_made_is_told_first(place, folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare, "find_unreadable", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(UserError, match=r"data_dir='.*' cannot be written"):
+        prepare.prepare([str(folder)], name="pets", data_dir=os.path.join(tmp_path, place))
+
+
+def test_splits_that_tfds_cannot_name_are_told(tmp_path):
+    put(tmp_path / "source", {b"my train/cat/0.png": picture(0)})
+    with pytest.raises(UserError, match="'my train' cannot be a split's name"):
+        make(tmp_path / "source", tmp_path)
 
 
 def test_a_name_in_use_is_refused(folder, tmp_path):

@@ -4,19 +4,21 @@ import functools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 from jax import export as jax_export
-from PIL import Image
+from PIL import ExifTags, Image
 
 from msvit_jax import sharding
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
 from msvit_jax.export import Options, write
-from msvit_jax.export.run import Model, read_image
+from msvit_jax.export import run as runner
+from msvit_jax.export.run import Model
 from msvit_jax.inference import Predictor
 from msvit_jax.inference import thresholds as exits
 from tests.export import made
@@ -243,10 +245,18 @@ def _run_alone(directory, *arguments):
 
 def test_run_py_needs_jax_alone(exported, tmp_path):
     np.save(tmp_path / "images.npy", made.images())
-    Image.fromarray(np.tile(made.images()[3], (2, 3, 1))).save(tmp_path / "wide.png")
-    files = (tmp_path / "images.npy", tmp_path / "wide.png")
-    done = _run_alone(exported("plain"), *files, f"--out={tmp_path / 'out.npz'}")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(np.tile(made.images()[3], (2, 3, 1))).save(folder / "wide.png")
+    (folder / "bad.jpg").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("")
+    files = (tmp_path / "images.npy", folder / "wide.png")
+    done = _run_alone(exported("plain"), files[0], folder, f"--out={tmp_path / 'out.npz'}")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines() == [
+        f"passed over: 1 .txt files: {folder}/notes.txt",
+        f"skipped {folder}/bad.jpg: it is no image, or of a format that is not read here",
+    ]
     wide = decode.read_file(files[1], made.SIDE, 1.0)
     expected = _predictor("plain")(np.concatenate([made.images(), wide[None]]))
     with np.load(tmp_path / "out.npz") as answers:
@@ -259,6 +269,61 @@ def test_run_py_needs_jax_alone(exported, tmp_path):
     ]
 
 
+ABOUT = {"image_size": made.SIDE, "crop": 1.0, "pixels": "uint8"}
+
+
+def test_run_py_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "small.npy", made.images()[:, 1:])
+    np.save(tmp_path / "floats.npy", made.images().astype(np.float32))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "small.npy").read_bytes()[:70])
+    (tmp_path / "empty.png").write_bytes(b"")
+    reasons = {
+        "small.npy": r"images are [N, 16, 16, 3], not (5, 15, 16, 3)",
+        "floats.npy": "images are uint8 of 0 to 255, not float32",
+        "objects.npy": "Object arrays cannot be loaded when allow_pickle=False",
+        "cut.npy": "",
+        "gone.npy": "[Errno 2] No such file or directory",
+        "empty.png": "it is empty (0 bytes)",
+    }
+    names = [str(tmp_path / name) for name in reasons]
+    named, images, bad = runner.read_files(names, ABOUT)
+    assert (named, images) == ([], [])
+    for line, (name, reason) in zip(bad, reasons.items(), strict=True):
+        assert line.startswith(f"{tmp_path}/{name}: {reason}")
+    monkeypatch.setattr(runner, "Model", lambda: types.SimpleNamespace(about=ABOUT))
+    for option, message in (("skip", "none of the files"), ("stop", "6 files cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            runner.main([*names, f"--on_error={option}", f"--out={tmp_path / 'out'}"])
+        assert capsys.readouterr().err.count(str(tmp_path)) == 6 + 1  # gone.npy twice in its line
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["nowhere"], "'nowhere' is no file, no folder with images"),
+        (["x.npy", "--batch=0"], "--batch=0: at least 1"),
+        (["x.npy", "--out=/dev/null/x.npz"], "Not a directory"),
+    ],
+)
+def test_run_py_stops_before_the_work(arguments, error, monkeypatch):
+    monkeypatch.setattr(runner, "Model", lambda: types.SimpleNamespace(about=ABOUT))
+    with pytest.raises((ValueError, OSError), match=error):
+        runner.main(arguments)
+
+
+def test_run_py_turns_photos_as_about_json_says(tmp_path):
+    pixels = made.images()[0]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    for turned, expected in ((True, pixels[::-1, ::-1]), (False, pixels)):
+        about = {**ABOUT, "exif_orientation": turned}
+        _, (read,), _ = runner.read_files([str(tmp_path)], about)
+        np.testing.assert_array_equal(read, expected)
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "size"),
     [("RGB", "jpg", (90, 70)), ("L", "png", (16, 16)), ("RGB", "png", (16, 16))],
@@ -269,7 +334,10 @@ def test_image_files_are_read_as_the_library_reads_them(mode, kind, size, tmp_pa
     Image.fromarray(pixels).convert(mode).save(file)
     for crop in (1.0, 0.875):
         expected = decode.read_file(file, made.SIDE, crop)
-        np.testing.assert_array_equal(read_image(str(file), made.SIDE, crop), expected)
+        about = {"image_size": made.SIDE, "crop": crop}
+        ((name, read),) = runner.read_images(str(file), about)
+        assert name == str(file)
+        np.testing.assert_array_equal(read, expected)
 
 
 BAD = [

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from msvit_jax.errors import UserError
-from msvit_jax.inference.images import find_files, open_images
+from msvit_jax.inference.images import Reading, find_files, find_unreadable, open_images
 
 SIZE = 8
 
 
 def _open(images):
-    return open_images(images, size=SIZE, crop=1.0)
+    return open_images(images, Reading(SIZE))
 
 
 def _bytes(count, size=SIZE, channels=3):
@@ -77,23 +77,66 @@ BAD = [
     (list(_with_nan([2])), "image 2 has them"),
     (np.full((2, SIZE, SIZE, 3), np.inf), "infinite pixels"),
     (_bytes(2).astype(np.int32), "type int32; give uint8"),
-    ([_bytes(1)[0], _bytes(1)[0].astype(np.float32)], "mixes uint8 images with normalised float"),
+    ([_bytes(1)[0], _bytes(1)[0].astype(np.float32)], "mixes uint8 images with normalized float"),
     (["a.png", _bytes(1)[0]], "both paths and arrays"),
     ("nowhere/x.png", "no image file 'nowhere/x.png'"),
+    ([(_bytes(1)[0], 3), (_bytes(1)[0], 5)], "tuples, as data sets of images and labels do"),
+    ([[_bytes(1)[0], np.int64(3)]], "lists, as data sets of images and labels do"),
+    ([{"image": _bytes(1)[0]}], r"an array \[H, W, 3\], not a dict"),
+    ([[[1, 2], [3]]], r"an array \[H, W, 3\], not a list"),
+    (7, "not a int"),
+    (None, "not a NoneType"),
+    (np.zeros((2, 3, SIZE, SIZE), np.uint8), "move the channels to the end"),
+    (
+        _bytes(2).astype(np.float32),
+        r"must be normalized: .* within 2\.6.* values of 0 to 255; give",
+    ),
+    (list(_bytes(2).astype(np.float64)), "must be normalized"),
 ]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @pytest.mark.parametrize(("images", "message"), BAD)
 def test_bad_images_end_in_a_message(images, message):
     with pytest.raises(UserError, match=message):
-        _open(images)
+        open_images(images, Reading(SIZE, **IMAGENET))
+
+
+def test_floats_of_0_to_1_are_hinted_at():
+    with pytest.warns(UserWarning, match=r"within 0 and 1, .* \(pixels / 255 - model.mean\)"):
+        open_images(_bytes(3) / 255, Reading(SIZE, **IMAGENET))
+
+
+def test_normalized_floats_are_taken_as_they_are():
+    pixels = _bytes(3) / 255
+    for images in ((pixels - IMAGENET["mean"]) / IMAGENET["std"], np.zeros((2, SIZE, SIZE, 3))):
+        read = _all(open_images(images, Reading(SIZE, **IMAGENET)))
+        np.testing.assert_array_equal(read, images.astype(np.float32))
 
 
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     source = _open([tmp_path / "bad.png"])
-    with pytest.raises(UserError, match=r"bad\.png' is no image"):
+    with pytest.raises(UserError, match=r"bad\.png' cannot be read: it is no image"):
         _all(source)
+
+
+def test_bad_files_are_skipped_where_asked_for(tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.fromarray(_bytes(1)[0]).save(good)
+    bad.write_bytes(b"no image")
+    paths = [bad, good, tmp_path / "gone.png", good, bad, bad]
+    source = open_images(paths, Reading(SIZE, on_error="skip"))
+    chunks = [(list(numbers), images.shape) for numbers, images in source.chunks(2)]
+    assert chunks == [([1], (1, SIZE, SIZE, 3)), ([3], (1, SIZE, SIZE, 3))]
+    assert sorted(source.failed) == [0, 2, 4, 5]
+    assert source.failed[2] == "No such file or directory"
+    assert find_unreadable(paths, Reading(SIZE)) == {
+        bad: "it is no image, or of a format that is not read here",
+        tmp_path / "gone.png": "No such file or directory",
+    }
+    with pytest.raises(UserError, match="on_error='ignore' is neither"):
+        open_images(paths, Reading(SIZE, on_error="ignore"))
 
 
 def test_files_folders_and_globs(tmp_path, monkeypatch):
@@ -101,15 +144,15 @@ def test_files_folders_and_globs(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     names = lambda *patterns: [  # noqa: E731
-        str(p.relative_to(tmp_path) if p.is_absolute() else p) for p in find_files(patterns)
+        str(p.relative_to(tmp_path) if p.is_absolute() else p) for p in find_files(patterns).files
     ]
     assert names(str(tmp_path)) == ["a.JPG", "b.png", "sub/c.webp"]
     assert names(f"{tmp_path}/*/*.txt") == ["sub/notes.txt"]
     assert names(f"{tmp_path}/b.png", str(tmp_path)) == ["b.png", "a.JPG", "sub/c.webp"]
     monkeypatch.chdir(tmp_path)
     assert names("**/*.webp") == ["sub/c.webp"]
-    assert find_files([]) == []
+    assert find_files([]).files == []
     for nothing in ("none.png", "*.gif", str(tmp_path / "sub" / "none")):
         with pytest.raises(UserError, match="is no file, no folder"):
             find_files([nothing])
-    assert isinstance(find_files(["b.png"])[0], pathlib.Path)
+    assert isinstance(find_files(["b.png"]).files[0], pathlib.Path)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msvit_jax.inference.images import open_images
+from msvit_jax.inference.images import Reading, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Answers, Decisions
 from msvit_jax.inference.schedule import Buckets, Shape
@@ -52,7 +52,7 @@ def _run(fine, batch, misfits):
     images[:, 0, 0, 0] = 1 + np.arange(len(fine))
     images[:, 0, 0, 1] = fine
     programs, told = FakePrograms(batch, misfits), []
-    source = open_images(images, size=SIZE, crop=1.0)
+    source = open_images(images, Reading(SIZE))
     job = Job(programs, Buckets(_shapes(batch)), len(fine))
     job.run(decide(programs, source, 0.5), told.append)
     return job, programs, told
@@ -69,7 +69,7 @@ def test_every_image_is_answered_once_in_its_place(fine, batch, misfits):
     np.testing.assert_array_equal(job.logits[:, 0], names)
     np.testing.assert_array_equal(job.tokens, REGIONS + 3 * np.asarray(fine))
     np.testing.assert_array_equal(job.coarse, np.arange(REGIONS)[None] >= np.asarray(fine)[:, None])
-    assert sum(told) == len(fine)
+    assert sorted(number for numbers in told for number in numbers) == list(range(len(fine)))
     # Again only what did not fit, and then where everything fits.
     runs = [name for name, _ in programs.run]
     narrow = [name for name, whole in programs.run if not whole]
@@ -87,4 +87,4 @@ def test_a_shape_that_breaks_its_promise_ends_the_call():
     programs = Broken(2, [])
     job = Job(programs, Buckets(_shapes(2)), 3)
     with pytest.raises(RuntimeError, match="where any image fits"):
-        job.run(decide(programs, open_images(images, size=SIZE, crop=1.0), 0.5), lambda n: None)
+        job.run(decide(programs, open_images(images, Reading(SIZE)), 0.5), lambda n: None)

@@ -107,8 +107,8 @@ def test_classes_are_numbers_where_the_data_set_is_not_here(gated, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "There is no image file '.*bad.png'"),
-        (b"no image at all", "'.*bad.png' is no image"),
+        (None, "The image '.*bad.png' cannot be read: No such file"),
+        (b"no image at all", "The image '.*bad.png' cannot be read: it is no image"),
         ("truncated", "The image '.*bad.png' cannot be read: .*truncated"),
     ],
 )

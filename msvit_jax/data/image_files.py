@@ -1,0 +1,510 @@
+"""Image files: how they are found, read and decoded, for everything that takes any.
+
+Needs NumPy and Pillow alone, because an export carries a copy of this file beside its run.py.
+
+Reading and decoding is one guarded step: whatever goes wrong in it is an `ImageError` whose text is
+one line. Images are turned upright by their EXIF orientation unless that is switched off, as it is
+in the pipelines that published ImageNet figures come from.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import fnmatch
+import functools
+import io
+import logging
+import os
+import pathlib
+import re
+import stat
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+Box: TypeAlias = tuple[float, float, float, float]  # left, upper, right, lower in pixels
+Resize: TypeAlias = Callable[[Image.Image, Box, int], np.ndarray]
+
+_LONGEST = 160  # characters of a decoder's own words
+MAX_BYTES = 2**30  # of an encoded image: beyond it a file is something else, or an attack
+
+# Pillow warns and logs about metadata that nobody here asks for; what is fatal it raises. Once and
+# for the whole process, because filters set around a call are not safe with threads.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints, in C, what Pillow also raises
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
+# An external program (EPS: Ghostscript) or a handler that the user installs would decode these.
+_NOT_DECODED_BY_PILLOW = ("EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG")
+_CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # parts that Pillow may lack
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+HIDDEN = "hidden"  # reasons to pass over what is no loss
+LOOPS = "links back to a folder that holds them"
+
+
+class ImageError(ValueError):
+    """A file that cannot be read or decoded: why, in one line, without the file's name."""
+
+
+class NoFilesError(ValueError):
+    """A name, folder or pattern that leads to no image file; the message names it."""
+
+
+# Reading and decoding.
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Turns whatever reading or decoding raises into an `ImageError`.
+
+    Decoders raise nearly anything on damaged data (zlib.error, struct.error, KeyError, ...), so
+    there is no list of types.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image, or of a format that is not read here"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it"
+    if isinstance(error, OSError) and error.filename is not None:
+        return error.strerror or "it cannot be read"
+    # Pillow names the memory address of the buffer, which tells nobody anything.
+    text = " ".join(re.sub(r"<_io\.BytesIO.*?>", "", shown(str(error))).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    if isinstance(error, ValueError | SyntaxError) and text:
+        return text
+    if isinstance(error, OSError) and text and error.errno is None:
+        return text
+    return f"damaged ({type(error).__name__}{': ' * bool(text)}{text})"
+
+
+@guarded()
+def read_bytes(path: str | pathlib.Path) -> bytes:
+    """Reads a file that may be an image.
+
+    Raises:
+        ImageError: it is missing, no regular file (a pipe would block), empty, or too large.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"it is a {_kind(status.st_mode)}, no file")
+    check_length(status.st_size)
+    return pathlib.Path(path).read_bytes()
+
+
+def check_length(length: int) -> None:
+    """Refuses lengths in bytes that no encoded image has.
+
+    Raises:
+        ImageError: nothing at all, or more than `MAX_BYTES`.
+    """
+    if length == 0:
+        raise ImageError("it is empty (0 bytes)")
+    if length > MAX_BYTES:
+        raise ImageError(f"it has {length:,} bytes; an image may have {MAX_BYTES:,}")
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read, in the order in which they are tried."""
+    Image.preinit()  # the common ones come first
+    Image.init()
+    missing = [name for name, codec in _CODECS.items() if not features.check(codec)]
+    left_out = (*_NOT_DECODED_BY_PILLOW, *missing)
+    return tuple(name for name in Image.ID if name not in left_out)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Endings of the files that a folder is searched for: '.jpg', '.jfif', '.avif', ..."""
+    known = {*formats(), "MPO"}  # multi-picture JPEGs are opened as JPEGs
+    found = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in found if name in known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An image whose header has been read; its pixels are decoded when they are needed.
+
+    Attributes:
+        image: Pillow's, as stored.
+        turn: what makes it upright; None for nothing.
+    """
+
+    image: Image.Image
+    turn: Image.Transpose | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, upright."""
+        width, height = self.image.size
+        swapped = self.turn in (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
+        return (height, width) if swapped else (width, height)
+
+    def rgb(self) -> Image.Image:
+        """Decodes it, upright."""
+        rgb = _to_rgb(self.image)
+        return rgb if self.turn is None else rgb.transpose(self.turn)
+
+
+@guarded()
+def open_image(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> Opened:
+    """Opens an image, the first one where the file holds several.
+
+    Args:
+        encoded: contents of a file, or decoded uint8 [H, W, C] pixels.
+        exif_orientation: turn it upright, as viewers do; False leaves it as stored.
+
+    Raises:
+        ImageError: no image, or its header is damaged.
+    """
+    if isinstance(encoded, np.ndarray):
+        return Opened(Image.fromarray(encoded))
+    if encoded.startswith(b"version https://git-lfs"):
+        raise ImageError("it is a pointer of Git LFS, not the file itself; run git lfs pull")
+    image = Image.open(io.BytesIO(encoded), formats=formats())
+    if len(image.size) != 2 or not all(isinstance(n, int) and n > 0 for n in image.size):
+        raise ImageError("its header is damaged")  # some decoders take any size from it
+    return Opened(image, _turn(image) if exif_orientation else None)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow turns these itself, always
+        return None
+    if image.format == "PNG":
+        image.load()  # the orientation may come after the pixels, which must be whole
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block does not spoil the pixels
+        return None
+
+
+@guarded()
+def resized_crop(opened: Opened, box: Box, size: int, resize: "Resize | None" = None) -> np.ndarray:
+    """Cuts a box out of an image and resizes it to uint8 [S, S, 3].
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size (in the DCT domain, at a fraction of the cost)
+    where the crop then still holds as many pixels as asked for.
+
+    Args:
+        opened: the image.
+        box: what to cut, in pixels of the full upright image.
+        size: side of the result.
+        resize: does the resizing; `resize_pillow` by default.
+
+    Raises:
+        ImageError: damaged pixels.
+    """
+    full = opened.size
+    _decode_scaled(opened.image, min(box[2] - box[0], box[3] - box[1]), size)
+    rgb = opened.rgb()
+    across, down = rgb.width / full[0], rgb.height / full[1]
+    box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    # Rounding must not put an edge a hair outside.
+    box = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
+    if rgb.size == (size, size) and box == (0, 0, size, size):
+        return np.asarray(rgb)
+    return (resize or resize_pillow)(rgb, box, size)
+
+
+def resize_pillow(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+    """Bicubic with antialiasing, as in the papers' PyTorch recipes."""
+    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _decode_scaled(image: Image.Image, crop: float, size: int) -> None:
+    """Asks the JPEG decoder for the smallest scale at which `crop` is still `size` pixels long."""
+    if image.format == "JPEG" and crop >= 2 * size:
+        factor = crop / size
+        image.draft("RGB", (int(image.width / factor), int(image.height / factor)))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Decodes; grey, palette, RGBA, CMYK, 16-bit, ... become RGB (transparency is dropped)."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        return Image.fromarray(_from_least_to_greatest(np.asarray(image))).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_least_to_greatest(values: np.ndarray) -> np.ndarray:
+    """Scales 32-bit integers or floats, of which no file says what is white, to uint8.
+
+    The image's least value becomes 0 and its greatest 255.
+    """
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("it has NaN or infinite pixels")
+    least, greatest = values.min(), values.max()
+    return np.rint((values - least) * (255 / max(greatest - least, 1e-300))).astype(np.uint8)
+
+
+def centre_box(width: int, height: int, fraction: float) -> Box:
+    """Returns the central square whose side is `fraction` of the shorter side.
+
+    Cutting it and resizing it once is the same picture as resizing the short side to
+    size / fraction and cutting the centre, at less cost.
+    """
+    side = min(width, height) * fraction
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def centre_crop(
+    encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
+) -> np.ndarray:
+    """Cuts an image's central square and resizes it to uint8 [S, S, 3].
+
+    Args:
+        encoded: contents of a file, or uint8 [H, W, C] pixels.
+        size: side S of the result.
+        fraction: share of the short side that is kept, see `centre_box`.
+        exif_orientation: see `open_image`.
+
+    Raises:
+        ImageError: no image, or a damaged one.
+    """
+    opened = open_image(encoded, exif_orientation)
+    return resized_crop(opened, centre_box(*opened.size, fraction), size)
+
+
+def read_image(
+    path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
+) -> np.ndarray:
+    """Reads a file and does what `centre_crop` does: uint8 [S, S, 3].
+
+    Raises:
+        ImageError: the file cannot be read, or holds no image or a damaged one.
+    """
+    return centre_crop(read_bytes(path), size, fraction, exif_orientation)
+
+
+@guarded()
+def decode(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> np.ndarray:
+    """Decodes an image to its end: uint8 [H, W, 3].
+
+    Raises:
+        ImageError: no image, or a damaged one.
+    """
+    return np.asarray(open_image(encoded, exif_orientation).rgb())
+
+
+# Finding.
+
+
+@dataclasses.dataclass
+class Found:
+    """What lies in a folder or is meant by a pattern.
+
+    Attributes:
+        files: sorted.
+        folders: all that were entered, the first one included.
+        passed_over: by reason, what was not taken.
+    """
+
+    files: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    folders: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    passed_over: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def pass_over(self, path: str | pathlib.Path, reason: str) -> None:
+        """Counts a file or folder that is not taken."""
+        others = self.passed_over.setdefault(reason, [])
+        if str(path) not in others:
+            others.append(str(path))
+
+    def add(self, other: "Found") -> None:
+        """Adds what is new in another one."""
+        self.files = list(dict.fromkeys([*self.files, *other.files]))
+        self.folders += other.folders
+        for reason, paths in other.passed_over.items():
+            for path in paths:
+                self.pass_over(path, reason)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is the system's own: '.DS_Store', '._photo.jpg', 'Thumbs.db', ..."""
+    return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def walk(folder: str | pathlib.Path, endings: Container[str] | None = None) -> Found:
+    """Finds a folder's files at any depth; links are followed, and loops of links ended.
+
+    Args:
+        folder: where to start.
+        endings: suffixes of the files to take, in lower case; None takes all.
+    """
+    found = Found()
+    waiting: list[tuple[pathlib.Path, tuple[tuple[int, int], ...]]] = [(pathlib.Path(folder), ())]
+    while waiting:
+        here, above = waiting.pop()
+        try:
+            status = os.stat(here)
+            with os.scandir(here) as entries:
+                listed = list(entries)
+        except OSError as error:
+            found.pass_over(here, f"folders that cannot be read ({error.strerror})")
+            continue
+        found.folders.append(here)
+        above = (*above, (status.st_dev, status.st_ino))
+        for entry in listed:
+            path = here / entry.name
+            reason, below = _reason_to_pass_over(entry, above, endings)
+            if reason:
+                found.pass_over(path, reason)
+            elif below:
+                waiting.append((path, above))
+            else:
+                found.files.append(path)
+    found.files.sort()
+    found.folders.sort()
+    return found
+
+
+def _reason_to_pass_over(
+    entry: os.DirEntry[str], above: tuple[tuple[int, int], ...], endings: Container[str] | None
+) -> tuple[str, bool]:
+    """The reason or '', and whether the entry is a folder."""
+    if is_hidden(entry.name):
+        return HIDDEN, False
+    try:
+        status = entry.stat()
+    except FileNotFoundError:
+        return "links to nothing", False
+    except OSError as error:
+        return f"not accessible ({error.strerror})", False
+    if stat.S_ISDIR(status.st_mode):
+        loops = (status.st_dev, status.st_ino) in above
+        return (LOOPS if loops else ""), True
+    if not stat.S_ISREG(status.st_mode):
+        return f"{_kind(status.st_mode)}s", False
+    suffix = pathlib.PurePath(entry.name).suffix.lower()
+    if endings is not None and suffix not in endings:
+        return f"{shown(suffix)} files" if suffix else "files without a suffix", False
+    return "", False
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket"}
+    return next((kind for test, kind in kinds.items() if test(mode)), "device")
+
+
+def find(patterns: Sequence[str]) -> Found:
+    """Finds image files that are named, lie in a named folder (at any depth), or match a glob.
+
+    Each appears once, in the order of the patterns. A file that is named, or matches a glob, is
+    taken whatever its suffix; folders are searched for `suffixes`.
+
+    Raises:
+        NoFilesError: a pattern that finds nothing.
+    """
+    found = Found()
+    for pattern in patterns:
+        one = _matching(os.path.expanduser(pattern))
+        if not one.files:
+            if os.path.lexists(pattern) and not os.path.isdir(pattern):
+                raise NoFilesError(f"'{shown(pattern)}' is neither a file nor a folder.")
+            passed = "".join(
+                f" Passed over: {line}." for line in passed_over_lines(one.passed_over)
+            )
+            raise NoFilesError(
+                f"'{shown(pattern)}' is no file, no folder with images (.jpg, .png, and whatever "
+                f"else Pillow decodes), and no glob that matches one.{passed}"
+            )
+        found.add(one)
+    return found
+
+
+def _matching(pattern: str) -> Found:
+    if os.path.isfile(pattern):
+        return Found([pathlib.Path(pattern)])
+    if os.path.isdir(pattern):
+        return walk(pattern, suffixes())
+    found = Found()
+    path = pathlib.Path(pattern)
+    for match in _glob(pathlib.Path(path.anchor), path.parts[bool(path.anchor) :], found):
+        if os.path.isfile(match):
+            found.files.append(match)
+        elif os.path.isdir(match):
+            found.add(walk(match, suffixes()))
+    found.files = sorted(set(found.files))
+    return found
+
+
+def _glob(folder: pathlib.Path, parts: Sequence[str], found: Found) -> Iterator[pathlib.Path]:
+    """Paths below a folder that match; unlike pathlib's and glob's it ends loops of links."""
+    if not parts:
+        yield folder
+        return
+    first, *rest = parts
+    if first == "**":
+        for below in walk(folder).folders if rest else [folder]:
+            yield from _glob(below, rest, found)
+    elif not re.search(r"[*?\[]", first):
+        yield from _glob(folder / first, rest, found)
+    else:
+        try:
+            names = fnmatch.filter(os.listdir(folder), first)
+        except OSError:  # no folder, or one that cannot be read: nothing matches in it
+            return
+        for name in sorted(names):
+            if is_hidden(name) and not first.startswith("."):
+                found.pass_over(folder / name, HIDDEN)
+            else:
+                yield from _glob(folder / name, rest, found)
+
+
+# Telling.
+
+
+def shown(name: object) -> str:
+    r"""A file's name for people: bytes that are no text, line ends, ... are escaped as '\xe9'."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python's file functions hand it on
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def passed_over_lines(passed_over: Mapping[str, Sequence[str]], named: int = 3) -> list[str]:
+    """A line for each reason: '4 hidden: a/.x, a/.y, a/.z, ...'.
+
+    Args:
+        passed_over: names by reason.
+        named: how many names a line has at most.
+    """
+    return [
+        f"{len(paths)} {reason}: {', '.join(map(shown, paths[:named]))}"
+        + (", ..." if len(paths) > named else "")
+        for reason, paths in sorted(passed_over.items())
+    ]
