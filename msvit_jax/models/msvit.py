@@ -20,7 +20,7 @@ from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.embedding import PatchEmbed
-from msvit_jax.models.output import GateOutput, Output
+from msvit_jax.models.output import Features, GateOutput, Output
 from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import grid
 
@@ -234,7 +234,7 @@ class MSViT(Backboned, nn.Module):
         if self.layout == "slots":
             encoded = self.backbone.encode(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, self.backbone.prefix_length)
-            x = encoded.spread() if self.backbone.pool == "mean" else encoded.tokens
+            x = encoded.spread() if self._all_tokens else encoded.tokens
             alive, hosts = encoded.alive, encoded.hosts
         else:
             x, alive, fits, hosts = self._encode_packed(tokens, weights, logits, train)
@@ -252,7 +252,27 @@ class MSViT(Backboned, nn.Module):
             fits=fits,
             merged=merged,
             hosts=host_patches(hosts, self.backbone.prefix_length),
+            features=self._features(x, coarse, images, fits),
         )
+
+    @property
+    def _all_tokens(self) -> bool:
+        """Whether the answer needs more than the prefix."""
+        return self.backbone.pool == "mean" or not self.num_classes
+
+    def _features(
+        self, x: Array, coarse: Array, images: Array, fits: Array | None
+    ) -> Features | None:
+        if self.num_classes:
+            return None
+        rows, columns = (side // self.coarse_size for side in images.shape[1:3])
+        slots = x[:, self.backbone.prefix_length :]
+        slots = slots.reshape(*coarse.shape, grid.REGION**2, x.shape[-1])
+        token = _only_fitting(x[:, 0], fits) if self.backbone.class_token else None
+        patches = grid.slots_to_map(slots, coarse, (rows, columns))
+        if fits is not None:
+            patches = jnp.where(fits[:, None, None, None], patches, jnp.nan)
+        return Features(patches, token)
 
     def _tokens(self, images: Array, coarse: Array) -> tuple[Array, Array, Array]:
         """Prefix and slots [B, P + N, D], their weights [B, P + N], the slots' areas [B, N]."""
@@ -281,7 +301,7 @@ class MSViT(Backboned, nn.Module):
         shortest = prefix + logits.shape[1]
         packed = layouts.pack(tokens, weights > 0.5, layout, weights, priority, shortest=shortest)
         encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
-        needed = None if self.backbone.pool == "mean" else prefix
+        needed = None if self._all_tokens else prefix
         alive = encoded.alive
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]

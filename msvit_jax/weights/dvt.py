@@ -6,7 +6,7 @@ Needs the torch extra for reading .pth files, which are loaded with weights_only
 executed. What is written can be given to `train.py --config.init_from=`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,6 @@ from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, on
 
 NAME = "dvt"
 STAGES = ("less_less_token", "less_token", "normal_token")
-
-
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names is in this format."""
-    return any(name.startswith(f"{STAGES[0]}.") for name in names)
 
 
 def _window_linear(theirs: str, ours: str, size: int) -> Iterator[Entry]:
