@@ -49,7 +49,7 @@ class Contents:
 
     def __str__(self) -> str:
         """What there is, for messages."""
-        held = wrappers.groups(self.arrays)[:_LISTED]
+        held = wrappers.groups(sorted(self.arrays))[:_LISTED]
         named = {name.split(".")[0] for name in self.values}
         held += sorted(named - {name.split(".")[0] for name in self.arrays})[:_LISTED]
         return ", ".join(held) or "nothing"

@@ -22,15 +22,15 @@ _TRANSPARENT = re.compile(
 )
 # What a model's names look like in each format; the first group is the wrapper.
 _ROOTS = {
-    "dvt": re.compile(r"^(|.*?\.)less_less_token\.pos_embed$"),
-    "timm": re.compile(r"^(|.*\.)patch_embed\.proj\.weight$"),
+    "dvt": re.compile(r"^(|.*?[./])less_less_token\.pos_embed$"),
+    "timm": re.compile(r"^(|.*[./])patch_embed\.proj\.weight$"),
     "huggingface": re.compile(
-        r"^(|.*?\.)(?:(?:vit|deit|dinov2|dinov2_with_registers)\.)?"
+        r"^(|.*?[./])(?:(?:vit|deit|dinov2|dinov2_with_registers)\.)?"
         r"embeddings\.patch_embeddings\.projection\.weight$"
     ),
-    "big_vision": re.compile(r"^(|.*/)embedding/kernel$"),
+    "big_vision": re.compile(r"^(|.*[./])embedding/kernel$"),
     "ours": re.compile(
-        r"^(|.*?[./])(?:backbone[./]|stage_\d+[./])?blocks(?:_\d+)?[./](?:.*[./])?kernel$"
+        r"^(|.*?[./])(?:backbone[./]|stage_\d+[./])?patch_embed[./](?:.*[./])?kernel$"
     ),
 }
 # The name beside the one above that the format has, too; nested modules have only one of them.
