@@ -3,6 +3,7 @@
 import io
 import pickle
 import zipfile
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +38,7 @@ def namespace(**settings):
 class _Pickler(pickle._Pickler):
     """The pickler in Python, whose types can be taught."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file):
         super().__init__(file, protocol=2)

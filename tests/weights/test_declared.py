@@ -149,7 +149,11 @@ def test_names_of_other_classes_and_invented_ones_are_left_out(tmp_path):
     ("changes", "mean", "std"),
     [
         ({"rescale_factor": 1 / 127.5}, (0.05, 0.1, 0.15), (0.2, 0.25, 0.3)),
-        ({"do_rescale": False, "image_mean": [127.5] * 3}, (0.5, 0.5, 0.5), (0.4 / 255, 0.5 / 255, 0.6 / 255)),
+        (
+            {"do_rescale": False, "image_mean": [127.5] * 3},
+            (0.5, 0.5, 0.5),
+            (0.4 / 255, 0.5 / 255, 0.6 / 255),
+        ),
         ({"do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
         ({"image_mean": 0.5, "image_std": 0.5}, (0.5,) * 3, (0.5,) * 3),
     ],
@@ -212,7 +216,10 @@ def test_the_metadata_of_a_file_is_followed(tmp_path):
     save_file(state, path, {"timm": json.dumps(arguments)})
     made = weights.load_model(path).model
     assert (made.heads, made.gelu, made.image_size, made.width) == (4, "tanh", 16, 16)
-    for said, match in (({"fc_norm": True}, "norm behind the pooling"), ({"img_size": [8, 32]}, "8 x")):
+    for said, match in (
+        ({"fc_norm": True}, "norm behind the pooling"),
+        ({"img_size": [8, 32]}, "8 x"),
+    ):
         save_file(state, path, {"timm": json.dumps({**arguments, **said})})
         with pytest.raises(UserError, match=match):
             weights.load_model(path)

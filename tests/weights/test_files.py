@@ -179,7 +179,9 @@ def test_weights_in_several_files(tmp_path):
     for name, x in arrays.items():
         np.testing.assert_array_equal(found[name], x)
     (tmp_path / "second.safetensors").unlink()
-    with pytest.raises(UserError, match=r"names 2 files, of which 1 are missing beside it: second\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"names 2 files, of which 1 are missing beside it: second\.safetensors"
+    ):
         files.read(path)
 
 

@@ -127,7 +127,7 @@ def test_models_that_no_rule_chooses_between_are_refused(keys):
     arrays = {}
     for key in keys:
         arrays |= prefixed(state(), f"{key}." if key else "")
-    with pytest.raises(UserError, match="holds several models: below .*Save the one you mean"):
+    with pytest.raises(UserError, match=r"several models: below .*Save the one you mean"):
         formats.convert(arrays, model())
 
 
