@@ -193,8 +193,8 @@ def test_windows_are_the_squares_at_every_stride(size, stride, padding):
             np.testing.assert_array_equal(found[:, y, column], square.reshape(2, -1))
 
 
-# By PyTorch 2.14.1: timm.layers.resample_abs_pos_embed (1.0.31), interpolate(size=..., "bicubic") as in
-# transformers, and interpolate(scale_factor=(new + 0.1) / old, "bicubic") as in DINOv2.
+# By PyTorch 2.14.1: timm.layers.resample_abs_pos_embed (1.0.31), interpolate(size=, "bicubic") as
+# in transformers, and interpolate(scale_factor=(new + 0.1) / old, "bicubic") as in DINOv2.
 _RESIZED = {
     ("timm", 3): "2.70879 5.07281 7.95491 3.7849 5.95724 3.28285 4.86101 6.52288 5.42862",
     ("transformers", 3): "1.73729 5.04518 8.55244 3.68924 6.3623 2.21687 5.64119 6.60283 5.71696",

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
+from msvit_jax.models import registry
 from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
 from tests.weights.saved import namespace, torch_save
@@ -95,16 +96,17 @@ def test_a_module_at_its_default_follows_and_another_is_refused(tmp_path):
     assert weights.load_model(folder, mixed).model.backbone.norm_epsilon == 1e-2
 
 
-def test_a_name_follows_and_takes_the_classes_of_the_head(tmp_path):
-    made = create_model("deit_tiny_patch16_224", depth=1, num_classes=3)
-    made = made.clone(depth=12)
+def test_a_name_follows_and_takes_the_classes_of_the_head(tmp_path, monkeypatch):
+    made = model(image_size=32)
+    small = {name: value for name, value in OPTIONS.items() if name != "num_classes"}
+    monkeypatch.setitem(registry.BACKBONES, "deit_tiny_patch16_224", {**small, "image_size": 32})
     config = {
         "architecture": "deit_tiny_patch16_224.fb_in1k",
         "num_classes": 3,
         "pretrained_cfg": {
             "mean": [0.5, 0.5, 0.5],
             "std": [0.25, 0.25, 0.25],
-            "input_size": [3, 224, 224],
+            "input_size": [3, 32, 32],
             "crop_pct": 0.9,
             "label_names": ["a", "b", "c"],
         },
