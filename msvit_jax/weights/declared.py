@@ -97,8 +97,10 @@ def same(one: Any, other: Any) -> bool:
 
 def of_run(workdir: str | pathlib.Path) -> Declared:
     """What a run's config says."""
-    config = checkpoint.read_config(workdir)
     found = Declared()
+    if not (pathlib.Path(workdir) / checkpoint.CONFIG_FILE).is_file():
+        return found
+    config = checkpoint.read_config(workdir)
     if "model" in config:
         _say_all(found, configs.build_model(config), "the run's config")
     return found
@@ -115,10 +117,18 @@ def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
       UserError: A description is damaged.
     """
     found = Declared()
-    _metadata(found, file)
-    if file.name.split(".")[0].split("-")[0] in _SAVED_AS:
-        _beside(found, file.parent)
-    _settings(found, contents.values)
+    try:
+        _metadata(found, file)
+        if file.name.split(".")[0].split("-")[0] in _SAVED_AS:
+            _beside(found, file.parent)
+        _settings(found, contents.values)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise UserError(
+            f"What {str(file)!r} says of its model, in its header or in {CONFIG} and {PREPROCESSOR} "
+            f"beside it, cannot be understood: {error}"
+        ) from error
     return found
 
 
@@ -173,7 +183,6 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
     found.complete = True
     found.say(
         CONFIG,
-        # What a config leaves out is transformers' default.
         heads=config.get("num_attention_heads"),
         norm_epsilon=config.get("layer_norm_eps"),
         image_size=_square(found, CONFIG, "image_size", config.get("image_size")),
@@ -204,11 +213,8 @@ def _as_number(key: Any) -> int:
 
 def _processor(found: Declared, given: Mapping[str, Any]) -> None:
     """How transformers prepares images, in the terms of our evaluation."""
-    scale = 1.0
-    if given.get("do_rescale", True):
-        scale = float(given.get("rescale_factor", 1 / 255)) * 255
-    else:
-        scale = 255.0
+    rescaled = given.get("do_rescale", True)
+    scale = 255 * float(given.get("rescale_factor", 1 / 255) if rescaled else 1)
     if given.get("do_normalize", True):
         mean, std = given.get("image_mean"), given.get("image_std")
     else:
@@ -225,7 +231,7 @@ def _processor(found: Declared, given: Mapping[str, Any]) -> None:
     short = _lengths(size)
     if crop is not None and side and isinstance(short, int) and short >= side:
         found.crop = side / short
-    elif crop is None and side and given.get("do_resize", True):
+    elif crop is None and isinstance(size, Mapping) and {"height", "width"} <= size.keys():
         found.notes.append(f"{PREPROCESSOR}: whole images are squeezed there; here a square is cut")
         found.crop = 1.0
     if given.get("resample") not in _BICUBIC:

@@ -231,6 +231,7 @@ def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
     followed: dict[str, Any] = {}
     if model is None:
         model = _described(opened)
+        followed = {key: x for key, x in opened.declared.model.items() if key in UNSEEN}
     elif isinstance(model, str):
         plain = create_model(model)
         followed = opened.declared.differences(plain)
@@ -294,7 +295,8 @@ def _changed(model: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _described(opened: _Opened) -> Any:
-    if opened.about.get("model"):
+    # Our exports for others name the whole model, and hold the trunk alone.
+    if opened.about.get("model") and opened.format in (ours.NAME, dvt.NAME):
         return ours.build_model(opened.about)
     if opened.format not in _SEEN:
         raise UserError(

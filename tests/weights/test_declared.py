@@ -258,3 +258,18 @@ def test_a_config_that_belongs_to_another_file_is_not_asked(tmp_path):
     other = tmp_path / "other.safetensors"
     (tmp_path / "model.safetensors").rename(other)
     assert weights.read(other, model()).keys() == flat(model()).keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "processor"),
+    [
+        ({}, {"image_mean": [0.1] * 4}),
+        ({}, {"rescale_factor": 0}),
+        ({}, {"rescale_factor": "large"}),
+        ({"hidden_act": ["gelu"]}, {}),
+        ({"id2label": {"0": "a"}}, {"size": {"shortest_edge": 20}, "image_std": "none"}),
+    ],
+)
+def test_descriptions_that_make_no_sense_end_in_one_message(tmp_path, config, processor):
+    with pytest.raises(UserError, match=r"model\.safetensors' says .* cannot be understood: "):
+        weights.load_model(saved(tmp_path, config=config, processor=processor))
