@@ -126,8 +126,8 @@ def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
         raise
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         raise UserError(
-            f"What {str(file)!r} says of its model, in its header or in {CONFIG} and {PREPROCESSOR} "
-            f"beside it, cannot be understood: {error}"
+            f"What {str(file)!r} says of its model, in its header or in {CONFIG} and "
+            f"{PREPROCESSOR} beside it, cannot be understood: {error}"
         ) from error
     return found
 
