@@ -285,6 +285,11 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
         return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
 
 
+def has_checkpoint(workdir: str | pathlib.Path) -> bool:
+    """Whether a run has saved something there that it can go on from."""
+    return (pathlib.Path(workdir) / CONFIG_FILE).is_file() and bool(_steps(workdir))
+
+
 def _steps(workdir: str | pathlib.Path) -> list[int]:
     directory = pathlib.Path(workdir) / CHECKPOINTS
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
@@ -313,7 +318,7 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
     """
     directory = pathlib.Path(workdir)
     file = directory / CONFIG_FILE
-    if file.is_file() and _steps(directory):
+    if has_checkpoint(directory):
         changes = configs.differences(config, read_config(directory))
         if changes:
             raise UserError(

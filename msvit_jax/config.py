@@ -235,6 +235,17 @@ def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.Con
     return resolved
 
 
+def with_model_options(
+    config: config_dict.ConfigDict, options: Mapping[str, Any]
+) -> config_dict.ConfigDict:
+    """Returns a copy with more options of the model."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        for key, value in options.items():
+            changed.model[key] = value
+    return changed
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Lists the keys in which two configs would compute something else, with both values."""
     left, right = (flatten(json.loads(to_json(c))) for c in (ours, theirs))

@@ -296,8 +296,10 @@ def evaluate_weights(
     checkpoint.quiet_orbax()
     config = configs.load(config_file, overrides)
     config = configs.resolve(config, data.dataset_info(config.data).num_classes)
-    model = configs.build_model(config)
+    said = weights.declared_options(source, configs.build_model(config), config.model)
+    model = configs.build_model(configs.with_model_options(config, said))
     params, report = weights.load_params(source, model)
+    report.notes.extend(f"{key}={value!r} as the source says" for key, value in said.items())
     if jax.process_index() == 0:
         print(f"{source}: {report}")
     size = batch_size or config.eval_batch_size or config.batch_size

@@ -173,6 +173,11 @@ def _load(given: Options) -> tuple[Predictor, dict[str, Any]]:
         if weights.file_of(given.weights) is None:
             raise UserError(f"There is no weights file {given.weights!r}.")
         predictor = Predictor.load(given.weights, **options)
+        if not predictor.model.num_classes:
+            raise errors.UserError(
+                f"{given.weights!r} has no head, so there are no classes to tell; in Python "
+                "Predictor.load(...)(images).features has its features."
+            )
         assert predictor.report is not None
         print(f"{given.weights}: {predictor.report}\n")
         return predictor, {"weights": given.weights}

@@ -12,6 +12,7 @@ from msvit_jax import data
 from msvit_jax.inference.images import Source
 from msvit_jax.inference.programs import Answers, Decisions, Programs
 from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
+from msvit_jax.models.output import Features
 from msvit_jax.tokens import grid
 
 _ON_THE_WAY = 2  # calls given to the devices before the answers of the first are read
@@ -67,6 +68,7 @@ class Job:
         self.coarse: np.ndarray | None = None
         self.probability: np.ndarray | None = None
         self.merged: np.ndarray | None = None
+        self.features: Features | None = None
 
     def run(self, decided: Iterator[Decided], answered: Callable[[list[int]], Any]) -> None:
         """Answers all images.
@@ -126,11 +128,15 @@ class Job:
     def _finish(self) -> list[int]:
         """Reads the answers of the oldest call; returns the images that have them."""
         call, answers = self._on_the_way.popleft()
-        logits, tokens, fits, merged = jax.device_get(
-            (answers.logits, answers.tokens, answers.fits, answers.merged)
+        logits, tokens, fits, merged, features = jax.device_get(
+            (answers.logits, answers.tokens, answers.fits, answers.merged, answers.features)
         )
         if self.merged is None and merged is not None:
             self.merged = np.zeros((self._count, *merged.shape[1:]), merged.dtype)
+        if self.features is None:
+            self.features = jax.tree.map(
+                lambda x: np.zeros((self._count, *x.shape[1:]), x.dtype), features
+            )
         answered: list[int] = []
         for place, image in enumerate(call.places):
             if image == PADDING:
@@ -139,6 +145,8 @@ class Job:
                 self.logits[image], self.tokens[image] = logits[place], tokens[place]
                 if self.merged is not None:
                     self.merged[image] = merged[place]
+                for kept, x in zip(*map(jax.tree.leaves, (self.features, features)), strict=True):
+                    kept[image] = x[place]
                 del self._images[image]
                 answered.append(image)
             else:

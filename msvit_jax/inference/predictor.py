@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from msvit_jax.inference.images import Images, Reading, Source, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Programs, carry_name, stage_name
 from msvit_jax.models.layout import in_slots
-from msvit_jax.models.registry import create_model
+from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
 
 _PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
@@ -48,6 +49,8 @@ class Predictions:
       class_names: of the classes; empty where they are not known.
       failed: why files were skipped, by their number. Their logits are NaN, their label -1 and
         their name empty.
+      features: Class token and patches of a model without a head, as NumPy arrays; None of others.
+        Such a model has no logits, labels and probabilities.
     """
 
     logits: np.ndarray
@@ -58,6 +61,7 @@ class Predictions:
     merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     failed: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    features: Features | None = None
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -65,15 +69,25 @@ class Predictions:
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """[N, classes] float32, the softmax of the logits."""
+        self._check_head()
         exponentials = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 
     @property
     def labels(self) -> np.ndarray:
         """[N], the most probable class of each image; -1 of a file that was skipped."""
+        self._check_head()
         labels = self.logits.argmax(axis=1)
         labels[list(self.failed)] = -1
         return labels
+
+    def _check_head(self) -> None:
+        if self.features is not None:
+            raise UserError("These weights have no head, so there are no classes; see .features.")
+
+    def _check_head(self) -> None:
+        if self.features is not None:
+            raise UserError("These weights have no head, so there are no classes; see .features.")
 
     @property
     def names(self) -> list[str]:
@@ -207,8 +221,10 @@ class Predictor:
           path: workdir of the run; or a weights file of any format that `weights.load` reads.
           which: of the run: 'best', 'latest', or a step.
           model: of a weights file: a name of the registry, or a module for other sizes; None: the
-            one that our own files describe. Positions and patch kernels are resized to it, see
-            `report`.
+            one that the source describes, as our own files, transformers' and timm's directories
+            do. Positions and patch kernels are resized to it, and what the source says of it is
+            followed or compared, see `weights.load_model` and `report`. Weights without a head
+            make a feature extractor, see `Predictions.features`.
           budget: of a cascade's run, mean GMACs per image, by the thresholds that eval.py fitted.
           **options: of the Predictor.
 
@@ -216,8 +232,10 @@ class Predictor:
           UserError: see `checkpoint.load_run`, `budgets.fitted_thresholds` and
             `weights.load_params`; or the model of a file is not known.
         """
-        if (file := weights.file_of(path)) is not None:
-            return cls._load_file(file, model, budget, options)
+        if weights.file_of(path) is not None:
+            return cls._load_file(path, model, budget, options)
+        if not pathlib.Path(path).exists():
+            raise UserError(f"There is no weights file or workdir {str(path)!r}.")
         if model is not None:
             raise UserError("model= is for weights files; a run says itself what its model is.")
         step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
@@ -236,20 +254,19 @@ class Predictor:
 
     @classmethod
     def _load_file(
-        cls, file: pathlib.Path, model: Any, budget: float | None, options: dict[str, Any]
+        cls, path: str | pathlib.Path, model: Any, budget: float | None, options: dict[str, Any]
     ) -> "Predictor":
         if budget is not None:
             raise UserError("budget= is for runs, whose thresholds eval.py has fitted.")
-        about = weights.describe(file) or {}
-        if isinstance(model, str):
-            model = create_model(model)
-        elif model is None:
-            model = weights.build_model(about)
-        params, report = weights.load_params(file, model)
-        keys = ("class_names", "crop", "exif_orientation")
-        known = {key: about[key] for key in keys if about.get(key) is not None}
-        predictor = cls(model, {"params": params}, **{**known, **options})
-        predictor.report = report
+        loaded = weights.load_model(path, model)
+        for note in loaded.report.notes:
+            if "all zeros" in note:
+                warnings.warn(f"{str(path)!r}: {note}", stacklevel=3)
+        said = {"crop": loaded.crop, "exif_orientation": loaded.exif_orientation}
+        known: dict[str, Any] = {"class_names": loaded.class_names or None}
+        known |= {key: value for key, value in said.items() if value is not None}
+        predictor = cls(loaded.model, {"params": loaded.params}, **{**known, **options})
+        predictor.report = loaded.report
         return predictor
 
     @property
@@ -372,7 +389,10 @@ class Predictor:
             tokens = self.model.exit_tokens[job.exits[part]].astype(np.int32)
             return Predictions(job.logits[part], tokens, exits=job.exits[part], **known)
         merged = None if job.merged is None else job.merged[part]
-        made = Predictions(job.logits[part], job.tokens[part], merged=merged, **known)
+        features = jax.tree.map(lambda x: x[part], job.features)
+        made = Predictions(
+            job.logits[part], job.tokens[part], merged=merged, features=features, **known
+        )
         if job.coarse is None or job.probability is None:
             return made
         shape = (len(made), *self.model.gate_grid)

@@ -17,6 +17,7 @@ from msvit_jax import sharding
 from msvit_jax.inference.schedule import Shape
 from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import Exit
+from msvit_jax.models.output import Features
 from msvit_jax.train.step import normalise
 
 
@@ -42,12 +43,14 @@ class Answers:
       tokens: [B] int32.
       fits: [B] bool; false where there is no answer.
       merged: [B, stages, rows, columns] int16, see `Output.merge_maps`.
+      features: Of a model without a head.
     """
 
     logits: Array
     tokens: Array
     fits: Array
     merged: Array | None = None
+    features: Features | None = None
 
 
 class Programs:
@@ -139,7 +142,7 @@ class Programs:
             merged = output.merge_maps((side, side))
             if merged is not None:
                 merged = merged.astype(jnp.int16)  # kept for every image of a call
-            return Answers(output.logits, output.tokens, fits, merged)
+            return Answers(output.logits, output.tokens, fits, merged, output.features)
 
         if coarse is not None:
             coarse = jax.device_put(coarse, self._split)

@@ -226,6 +226,8 @@ class DVT(Backboned, nn.Module):
             raise ValueError(
                 f"grids={self.grids}: one or more are needed, each larger than before."
             )
+        if not vit.num_classes:
+            raise ValueError("num_classes=0: a cascade needs classes to leave its exits by.")
         for name, wanted in (("distilled", False), ("scan_layers", False), ("reducer", "none")):
             if getattr(vit, name) != wanted:
                 raise ValueError(f"{name}={getattr(vit, name)!r} is not for a cascade's stages.")

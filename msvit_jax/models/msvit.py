@@ -20,7 +20,7 @@ from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.embedding import PatchEmbed
-from msvit_jax.models.output import GateOutput, Output
+from msvit_jax.models.output import Features, GateOutput, Output
 from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import alternatives, grid, packing
 
@@ -256,7 +256,7 @@ class MSViT(Backboned, nn.Module):
         if runs is None:
             encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, vit.prefix_length)
-            x = encoded.spread() if vit.pool == "mean" else encoded.tokens
+            x = encoded.spread() if self._all_tokens else encoded.tokens
             alive, hosts = encoded.alive, encoded.hosts
         else:
             x, alive, fits, hosts = self._encode_packed(
@@ -277,7 +277,27 @@ class MSViT(Backboned, nn.Module):
             # Where tokens of both scales are carried, the places are not those of slots.
             merged=None if both else merged,
             hosts=None if both else host_patches(hosts, vit.prefix_length),
+            features=None if both else self._features(x, coarse, images, fits),
         )
+
+    @property
+    def _all_tokens(self) -> bool:
+        """Whether the answer needs more than the prefix."""
+        return self.backbone.pool == "mean" or not self.num_classes
+
+    def _features(
+        self, x: Array, coarse: Array, images: Array, fits: Array | None
+    ) -> Features | None:
+        if self.num_classes:
+            return None
+        rows, columns = (side // self.coarse_size for side in images.shape[1:3])
+        slots = x[:, self.backbone.prefix_length :]
+        slots = slots.reshape(*coarse.shape, grid.REGION**2, x.shape[-1])
+        token = _only_fitting(x[:, 0], fits) if self.backbone.class_token else None
+        patches = grid.slots_to_map(slots, coarse, (rows, columns))
+        if fits is not None:
+            patches = jnp.where(fits[:, None, None, None], patches, jnp.nan)
+        return Features(patches, token)
 
     def _carries_both(self, train: bool) -> bool:
         """Whether the tokens of both scales are there, because a gate learns from them."""
@@ -333,7 +353,7 @@ class MSViT(Backboned, nn.Module):
         shortest = prefix + self.gate_grid[0] * self.gate_grid[1]
         packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
         encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
-        needed = None if self.backbone.pool == "mean" else prefix
+        needed = None if self._all_tokens else prefix
         alive = encoded.alive
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]

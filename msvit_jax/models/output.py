@@ -22,6 +22,20 @@ class GateOutput:
 
 
 @struct.dataclass
+class Features:
+    """What a model without a head (`num_classes=0`) says of images.
+
+    Attributes:
+      patches: [B, h, w, D] tokens of the patches after the last norm. Patches that share a token,
+        because it is coarse or they were merged, all have it; zeros where one was dropped.
+      class_token: [B, D], the class token after the last norm; None of a model without one.
+    """
+
+    patches: Array
+    class_token: Array | None = None
+
+
+@struct.dataclass
 class Output:
     """What every model of the library returns.
 
@@ -38,6 +52,8 @@ class Output:
       hosts: likewise, in every layout, the patch (slot) that holds that place, itself for those
         that nobody took in; -1 also for slots without a token, and images that do not fit.
       exits: [B, stages, classes] float32, logits of every exit of a cascade; `logits` are the last.
+      features: Tokens of a model without a head, whose `logits` are [B, 0]; None of others. NaN for
+        an image that does not fit.
     """
 
     logits: Array
@@ -48,6 +64,7 @@ class Output:
     merged: tuple[Array, ...] | None = None
     hosts: tuple[Array, ...] | None = None
     exits: Array | None = None
+    features: Features | None = None
 
     def merge_maps(self, size: tuple[int, int]) -> Array | None:
         """Which cells of the image are one token after each reduction, whatever the layout.

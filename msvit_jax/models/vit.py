@@ -24,7 +24,7 @@ from msvit_jax.models.embedding import (
     sequence_positions,
     sincos_positions,
 )
-from msvit_jax.models.output import Output
+from msvit_jax.models.output import Features, Output
 from msvit_jax.models.reduction import Carried, Stage
 from msvit_jax.tokens import grid, merging
 
@@ -66,7 +66,7 @@ class ViT(nn.Module):
     """A vision transformer for classification.
 
     Attributes:
-      num_classes: classes of the head.
+      num_classes: classes of the head; 0: no head, the answer is `Output.features`.
       image_size: side of the training images in px; position embeddings are made for it and
         resized for images of any other size that is a whole number of patches.
       patch_size: side of a patch in px.
@@ -89,6 +89,8 @@ class ViT(nn.Module):
         the place in the sequence that are never trained (T2T-ViT). They are a parameter all the
         same, whose gradient is cut: so they travel with the weights, and an optimiser whose decay
         leaves positions alone, as ours, leaves them as they are.
+      pos_resize: how position embeddings are resized for images of another size: as the code does
+        that the weights are from, one of `tokens.grid.RESIZINGS`.
       pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
       layer_scale: LayerScale's starting value; None: no LayerScale.
       norm_epsilon: epsilon of the layer norms.
@@ -123,6 +125,7 @@ class ViT(nn.Module):
     register_tokens: int = 0
     prefix_positions: bool = True
     pos_init: str = "normal"
+    pos_resize: str = "timm"
     pool: str = "token"
     layer_scale: float | None = None
     norm_epsilon: float = 1e-6
@@ -178,6 +181,8 @@ class ViT(nn.Module):
             stages = self.stages
             self.blocks = [make_block(**block, stage=stages.get(i)) for i in range(self.depth)]
         self.norm = LayerNorm(epsilon=self.norm_epsilon)
+        if not self.num_classes:
+            return
         self.head = nn.Dense(self.num_classes, kernel_init=init_weights)
         if self.distilled:
             self.head_dist = nn.Dense(self.num_classes, kernel_init=init_weights)
@@ -188,6 +193,11 @@ class ViT(nn.Module):
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
         self.check_grid()
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes}; 0 makes a feature extractor.")
+        if self.pos_resize not in grid.RESIZINGS:
+            names = ", ".join(grid.RESIZINGS)
+            raise ValueError(f"pos_resize={self.pos_resize!r} is none of {names}.")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
         if self.pool not in ("token", "mean"):
@@ -320,7 +330,7 @@ class ViT(nn.Module):
         """Position embeddings of the patches on a grid of that size: [h, w, D] float32."""
         side = self.grid_size
         own = self._positions[self.positioned_prefix :].reshape(side, side, self.width)
-        return grid.resize_positions(own, size)
+        return grid.resize_positions(own, size, self.pos_resize)
 
     @property
     def _positions(self) -> Array:
@@ -405,6 +415,8 @@ class ViT(nn.Module):
         Returns:
           Logits [B, classes] float32, and those of the distillation head or None.
         """
+        if not self.num_classes:
+            return jnp.zeros((x.shape[0], 0)), None
         if self.pool == "mean":
             patch_tokens = x[:, self.prefix_length :].astype(jnp.float32)
             if areas is None:
@@ -418,6 +430,16 @@ class ViT(nn.Module):
             return logits, None
         distilled = self.head_dist(x[:, 1].astype(jnp.float32))
         return (logits, distilled) if train else ((logits + distilled) / 2, None)
+
+    def features(self, x: Array, size: tuple[int, ...]) -> Features:
+        """What a model without a head answers.
+
+        Args:
+          x: [B, P + N, D] encoded tokens, un-merged.
+          size: (h, w) of the grid that the patches among them are of.
+        """
+        patches = x[:, self.prefix_length :].reshape(x.shape[0], *size, self.width)
+        return Features(patches, x[:, 0] if self.class_token else None)
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
         """Patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D].
@@ -461,7 +483,7 @@ class ViT(nn.Module):
         x = self.with_prefix(grid_tokens.reshape(batch, -1, width))
         encoded = self.encode(x, train=train)
         areas = None
-        if self.pool == "mean":
+        if self.pool == "mean" or not self.num_classes:
             x, alive = encoded.spread(), encoded.alive
             areas = None if alive is None else alive[:, self.prefix_length :].astype(jnp.float32)
         else:
@@ -473,6 +495,7 @@ class ViT(nn.Module):
             distilled_logits=distilled,
             merged=merged_patches(encoded, self.prefix_length),
             hosts=host_patches(encoded.hosts, self.prefix_length),
+            features=None if self.num_classes else self.features(x, tuple(size)),
         )
 
 

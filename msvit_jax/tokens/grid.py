@@ -171,12 +171,48 @@ def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
     return np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
 
 
-def resize_positions(positions: Array, grid: tuple[int, int]) -> Array:
-    """Resizes position embeddings [h, w, D] to another grid, bicubic with antialiasing."""
+def resize_positions(positions: Array, grid: tuple[int, int], method: str = "timm") -> Array:
+    """Resizes position embeddings [h, w, D] to another grid, as the code does that they are from.
+
+    Args:
+      positions: Embeddings of every cell.
+      grid: (rows, columns) of the result.
+      method: One of `RESIZINGS`.
+    """
     if positions.shape[:2] == tuple(grid):
         return positions
-    shape = (*grid, positions.shape[-1])
-    return jax.image.resize(positions, shape, method="bicubic", antialias=True)
+    if method == "timm":
+        shape = (*grid, positions.shape[-1])
+        return jax.image.resize(positions, shape, method="bicubic", antialias=True)
+    beyond = RESIZINGS[method]
+    rows, columns = (
+        jnp.asarray(_cubic(old, new, beyond), positions.dtype)
+        for old, new in zip(positions.shape[:2], grid, strict=True)
+    )
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("yh,xw,hwd->yxd", rows, columns, positions, precision=exact)
+
+
+# timm: bicubic (a = -0.5) with antialiasing. The others, without and with a = -0.75, differ in what
+# is added to the new length before the scale is computed: transformers' ViT, DeiT and DINOv2 add
+# nothing, DINOv2's own code 0.1.
+RESIZINGS = {"timm": 0.0, "transformers": 0.0, "dinov2": 0.1}
+_CUBIC = -0.75
+
+
+@functools.cache
+def _cubic(old: int, new: int, beyond: float) -> np.ndarray:
+    """PyTorch's bicubic interpolation of an axis: [new, old] float64, rows sum to 1."""
+    at = (np.arange(new) + 0.5) * (old / (new + beyond)) - 0.5
+    cells = np.floor(at)[:, None] + np.arange(-1, 3)
+    far = np.abs(at[:, None] - cells)
+    near = ((_CUBIC + 2) * far - (_CUBIC + 3)) * far**2 + 1
+    tail = _CUBIC * (((far - 5) * far + 8) * far - 4)
+    matrix = np.zeros((new, old))
+    inside = cells.clip(0, old - 1).astype(int)  # beyond the edge, its last cell counts again
+    np.add.at(matrix, (np.arange(new)[:, None], inside), np.where(far <= 1, near, tail))
+    matrix.flags.writeable = False
+    return matrix
 
 
 def resize_kernel(kernel: np.ndarray, size: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class Report:
       widened: layers that see a cascade's reused features besides, with old and new shape.
       fresh: left at their start, with the reason.
       unused: in the source and not in the model.
+      notes: What else is worth knowing: what was chosen, followed, or looks wrong.
     """
 
     matched: list[str]
@@ -44,6 +45,7 @@ class Report:
     widened: list[str]
     fresh: list[str]
     unused: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         """A line per kind, for people."""
@@ -53,15 +55,19 @@ class Report:
             if names:
                 shown = ", ".join(names[:6]) + (f", ... ({len(names)})" if len(names) > 6 else "")
                 lines.append(f"{title}: {shown}")
-        return "; ".join(lines)
+        return "; ".join([*lines, *self.notes])
 
 
-def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
+def fit(
+    weights: Mapping[str, np.ndarray], params: Any, *, pos_resize: str = "timm"
+) -> tuple[Flat, Report]:
     """Fits weights to a model's parameters.
 
     Args:
       weights: by name, as from `weights.read`.
       params: the model's tree, arrays or shapes.
+      pos_resize: How position embeddings are resized, one of `grid.RESIZINGS`; those of a gate are
+        ours, and always resized in our way.
 
     Returns:
       Arrays by the model's names, for those that are taken over; and what became of each.
@@ -82,7 +88,7 @@ def fit(weights: Mapping[str, np.ndarray], params: Any) -> tuple[Flat, Report]:
             taken[name] = np.asarray(value, leaf.dtype)
         elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
-            taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape))
+            taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape), pos_resize)
         elif value is not None and short == "patch_embed/proj/kernel" and _squares(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             kernel = grid.resize_kernel(np.asarray(value, np.float64), leaf.shape[0])
@@ -122,7 +128,7 @@ def model_shapes(model: nn.Module) -> Any:
         raise UserError(f"The model cannot be built: {error}") from error
 
 
-def params_for(model: nn.Module, weights: Any) -> tuple[Any, Report]:
+def params_for(model: nn.Module, weights: Any, *, pos_resize: str = "timm") -> tuple[Any, Report]:
     """Fits a tree or a flat dict of weights to a model, all of whose parameters it must hold.
 
     Returns:
@@ -132,9 +138,13 @@ def params_for(model: nn.Module, weights: Any) -> tuple[Any, Report]:
       UserError: some are missing or of another shape.
     """
     shapes = model_shapes(model)
-    taken, report = fit(flat_names(weights), shapes)
+    taken, report = fit(flat_names(weights), shapes, pos_resize=pos_resize)
     if report.fresh:
-        raise UserError("The weights lack parameters of the model: " + ", ".join(report.fresh))
+        heads = all(re.search(r"(^|/)head(_dist)?/", name) for name in report.fresh)
+        remedy = "; num_classes=0 makes a feature extractor of the rest." if heads else ""
+        raise UserError(
+            "The weights lack parameters of the model: " + ", ".join(report.fresh) + remedy
+        )
     return map_names(lambda name, _: taken[name], shapes), report
 
 
@@ -192,12 +202,12 @@ def _resizable(value: Any, leaf: Any) -> bool:
     return len(value.shape) == 2 and prefixes[0] == prefixes[1] and prefixes[0] is not None
 
 
-def _resize(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _resize(value: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
     if value.ndim == 3:
         return np.asarray(grid.resize_positions(jnp.asarray(value), (shape[0], shape[1])))
     count, width = value.shape
     prefix = _prefix_length(count) or 0
     old, new = math.isqrt(count - prefix), math.isqrt(shape[0] - prefix)
     cells = jnp.asarray(value[prefix:].reshape(old, old, width))
-    resized = np.asarray(grid.resize_positions(cells, (new, new))).reshape(new * new, width)
+    resized = np.asarray(grid.resize_positions(cells, (new, new), method)).reshape(new * new, width)
     return np.concatenate([value[:prefix], resized])

@@ -27,13 +27,14 @@ from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
-from msvit_jax.train import init_from, optimizer
+from msvit_jax.train import optimizer
 from msvit_jax.train.fall import Fall
 from msvit_jax.train.health import Health
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
 from msvit_jax.train.trim import Trim
+from msvit_jax.weights.declared import UNSEEN
 
 LAG = 2
 
@@ -97,6 +98,7 @@ class _Run:
         checkpoint.quiet_orbax()
         self.info = data.dataset_info(config.data)
         config = configs.resolve(config, self.info.num_classes)
+        config, followed = _following(config, workdir)
         self.config, self.workdir = config, workdir
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accumulation)
@@ -110,7 +112,9 @@ class _Run:
         self.trim = self._schedule_of_budgets()
         self.fall = Fall.of(config.fall, self.model, self.plan.steps_per_epoch)
         self._compiled_steps: dict[Any, Any] = {}
-        self.messages: list[str] = []
+        self.messages: list[str] = [
+            f"{key}={value!r} as {config.init_from} says" for key, value in followed.items()
+        ]
         checkpoint.claim_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(
             workdir,
@@ -145,8 +149,7 @@ class _Run:
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
             source = weights.load(self.config.init_from, self.model)
-            taken, report = init_from.fit(source.flat, self.program.params["model"])
-            report.unused.extend(source.unused)
+            taken, report = source.fit(self.program.params["model"])
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)
@@ -375,6 +378,24 @@ class Reporter:
         self._clock, self._clock_step = now, step
 
 
+def _following(
+    config: config_dict.ConfigDict, workdir: pathlib.Path
+) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
+    """The config with what its weights say of the model and it leaves open, and that alone.
+
+    A run that goes on has this in its own config, and needs the source no more.
+    """
+    if not config.init_from:
+        return config, {}
+    if checkpoint.has_checkpoint(workdir):
+        model = checkpoint.read_config(workdir).get("model", {})
+        said = {key: model[key] for key in UNSEEN if key in model and key not in config.model}
+    else:
+        plain = configs.build_model(config)
+        said = weights.declared_options(config.init_from, plain, config.model)
+    return configs.with_model_options(config, said), said
+
+
 def teacher_of(config: config_dict.ConfigDict) -> Teacher | None:
     """Loads the teacher that a config names, if it does."""
     options = config.loss.distillation
@@ -396,8 +417,8 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
         with options.unlocked():
             options.model = {"name": name, "num_classes": config.model.num_classes}
         model = configs.build_model(options)
-        params, _ = weights.load_params(source, model)
-        teacher = Teacher(model=model, variables={"params": params})
+        loaded = weights.load_model(source, model)
+        teacher = Teacher(model=loaded.model, variables={"params": loaded.params})
     if teacher.model.num_classes != config.model.num_classes:
         raise UserError(
             f"The teacher has {teacher.model.num_classes} classes, the data set "

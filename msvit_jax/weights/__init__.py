@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from msvit_jax.weights.formats import (
         FORMATS,
+        Loaded,
         Source,
+        declared_options,
         file_of,
         load,
+        load_model,
         load_params,
         read,
         to_theirs,
@@ -17,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "Loaded",
     "Source",
     "build_model",
+    "declared_options",
     "describe",
     "file_of",
     "load",
+    "load_model",
     "load_params",
     "read",
     "save",

@@ -6,7 +6,7 @@ of GELU: a model with `gelu="tanh"` computes what they do; timm takes the exact 
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,7 @@ _POSITIONS = (
     "Transformer/posembed_input/pos_embedding",
     "Transformer/pos_embedding",
 )
-_PREFIXES = ("params/", "opt/target/")
 _SCANNED = "Transformer/encoderblock/"
-
-
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names is in this format."""
-    return any("Transformer/encoder_norm/scale" in name for name in names)
 
 
 def table(model: Any) -> list[Entry]:
@@ -121,9 +115,8 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
     Returns:
       The state by the names of `table`, and the names that the model has no use for.
     """
-    prefix = next((p for p in _PREFIXES if any(n.startswith(p) for n in state)), "")
-    flat = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
-    unused = [n for n in state if not n.startswith(prefix)]
+    flat = dict(state)
+    unused: list[str] = []
     if any(n.startswith("pre_logits/") for n in flat):
         left_out = [n for n in flat if n.startswith(("pre_logits/", "head/"))]
         unused += left_out

@@ -2,11 +2,10 @@
 
     python -m msvit_jax.weights.dvt --model=dvt_t2t_vit_12 --source=t2t.pth --out=t2t.safetensors
 
-Needs the torch extra for reading .pth files, which are loaded with weights_only: nothing in them is
-executed. What is written can be given to `train.py --config.init_from=`.
+Nothing in the files is executed. What is written can be given to `train.py --config.init_from=`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,11 @@ from msvit_jax import errors
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.t2t import T2TViT
-from msvit_jax.weights import entries, files, ours, timm
+from msvit_jax.weights import ours, timm
 from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, one, same, squeezed
 
 NAME = "dvt"
 STAGES = ("less_less_token", "less_token", "normal_token")
-
-
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names is in this format."""
-    return any(name.startswith(f"{STAGES[0]}.") for name in names)
 
 
 def _window_linear(theirs: str, ours: str, size: int) -> Iterator[Entry]:
@@ -130,14 +124,14 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
 def main(argv: Sequence[str]) -> None:
     """Converts a file."""
     # Here: it brings Orbax, which the table does not need.
-    from msvit_jax.train.init_from import model_shapes
     from msvit_jax.train.optimizer import flat_names
+    from msvit_jax.weights import formats
 
     del argv
     given = flags.FLAGS
     model = create_model(given.model)
-    shapes = flat_names(model_shapes(model))
-    flat = entries.to_ours(files.read(given.source), table(model), shapes)
+    params, _ = formats.load_params(given.source, model)
+    flat = flat_names(params)
     about = {"model": {"name": given.model}, "mean": model.mean, "std": model.std}
     ours.save(given.out, flat, about)
     print(f"{sum(x.size for x in flat.values()):,} parameters of {given.model} in {given.out}")

@@ -1,14 +1,15 @@
 """Reading weights files without executing what is in them, or taking memory that they only claim.
 
-.safetensors, .npz, PyTorch's .pth, .pth.tar, .pt and .bin, which need the torch extra, and the
-.index.json of transformers, which says in which of several files each array lies.
+.safetensors, .npz, PyTorch's .pth, .pth.tar, .pt, .bin and .ckpt, and the .index.json of
+transformers, which says in which of several files each array lies. What is read is what the file
+holds, by its own names; `wrappers` finds the model in it.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -17,42 +18,83 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from msvit_jax.errors import UserError
+from msvit_jax.weights import pytorch, wrappers
 
 Flat = dict[str, np.ndarray]
 
-PYTORCH = (".pth", ".tar", ".pt", ".bin")
+PYTORCH = (".pth", ".tar", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
 INDEX = ".index.json"
 # Weights are noise, which hardly shrinks; a small file of zeros may claim any size.
 _MOST_SHRUNK = 100
+_LISTED = 12  # parts that a message names
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+# Which numbers smaller than float32 are read as float32, exactly.
+_SMALL = (ml_dtypes.bfloat16, np.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+      arrays: By name, those of nested mappings joined with '.'; PyTorch's are read by `number`.
+      values: Everything else by name: settings, counters, texts.
+    """
+
+    arrays: dict[str, Any]
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What there is, for messages."""
+        held = wrappers.groups(sorted(self.arrays))[:_LISTED]
+        named = {name.split(".")[0] for name in self.values}
+        held += sorted(named - {name.split(".")[0] for name in self.arrays})[:_LISTED]
+        return ", ".join(held) or "nothing"
 
 
 def read(path: str | pathlib.Path) -> Flat:
-    """Reads all arrays of a file by name; bfloat16 and float16 as float32.
+    """Reads all arrays of a file by name; numbers smaller than float32 as float32.
 
     Raises:
-      UserError: there is no such file, it is damaged, it holds something else than arrays of
-        numbers, its suffix is not known, a file that it names is missing, or PyTorch is needed and
-        not installed.
+      UserError: There is no such file, it is damaged, it holds something else than arrays of
+        numbers, its suffix is not known, or a file that it names is missing.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no weights file {str(path)!r}.")
+    return {name: number(name, x, path) for name, x in read_contents(path).arrays.items()}
+
+
+def read_contents(path: str | pathlib.Path) -> Contents:
+    """Reads what a file holds; see `read`."""
+    path = pathlib.Path(path)
+    check_there(path)
     if path.name.endswith(INDEX):
-        return _read_parts(path)
+        return Contents(_read_parts(path))
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"{str(path)!r} cannot be read as weights: its suffix is {path.suffix or 'missing'}; "
             f"known are {', '.join((*SUFFIXES, INDEX))}."
         )
-    if path.suffix in PYTORCH:
-        return _read_pytorch(path)
-    reader = _read_safetensors if path.suffix == ".safetensors" else _read_npz
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
     try:
-        flat = reader(path)
+        return readers.get(path.suffix, _read_pytorch)(path)
     except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
         raise UserError(f"{str(path)!r} cannot be read as weights: {error}") from error
-    return {name: _number(name, x, path) for name, x in flat.items()}
+
+
+def check_there(path: pathlib.Path) -> None:
+    """Raises UserError for a file that is missing, or that git-lfs has not fetched yet."""
+    if not path.is_file():
+        raise UserError(f"There is no weights file {str(path)!r}.")
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+    if start == _LFS:
+        raise UserError(
+            f"{str(path)!r} is a git-lfs pointer, not the weights: fetch them with 'git lfs pull' "
+            "in its repository, or download the file itself."
+        )
 
 
 def _read_parts(path: pathlib.Path) -> Flat:
@@ -60,10 +102,18 @@ def _read_parts(path: pathlib.Path) -> Flat:
     where = read_json(path.read_text(errors="replace"), path).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{str(path)!r} does not say in which files the weights are (weight_map).")
-    flat: Flat = {}
-    for part in sorted(set(map(str, where.values()))):
+    parts = sorted(set(map(str, where.values())))
+    for part in parts:
         if pathlib.PurePath(part).name != part or part.endswith(INDEX):
             raise UserError(f"{str(path)!r} names {part!r}, which is no weights file beside it.")
+    missing = [part for part in parts if not path.with_name(part).is_file()]
+    if missing:
+        raise UserError(
+            f"{str(path)!r} names {len(parts)} files, of which {len(missing)} are missing beside "
+            f"it: {', '.join(missing[:_LISTED])}"
+        )
+    flat: Flat = {}
+    for part in parts:
         flat |= read(path.with_name(part))
     lost = sorted(set(where) - set(flat))
     if lost:
@@ -73,10 +123,19 @@ def _read_parts(path: pathlib.Path) -> Flat:
     return flat
 
 
-def _number(name: str, x: np.ndarray, path: pathlib.Path) -> np.ndarray:
+def number(name: str, x: Any, path: str | pathlib.Path) -> np.ndarray:
+    """An array's values, those of less than 32 bits per real number as float32.
+
+    Raises:
+      UserError: It holds something else than real numbers, or its values cannot be read.
+    """
+    try:
+        x = np.asarray(x)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:  # of a part of a damaged archive
+        raise UserError(f"{str(path)!r} cannot be read as weights: {name}: {error}") from error
     if x.dtype == np.dtype("V2"):  # how NumPy stores bfloat16, which it does not know
         x = x.view(ml_dtypes.bfloat16)
-    if x.dtype in (ml_dtypes.bfloat16, np.float16):
+    if x.dtype in _SMALL or x.dtype.name.startswith("float8"):
         return x.astype(np.float32)
     if x.dtype.kind not in "fiub":
         raise UserError(
@@ -85,9 +144,9 @@ def _number(name: str, x: np.ndarray, path: pathlib.Path) -> np.ndarray:
     return x
 
 
-def _read_safetensors(path: pathlib.Path) -> Flat:
+def _read_safetensors(path: pathlib.Path) -> Contents:
     # The library checks every size against the file's before it reads.
-    return load_file(path)
+    return Contents(dict(load_file(path)))
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
@@ -103,7 +162,7 @@ def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
         raise UserError(f"{str(path)!r} cannot be read as weights: {error}") from error
 
 
-def _read_npz(path: pathlib.Path) -> Flat:
+def _read_npz(path: pathlib.Path) -> Contents:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         _check_sizes(members, path.stat().st_size)
@@ -114,7 +173,7 @@ def _read_npz(path: pathlib.Path) -> Flat:
                 flat[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
                     file, allow_pickle=False
                 )
-    return flat
+    return Contents(flat)
 
 
 def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
@@ -146,35 +205,15 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
         raise ValueError(f"{member.filename} claims {claimed:,} bytes and holds {held:,}")
 
 
-def _read_pytorch(path: pathlib.Path) -> Flat:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"Reading {path.suffix} files needs PyTorch: pip install 'msvit-jax[torch]'"
-        ) from error
+def _read_pytorch(path: pathlib.Path) -> Contents:
     if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{str(path)!r} is damaged, or was saved by PyTorch before 1.6, whose files cannot be "
-            "checked before they are loaded: load it with PyTorch and save it again."
+        raise ValueError(
+            "it is damaged, or was saved by PyTorch before 1.6, whose files cannot be checked "
+            "before they are loaded: load it with PyTorch and save it again"
         )
-    try:
-        # Mapped: no memory is taken for what the file only claims to hold.
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of many types, for damaged files and for files with code in them
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{str(path)!r} is not a file of weights alone: {first}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(
-        isinstance(x, torch.Tensor) for x in loaded.values()
-    ):
-        raise UserError(f"{str(path)!r} does not hold tensors by name.")
-    return {
-        name.removeprefix("module."): x.detach().to(torch.float32).numpy().copy()
-        for name, x in loaded.items()
-    }
+    with zipfile.ZipFile(path) as archive:
+        _check_sizes(archive.infolist(), path.stat().st_size)
+    return Contents(*pytorch.flatten(pytorch.read(path)))
 
 
 def read_json(text: str, path: str | pathlib.Path) -> dict[str, Any]:

@@ -5,16 +5,31 @@ A model over a backbone (MSViT, Mergence) takes and gives the plain transformer 
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from msvit_jax import checkpoint
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.registry import create_model
+from msvit_jax.models.vit import ViT
 from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
-from msvit_jax.weights import big_vision, dvt, entries, files, huggingface, ours, timm
+from msvit_jax.weights import (
+    big_vision,
+    declared,
+    dvt,
+    entries,
+    files,
+    huggingface,
+    ours,
+    timm,
+    wrappers,
+)
+from msvit_jax.weights.declared import PIXELS, UNSEEN, Declared, same
+from msvit_jax.weights.declared import trunk_of as trunk_of_any
 from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
 
 BACKBONE = "backbone/"
@@ -22,15 +37,17 @@ _SCANNED = "blocks/"
 # Where transformers keeps the weights in a model's directory.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _IN_DIRECTORY = (*_WHOLE, *(name + files.INDEX for name in _WHOLE))
+_HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")
+_HEAD_KERNEL = re.compile(r"(^|/)head(_dist)?/kernel$")
+# What a model computes, of the attributes that its arrays do not show.
+FUNCTION = tuple(key for key in UNSEEN if key not in PIXELS)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ViT)}
 
 
 class Format(Protocol):
     """A module for one format."""
 
     NAME: str
-
-    def fits(self, names: Iterable[str]) -> bool:
-        """Whether a file with these names is in this format."""
 
     def table(self, model: Any) -> list[Entry]:
         """All parameters of a model in both formats."""
@@ -40,6 +57,8 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Any] = {f.NAME: f for f in (timm, huggingface, big_vision, dvt)}
+# What arrays show of their model, for sources that say the rest.
+_SEEN = {timm.NAME: timm.seen, huggingface.NAME: huggingface.seen}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +67,118 @@ class Source:
 
     Attributes:
       flat: by our names; heads may be missing, and heads, positions and patch kernels may have
-        other shapes than the model's: see `init_from.fit`.
+        other shapes than the model's: see `fit`.
       format: 'ours' or one of `FORMATS`.
       unused: names in the source that the model has no use for.
+      notes: What was chosen or followed, and what looks wrong.
+      pos_resize: How the source's own code resizes positions, one of `grid.RESIZINGS`.
     """
 
     flat: Flat
     format: str
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    pos_resize: str = "timm"
+
+    def fit(self, params: Any) -> tuple[Flat, init_from.Report]:
+        """Fits the weights to a model's parameters, see `init_from.fit`."""
+        taken, report = init_from.fit(self.flat, params, pos_resize=self.pos_resize)
+        return taken, self._completed(report)
+
+    def params_for(self, model: Any) -> tuple[Any, init_from.Report]:
+        """All parameters of a model, see `init_from.params_for`."""
+        params, report = init_from.params_for(model, self.flat, pos_resize=self.pos_resize)
+        return params, self._completed(report)
+
+    def _completed(self, report: init_from.Report) -> init_from.Report:
+        report.unused.extend(self.unused)
+        report.notes.extend(self.notes)
+        return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to answer.
+
+    Attributes:
+      model: With what the source says of itself.
+      params: Its parameters.
+      report: What became of each of them, and what was followed.
+      class_names: In the order of the labels; empty where the source names none.
+      crop: Share of an image's short side that it is evaluated on; None where it does not say.
+      exif_orientation: Whether images are turned upright for it; None where it does not say.
+    """
+
+    model: Any
+    params: Any
+    report: init_from.Report
+    class_names: tuple[str, ...] = ()
+    crop: float | None = None
+    exif_orientation: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source whose arrays have been read and whose model has been found."""
+
+    path: str
+    arrays: Flat
+    format: str
+    declared: Declared
+    about: dict[str, Any]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def check(self, model: Any, keys: Sequence[str]) -> None:
+        """Raises UserError where no model of ours is the source's, or this one is another."""
+        if self.declared.problems:
+            raise UserError(
+                f"{self.path!r} cannot be followed: {'; '.join(self.declared.problems)}."
+            )
+        wrong = {} if model is None else self.declared.differences(model, keys)
+        if not wrong:
+            return
+        trunk = trunk_of_any(model)
+        where = self.declared.where
+        told = "; ".join(
+            f"{where[key]} says {key}={value!r}, the model has {getattr(trunk, key)!r}"
+            for key, value in wrong.items()
+        )
+        options = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        raise UserError(
+            f"{self.path!r} is of another model, though the shapes fit: {told}. Make the model "
+            f"with {options} (--config.model.KEY=VALUE of a config), or give its name alone where "
+            "one is taken (model=NAME): then the source is followed."
+        )
+
+    def source_for(self, model: Any, keys: Sequence[str] = FUNCTION) -> Source:
+        """The weights for a model, which must be the one that the source says."""
+        self.check(model, keys)
+        notes = list(self.notes) + self.declared.notes
+        if model is not None:
+            there = self.declared.differences(model, PIXELS)
+            notes += [
+                f"{key} of the pixels is {value} in {self.declared.where[key]}, another here"
+                for key, value in there.items()
+            ]
+        if self.format == ours.NAME:
+            found = Source(_by_slashes(self.arrays), self.format)
+        else:
+            try:
+                found = _foreign(self.arrays, model, self.format)
+            except UserError as error:
+                raise UserError(f"{self.path!r} (format {self.format}): {error}") from error
+        notes += [
+            f"{name} is all zeros: every class gets the same answer"
+            for name, x in found.flat.items()
+            if _HEAD_KERNEL.search(name) and x.size and not x.any()
+        ]
+        return dataclasses.replace(
+            found,
+            unused=(*found.unused, *self.unused),
+            notes=tuple(notes),
+            pos_resize=self.declared.model.get("pos_resize", found.pos_resize),
+        )
 
 
 def read(source: str | pathlib.Path, model: Any) -> Flat:
@@ -68,18 +191,14 @@ def load(source: str | pathlib.Path, model: Any) -> Source:
 
     Args:
       source: a run's workdir (its best checkpoint), a file (see `files`), or a directory that
-        transformers wrote.
+        transformers or timm wrote.
       model: that they are for.
 
     Raises:
-      UserError: nothing there, not readable, of no known format, or of another model.
+      UserError: nothing there, not readable, of no known format, or of another model: by its
+        arrays, or by what the source says of heads, epsilon and activation; NaN or infinite values.
     """
-    file = file_of(source)
-    if file is not None:
-        return convert(files.read(file), model, where=str(source))
-    if pathlib.Path(source).is_dir():
-        return Source(flat_names(checkpoint.load_params(source)), ours.NAME)
-    raise UserError(f"{str(source)!r} is neither a workdir nor a weights file.")
+    return _open(source).source_for(model)
 
 
 def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.Report]:
@@ -92,13 +211,149 @@ def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.
     Raises:
       UserError: see `load` and `init_from.params_for`.
     """
-    found = load(source, model)
+    return _params(str(source), load(source, model), model)
+
+
+def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
+    """A model with its parameters, as the source says that it is.
+
+    What a source says of heads, epsilon, activation, and the pixels' mean and std is followed
+    wherever the model leaves it open: a name of the registry leaves all of it open, and the
+    classes, too; a module what is at the default of `ViT`. What a module sets otherwise is refused.
+
+    Args:
+      source: See `load`.
+      model: A name of the registry, a module, or None: the one that the source describes.
+
+    Raises:
+      UserError: See `load_params`; or the source does not say what its model is.
+    """
+    opened = _open(source)
+    opened.check(None, ())
+    followed: dict[str, Any] = {}
+    if model is None:
+        model = _described(opened)
+        followed = {key: x for key, x in opened.declared.model.items() if key in UNSEEN}
+    elif isinstance(model, str):
+        plain = create_model(model)
+        followed = opened.declared.differences(plain)
+        classes = _classes(opened.source_for(plain, ()).flat)
+        model = create_model(model, **followed, num_classes=classes)
+    else:
+        wrong = opened.declared.differences(model)
+        trunk = trunk_of_any(model)
+        followed = {k: x for k, x in wrong.items() if same(getattr(trunk, k), _DEFAULTS[k])}
+        model = _changed(model, followed)
+    found = opened.source_for(model, UNSEEN)
+    if trunk_of_any(model).pos_resize != found.pos_resize:
+        model = _changed(model, {"pos_resize": found.pos_resize})
+    params, report = _params(opened.path, found, model)
+    report.notes.extend(
+        f"{key}={value!r} as {opened.declared.where[key]} says" for key, value in followed.items()
+    )
+    names = opened.declared.class_names
+    if names and len(names) != model.num_classes:
+        classes = model.num_classes
+        if classes:
+            report.notes.append(f"its {len(names)} class names were left out: {classes} classes")
+        names = ()
+    declared = opened.declared
+    return Loaded(model, params, report, names, declared.crop, declared.exif_orientation)
+
+
+def declared_options(
+    source: str | pathlib.Path, model: Any, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options that make a model the one that a source says, of those that were left open.
+
+    Args:
+      source: See `load`.
+      model: As it would be without them.
+      given: Options that are not left open.
+    """
+    file = file_of(source)
+    if file is not None:
+        said = declared.of_file(file, files.read_contents(file))
+    elif pathlib.Path(source).is_dir():
+        said = declared.of_run(source)
+    else:
+        return {}
+    return {key: x for key, x in said.differences(model).items() if key not in given}
+
+
+def _params(path: str, found: Source, model: Any) -> tuple[Any, init_from.Report]:
     try:
-        params, report = init_from.params_for(model, found.flat)
+        return found.params_for(model)
     except UserError as error:
-        raise UserError(f"{str(source)!r} (format {found.format}): {error}") from error
-    report.unused.extend(found.unused)
-    return params, report
+        raise UserError(f"{path!r} (format {found.format}): {error}") from error
+
+
+def _changed(model: Any, options: Mapping[str, Any]) -> Any:
+    """A model with other attributes of its trunk."""
+    if not options:
+        return model
+    if hasattr(model, "backbone"):
+        return model.clone(backbone=model.backbone.clone(**options))
+    return model.clone(**options)
+
+
+def _described(opened: _Opened) -> Any:
+    # Our exports for others name the whole model, and hold the trunk alone.
+    if opened.about.get("model") and opened.format in (ours.NAME, dvt.NAME):
+        return ours.build_model(opened.about)
+    if opened.format not in _SEEN:
+        raise UserError(
+            f"The weights file {opened.path!r} does not name its model; give it with model=."
+        )
+    return declared.build(opened.declared, _SEEN[opened.format](opened.arrays))
+
+
+def _classes(flat: Mapping[str, np.ndarray]) -> int:
+    """Classes of a head; 0 where there is none."""
+    return next((x.shape[-1] for name, x in flat.items() if _HEAD_KERNEL.search(name)), 0)
+
+
+def _open(source: str | pathlib.Path) -> _Opened:
+    file, path = file_of(source), str(source)
+    if file is not None:
+        contents = files.read_contents(file)
+        said = declared.of_file(file, contents)
+        return _found(contents, path, said, ours.describe(file) or {})
+    if not pathlib.Path(source).exists():
+        raise UserError(f"There is no weights file or workdir {path!r}.")
+    if not pathlib.Path(source).is_dir():
+        raise UserError(f"{path!r} is neither a workdir nor a weights file.")
+    flat = flat_names(checkpoint.load_params(source))
+    _check_finite(flat, path)
+    return _Opened(path, flat, ours.NAME, declared.of_run(source), {})
+
+
+def _found(contents: files.Contents, path: str, said: Declared, about: dict[str, Any]) -> _Opened:
+    try:
+        model = wrappers.undo(contents.arrays)
+    except UserError as error:
+        raise UserError(f"{path!r}: {error}") from error
+    if model is None:
+        known = ", ".join([ours.NAME, *FORMATS])
+        raise UserError(f"{path!r} holds weights of none of the formats {known}: {contents}")
+    arrays = {name: files.number(name, x, path) for name, x in model.arrays.items()}
+    _check_finite(arrays, path)
+    return _Opened(path, arrays, model.format, said, about, model.beside, model.notes)
+
+
+def _check_finite(arrays: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for weights that make every answer NaN, or will not be float32 numbers."""
+    for name, x in arrays.items():
+        if np.asarray(x).dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore"):
+            wrong = np.count_nonzero(~np.isfinite(np.asarray(x, np.float32)))
+        if wrong:
+            raise UserError(
+                f"{path!r}: {name} holds {wrong:,} values of {np.size(x):,} that are NaN, infinite "
+                "or beyond float32: the training that made it has failed, or the file is damaged. "
+                "Take an earlier checkpoint."
+            )
 
 
 def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
@@ -119,42 +374,60 @@ def convert(state: State, model: Any, *, where: str = "The source") -> Source:
     Raises:
       UserError: they are of no known format, or of another model.
     """
-    name = detect(state)
-    if name is None:
-        known = ", ".join([ours.NAME, *FORMATS])
-        first = ", ".join(sorted(state)[:3]) or "nothing"
-        raise UserError(f"{where!r} holds weights of none of the formats {known}: {first}, ...")
-    if name == ours.NAME:
-        return Source(_by_slashes(state), name)
-    try:
-        return _foreign(state, model, name)
-    except UserError as error:
-        raise UserError(f"{where!r} (format {name}): {error}") from error
-
-
-def detect(names: Iterable[str]) -> str | None:
-    """The format of a file with these names; None if it is none."""
-    names = list(names)
-    found = next((name for name, form in FORMATS.items() if form.fits(names)), None)
-    if found is not None:
-        return found
-    return ours.NAME if ours.fits(names) else None
+    return _found(files.Contents(dict(state)), where, Declared(), {}).source_for(model)
 
 
 def _by_slashes(state: State) -> Flat:
-    return {name.replace(".", "/").removeprefix("params/"): x for name, x in state.items()}
+    return {name.replace(".", "/"): np.asarray(x) for name, x in state.items()}
 
 
 def _foreign(state: State, model: Any, name: str) -> Source:
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
-    unscanned = trunk.clone(scan_layers=False) if _scanned(trunk) else trunk
-    shapes = flat_names(init_from.model_shapes(unscanned))
-    table = form.table(unscanned)
-    named, unused = form.canonical(state, unscanned)
+    headless = trunk.num_classes == 0
+    # With a head in the table, that of the source is known for one.
+    plain = trunk.clone(num_classes=1) if headless else trunk
+    plain = plain.clone(scan_layers=False) if _scanned(plain) else plain
+    shapes = flat_names(init_from.model_shapes(plain))
+    table = form.table(plain)
+    named, unused = form.canonical(state, plain)
+    named, extras = _parameters(named, table)
     flat = entries.to_ours(named, table, shapes, adaptable=ADAPTABLE)
+    if headless:
+        heads = [key for key in flat if _HEAD.search(key)]
+        unused += [f"{key} (the model has no head)" for key in heads]
+        flat = {key: x for key, x in flat.items() if key not in heads}
     if _scanned(trunk):
         flat = _stack(flat, trunk.depth)
-    return Source({prefix + key: x for key, x in flat.items()}, name, tuple(unused))
+    inside = {prefix + key: x for key, x in flat.items()}
+    return Source(inside, name, (*unused, *extras), pos_resize=_pos_resize(name, state))
+
+
+def _parameters(state: State, table: Sequence[Entry]) -> tuple[Flat, list[str]]:
+    """Leaves out counters and indices, which are no parameters of any model here.
+
+    Raises:
+      UserError: A parameter is not of real numbers, as in quantized files.
+    """
+    names = {name for entry in table for name in entry.theirs}
+    real = {name: np.asarray(x).dtype.kind == "f" for name, x in state.items()}
+    wrong = [name for name in state if name in names and not real[name]]
+    if wrong:
+        raise UserError(
+            f"{wrong[0]} is of {np.asarray(state[wrong[0]]).dtype}: weights are real numbers "
+            "here; save the model before it was quantized."
+        )
+    extras = [n for n, x in state.items() if n not in names and not (real[n] and np.ndim(x))]
+    return {n: np.asarray(x) for n, x in state.items() if n not in extras}, extras
+
+
+def _pos_resize(form: str, state: State) -> str:
+    """How the code resizes positions that a file is from, as far as its names say it."""
+    if form == huggingface.NAME:
+        registers = any(name.endswith("embeddings.register_tokens") for name in state)
+        return "timm" if registers else "transformers"
+    # DINOv2's own files keep the token of masked patches.
+    own = form == timm.NAME and "mask_token" in state and "register_tokens" not in state
+    return "dinov2" if own else "timm"
 
 
 def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> Flat:

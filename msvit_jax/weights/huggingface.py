@@ -5,7 +5,7 @@ part of each name ('vit.'). Poolers and tokens of masked patches are not used.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,6 @@ _NEW_NAMES = (
 )
 
 
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names is in this format."""
-    return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
-
-
 def kind(model: Any) -> str:
     """The architecture of transformers that a plain model is.
 
@@ -50,6 +45,37 @@ def kind(model: Any) -> str:
     if model.layer_scale is not None:
         return "dinov2_with_registers" if model.register_tokens else "dinov2"
     return "deit" if model.distilled else "vit"
+
+
+def seen(state: State) -> dict[str, Any]:
+    """What arrays show of their model: attributes of `ViT`."""
+    shapes = {
+        re.sub(r"^(vit|deit|dinov2(_with_registers)?)\.", "", n): x.shape for n, x in state.items()
+    }
+    layers = {
+        match[1]
+        for match in map(re.compile(r"(?:encoder\.)?layers?\.(\d+)\.").match, shapes)
+        if match
+    }
+    mlp = ("intermediate.dense.weight", "mlp.fc1.weight")
+    hidden = next(shape[0] for name, shape in shapes.items() if name.endswith(mlp))
+    heads = ("classifier.weight", "cls_classifier.weight")
+    width = shapes["embeddings.cls_token"][-1]
+    registers = shapes.get("embeddings.register_tokens")
+    scaled = any(name.endswith("layer_scale1.lambda1") for name in shapes)
+    return {
+        "width": width,
+        "depth": len(layers),
+        "patch_size": shapes["embeddings.patch_embeddings.projection.weight"][-1],
+        "mlp_ratio": hidden / width,
+        "num_classes": next((shapes[head][0] for head in heads if head in shapes), 0),
+        "qkv_bias": any(name.endswith(("query.bias", "q_proj.bias")) for name in shapes),
+        "distilled": "embeddings.distillation_token" in shapes,
+        "register_tokens": 0 if registers is None else registers[1],
+        "layer_scale": 1.0 if scaled else None,
+        "norm_epsilon": 1e-6 if scaled else 1e-12,
+        "heads": 12,
+    }
 
 
 def table(model: Any) -> list[Entry]:

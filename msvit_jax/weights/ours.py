@@ -2,8 +2,7 @@
 
 import json
 import pathlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,11 +15,6 @@ from msvit_jax.weights import files
 
 NAME = "ours"
 KEY = "msvit_jax"  # of the file's metadata
-
-
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names, joined by '/' or '.', is in this format."""
-    return any(re.search(r"(^|[/.])blocks(_\d+)?[/.].*[/.]kernel$", name) for name in names)
 
 
 def save(

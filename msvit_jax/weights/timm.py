@@ -3,7 +3,7 @@
 DeiT's own files and DINOv2's have the same names, but for two of DINOv2: see `canonical`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from msvit_jax.errors import UserError
@@ -13,18 +13,30 @@ from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, sa
 NAME = "timm"
 
 
-def fits(names: Iterable[str]) -> bool:
-    """Whether a file with these names is in this format."""
-    names = set(names)
-    return {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= names
-
-
 def check(model: Any, form: str = NAME) -> None:
     """Raises UserError for a model that plain vision transformers of a format cannot express."""
     if isinstance(model, T2TViT):
         raise UserError(f"{form} has no T2T-ViT: its tokeniser has no names in this format.")
     if any(model.zeros):
         raise UserError(f"grid={model.grid} puts zeros around the image, which {form} cannot.")
+
+
+def seen(state: State) -> dict[str, Any]:
+    """What arrays show of their model: attributes of `ViT`."""
+    hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+    head, registers = state.get("head.weight"), state.get("reg_token", state.get("register_tokens"))
+    return {
+        "width": width,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "patch_size": state["patch_embed.proj.weight"].shape[-1],
+        "mlp_ratio": hidden / width,
+        "num_classes": 0 if head is None else len(head),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "class_token": "cls_token" in state,
+        "distilled": "dist_token" in state,
+        "register_tokens": 0 if registers is None else registers.shape[1],
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
+    }
 
 
 def table(model: Any) -> list[Entry]:

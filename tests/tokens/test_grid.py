@@ -205,3 +205,33 @@ def test_windows_are_the_squares_at_every_stride(size, stride, padding):
             top, left = y * stride, column * stride
             square = padded[:, top : top + size, left : left + size]
             np.testing.assert_array_equal(found[:, y, column], square.reshape(2, -1))
+
+
+# By PyTorch 2.14.1: timm.layers.resample_abs_pos_embed (1.0.31), interpolate(size=, "bicubic") as
+# in transformers, and interpolate(scale_factor=(new + 0.1) / old, "bicubic") as in DINOv2.
+_RESIZED = {
+    ("timm", 3): "2.70879 5.07281 7.95491 3.7849 5.95724 3.28285 4.86101 6.52288 5.42862",
+    ("transformers", 3): "1.73729 5.04518 8.55244 3.68924 6.3623 2.21687 5.64119 6.60283 5.71696",
+    ("dinov2", 3): "1.51706 5.35454 7.92855 4.02477 5.99936 3.25986 5.13779 6.36059 5.44666",
+    ("timm", 6): "-0.90287 3.5178 7.11793 2.81628 6.41641 10.83708",
+    ("transformers", 6): "-1.21136 3.92112 7.27533 2.63786 5.99208 11.12455",
+    ("dinov2", 6): "-1.23635 3.7592 7.37425 2.79369 5.50794 10.95104",
+}
+
+
+@pytest.mark.parametrize(("method", "side"), _RESIZED)
+def test_positions_are_resized_as_other_projects_do(method, side):
+    positions = (jnp.arange(16.0).reshape(4, 4, 1) * 7) % 11
+    resized = np.asarray(grid.resize_positions(positions, (side, side), method)).ravel()
+    expected = np.array(_RESIZED[method, side].split(), float)
+    np.testing.assert_allclose(resized[: expected.size], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", sorted(grid.RESIZINGS))
+def test_even_positions_stay_even_and_the_two_axes_are_apart(method):
+    even = jnp.full((5, 5, 2), 3.0)
+    np.testing.assert_allclose(grid.resize_positions(even, (8, 3), method), 3.0, rtol=1e-6)
+    rows = jnp.broadcast_to(jnp.arange(5.0)[:, None, None], (5, 5, 1))
+    resized = np.asarray(grid.resize_positions(rows, (8, 3), method))
+    np.testing.assert_allclose(resized, np.broadcast_to(resized[:, :1], (8, 3, 1)), atol=1e-5)
+    assert (np.diff(resized[:, 0, 0]) > 0).all()

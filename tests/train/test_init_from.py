@@ -197,3 +197,42 @@ def test_a_merging_run_starts_from_and_is_taught_by_a_dense_run(tmp_path, capsys
     # With all tokens and scales that are still zero the student is its teacher.
     assert abs(losses[0]) < 1e-6
     assert losses[1] > 1e-5
+
+
+def test_a_config_follows_what_its_weights_say_of_the_model(tmp_path):
+    dense = configs.build_model(configs.resolve(tiny_run.config(), 3))
+    file = tmp_path / "dense.safetensors"
+    said = {"timm": json.dumps({"num_heads": 2, "act_layer": "gelu_tanh"})}
+    save_file(files.to_theirs("timm", _weights(dense), dense), file, said)
+    run = tmp_path / "run"
+    for make in (tiny_run.config, tiny_run.msvit):
+        config = configs.resolve(make(init_from=str(file)), 3)
+        following, followed = loop._following(config, run)
+        assert followed == {"gelu": "tanh"}
+        model = configs.build_model(following)
+        assert getattr(model, "backbone", model).gelu == "tanh"
+        files.load(file, model)
+    explicit = configs.resolve(tiny_run.config(init_from=str(file), model__gelu="exact"), 3)
+    assert loop._following(explicit, run) == (explicit, {})
+    with pytest.raises(
+        UserError, match=r"says gelu='tanh', the model has 'exact'.*--config\.model"
+    ):
+        files.load(file, configs.build_model(explicit))
+    # A run that goes on needs the file no more.
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    (run / "config.json").write_text(configs.to_json(following))
+    file.unlink()
+    assert loop._following(config, run) == (following, {"gelu": "tanh"})
+
+
+def test_a_run_is_compared_with_the_model_it_is_for(tmp_path, monkeypatch):
+    config = configs.resolve(tiny_run.config(model__heads=4), 3)
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    flat = _weights(configs.build_model(config))
+    monkeypatch.setattr("msvit_jax.checkpoint.load_params", lambda workdir: flat)
+    assert files.load(tmp_path, configs.build_model(config)).flat.keys() == flat.keys()
+    with pytest.raises(UserError, match="the run's config says heads=4, the model has 2"):
+        files.load(tmp_path, configs.build_model(configs.resolve(tiny_run.config(), 3)))
+    flat["norm/bias"][3] = np.nan
+    with pytest.raises(UserError, match="norm/bias holds 1 values of 16 that are NaN"):
+        files.load(tmp_path, configs.build_model(config))

@@ -1,0 +1,390 @@
+"""What a source of weights says of itself beside the arrays: its model, its pixels, its classes.
+
+Arrays show width, depth, patches and classes, and misfits of those are told where they are read.
+They do not show how many heads there are, the norms' epsilon, the activation and how pixels are
+normalized: `UNSEEN`. Those are followed, or compared with a model that was given.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from msvit_jax import checkpoint
+from msvit_jax import config as configs
+from msvit_jax.errors import UserError
+from msvit_jax.models.registry import BACKBONES, create_model
+from msvit_jax.models.vit import ViT
+from msvit_jax.weights import files, ours
+
+# Attributes of a model that its arrays do not show; the last two are of its pixels.
+UNSEEN = ("heads", "norm_epsilon", "gelu", "mean", "std")
+PIXELS = ("mean", "std")
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_GELUS = {
+    "gelu": "exact",
+    "gelu_python": "exact",
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu_tanh": "tanh",
+}
+# Where a file that transformers or timm saved lies beside its config.json.
+_SAVED_AS = ("model", "pytorch_model")
+# Settings of a training program beside the tensors.
+_SETTINGS = ("args.", "hyper_parameters.")
+# What our exact models cannot be, by the settings that say so.
+_HF_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
+_BICUBIC = (3, "bicubic", None)
+
+
+@dataclasses.dataclass
+class Declared:
+    """What a source says of itself.
+
+    Attributes:
+      model: Attributes of `ViT`; some or all of them.
+      name: The model's name in our registry, if the source names one that is there.
+      complete: Whether a model can be built from this and the arrays alone.
+      class_names: In the order of the labels; empty where it names none.
+      crop: Share of an image's short side that it is evaluated on; None where it does not say.
+      exif_orientation: Whether its images are turned upright; None where it does not say.
+      where: The place that says so, for each of the above by name.
+      problems: What no model of ours can follow.
+      notes: What it says that is not followed and is worth knowing.
+    """
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str | None = None
+    complete: bool = False
+    class_names: tuple[str, ...] = ()
+    crop: float | None = None
+    exif_orientation: bool | None = None
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def say(self, where: str, **values: Any) -> None:
+        """Adds attributes of the model; what is None was not said."""
+        for key, value in values.items():
+            if value is not None:
+                self.model[key] = value
+                self.where[key] = where
+
+    def differences(self, model: Any, keys: Sequence[str] = UNSEEN) -> dict[str, Any]:
+        """Attributes that arrays do not show in which a model is another than this."""
+        trunk = trunk_of(model)
+        return {
+            key: self.model[key]
+            for key in keys
+            if key in self.model and not same(getattr(trunk, key), self.model[key])
+        }
+
+
+def trunk_of(model: Any) -> Any:
+    """The plain transformer that a model is or has inside."""
+    return getattr(model, "backbone", model)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of an attribute are equal, numbers up to rounding."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    first, second = np.asarray(one, float), np.asarray(other, float)
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-4, atol=0)
+
+
+def of_run(workdir: str | pathlib.Path) -> Declared:
+    """What a run's config says."""
+    found = Declared()
+    if not (pathlib.Path(workdir) / checkpoint.CONFIG_FILE).is_file():
+        return found
+    config = checkpoint.read_config(workdir)
+    if "model" in config:
+        _say_all(found, configs.build_model(config), "the run's config")
+    return found
+
+
+def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
+    """What a file says, and what lies beside it.
+
+    Args:
+      file: A weights file.
+      contents: What it holds.
+
+    Raises:
+      UserError: A description is damaged.
+    """
+    found = Declared()
+    try:
+        _metadata(found, file)
+        if file.name.split(".")[0].split("-")[0] in _SAVED_AS:
+            _beside(found, file.parent)
+        _settings(found, contents.values)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        raise UserError(
+            f"What {str(file)!r} says of its model, in its header or in {CONFIG} and "
+            f"{PREPROCESSOR} beside it, cannot be understood: {error}"
+        ) from error
+    return found
+
+
+def _say_all(found: Declared, model: Any, where: str) -> None:
+    trunk = trunk_of(model)
+    found.say(where, **{key: getattr(trunk, key) for key in UNSEEN})
+
+
+def _metadata(found: Declared, file: pathlib.Path) -> None:
+    if file.suffix != ".safetensors":
+        return
+    texts = files.read_metadata(file)
+    if "timm" in texts:
+        _timm_arguments(found, files.read_json(texts["timm"], file), "its metadata")
+        found.complete = True
+    if ours.KEY in texts:
+        about = files.read_json(texts[ours.KEY], file)
+        if about.get("model"):
+            _say_all(found, ours.build_model(about), "its metadata")
+        found.class_names = tuple(about.get("class_names") or ())
+        found.crop = about.get("crop")
+        found.exif_orientation = about.get("exif_orientation")
+
+
+def _beside(found: Declared, folder: pathlib.Path) -> None:
+    """The description by transformers or timm in the folder of a file."""
+    config = _json(folder / CONFIG)
+    if config is None:
+        return
+    if "architecture" in config or "pretrained_cfg" in config:
+        _timm_config(found, config)
+    elif "model_type" in config:
+        _transformers(found, config)
+    processor = _json(folder / PREPROCESSOR)
+    if processor is not None:
+        _processor(found, processor)
+
+
+def _json(file: pathlib.Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    files.check_there(file)
+    return files.read_json(file.read_text(errors="replace"), file)
+
+
+def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
+    kind = config["model_type"]
+    if kind not in _HF_KINDS:
+        known = ", ".join(_HF_KINDS)
+        found.problems.append(f"{CONFIG}: its model is {kind!r}; known are {known}")
+        return
+    dino = kind.startswith("dinov2")
+    found.complete = True
+    found.say(
+        CONFIG,
+        heads=config.get("num_attention_heads"),
+        norm_epsilon=config.get("layer_norm_eps"),
+        image_size=_square(found, CONFIG, "image_size", config.get("image_size")),
+        patch_size=_square(found, CONFIG, "patch_size", config.get("patch_size")),
+        gelu=_gelu(found, CONFIG, config.get("hidden_act")),
+        layer_scale=config.get("layerscale_value", 1.0) if dino else None,
+        register_tokens=config.get("num_register_tokens"),
+        qkv_bias=config.get("qkv_bias"),
+        # transformers' DINOv2 with registers smooths, too; its others do not.
+        pos_resize="timm" if kind == "dinov2_with_registers" else "transformers",
+    )
+    if config.get("use_swiglu_ffn"):
+        found.problems.append(f"{CONFIG}: use_swiglu_ffn: MLPs with SwiGLU are not known here")
+    if config.get("num_channels", 3) != 3:
+        found.problems.append(f"{CONFIG}: images of {config['num_channels']} channels, not 3")
+    names = config.get("id2label") or {}
+    if isinstance(names, Mapping) and any(str(v) != f"LABEL_{k}" for k, v in names.items()):
+        found.class_names = tuple(str(names[key]) for key in sorted(names, key=_as_number))
+        found.where["class_names"] = CONFIG
+
+
+def _as_number(key: Any) -> int:
+    try:
+        return int(key)
+    except ValueError as error:
+        raise UserError(f"{CONFIG}: id2label has {key!r} for a label, not a number.") from error
+
+
+def _processor(found: Declared, given: Mapping[str, Any]) -> None:
+    """How transformers prepares images, in the terms of our evaluation."""
+    rescaled = given.get("do_rescale", True)
+    scale = 255 * float(given.get("rescale_factor", 1 / 255) if rescaled else 1)
+    if given.get("do_normalize", True):
+        mean, std = given.get("image_mean"), given.get("image_std")
+    else:
+        mean, std = [0.0] * 3, [1.0] * 3
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            colors = [float(x) / scale for x in np.broadcast_to(value, 3)]
+            found.say(PREPROCESSOR, **{name: tuple(colors)})
+    crop = given.get("crop_size") if given.get("do_center_crop") else None
+    size = given.get("size")
+    side = _square(found, PREPROCESSOR, "size", _lengths(crop if crop is not None else size))
+    if side is not None and side % found.model.get("patch_size", 1) == 0:
+        found.say(PREPROCESSOR, image_size=side)
+    short = _lengths(size)
+    if crop is not None and side and isinstance(short, int) and short >= side:
+        found.crop = side / short
+    elif crop is None and isinstance(size, Mapping) and {"height", "width"} <= size.keys():
+        found.notes.append(f"{PREPROCESSOR}: whole images are squeezed there; here a square is cut")
+        found.crop = 1.0
+    if given.get("resample") not in _BICUBIC:
+        found.notes.append(f"{PREPROCESSOR}: images are resized there with another filter")
+
+
+def _lengths(size: Any) -> Any:
+    """A number or two of transformers' sizes: {'height': h, 'width': w}, {'shortest_edge': s}."""
+    if not isinstance(size, Mapping):
+        return size
+    if "shortest_edge" in size:
+        return size["shortest_edge"]
+    return [size.get("height"), size.get("width")]
+
+
+def _timm_config(found: Declared, config: Mapping[str, Any]) -> None:
+    _named(found, config.get("architecture"), CONFIG)
+    pixels = {**config, **(config.get("pretrained_cfg") or {})}
+    _timm_pixels(found, pixels, CONFIG)
+    _timm_arguments(found, config.get("model_args") or {}, CONFIG)
+    names = config.get("label_names") or pixels.get("label_names") or ()
+    found.class_names = tuple(map(str, names))
+    if found.class_names:
+        found.where["class_names"] = CONFIG
+
+
+def _timm_pixels(found: Declared, given: Mapping[str, Any], where: str) -> None:
+    size = given.get("input_size")
+    found.say(
+        where,
+        mean=_colors(given.get("mean")),
+        std=_colors(given.get("std")),
+        image_size=_square(found, where, "input_size", _last_two(size)),
+    )
+    crop = given.get("crop_pct")
+    if isinstance(crop, int | float) and 0 < crop <= 1:
+        found.crop = float(crop)
+
+
+def _last_two(size: Any) -> Any:
+    """Height and width of [channels, height, width]."""
+    return size[-2:] if isinstance(size, list | tuple) else size
+
+
+def _listed(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _colors(value: Any) -> tuple[float, ...] | None:
+    if not _listed(value) or len(value) not in (1, 3):
+        return None
+    return tuple(float(x) for x in np.broadcast_to(value, 3))
+
+
+def _timm_arguments(found: Declared, given: Mapping[str, Any], where: str) -> None:
+    """Arguments of timm's `VisionTransformer`."""
+    pool = given.get("global_pool")
+    prefix = given.get("no_embed_class")
+    found.say(
+        where,
+        heads=given.get("num_heads"),
+        width=given.get("embed_dim"),
+        depth=given.get("depth"),
+        mlp_ratio=given.get("mlp_ratio"),
+        qkv_bias=given.get("qkv_bias"),
+        layer_scale=given.get("init_values"),
+        class_token=given.get("class_token"),
+        register_tokens=given.get("reg_tokens"),
+        prefix_positions=None if prefix is None else not prefix,
+        pool={"token": "token", "avg": "mean"}.get(str(pool)),
+        gelu=_gelu(found, where, given.get("act_layer")),
+        image_size=_square(found, where, "img_size", given.get("img_size")),
+        patch_size=_square(found, where, "patch_size", given.get("patch_size")),
+    )
+    if given.get("fc_norm"):
+        found.problems.append(f"{where}: fc_norm: a norm behind the pooling is not known here")
+    if pool not in (None, "", "token", "avg"):
+        found.problems.append(f"{where}: global_pool={pool!r} is not known here")
+
+
+def _settings(found: Declared, values: Mapping[str, Any]) -> None:
+    """What a training program was called with, where that lies beside the tensors."""
+    for prefix in _SETTINGS:
+        given = {n.removeprefix(prefix): x for n, x in values.items() if n.startswith(prefix)}
+        if not given:
+            continue
+        where = f"the {prefix.rstrip('.')} beside the tensors"
+        _named(found, given.get("model") or given.get("arch"), where)
+        _timm_pixels(found, given, where)
+        size = _last_two(given.get("img_size") or given.get("input_size"))
+        found.say(where, image_size=_square(found, where, "img_size", size))
+        patch = given.get("patch_size")
+        found.say(where, patch_size=_square(found, where, "patch_size", patch))
+
+
+def _named(found: Declared, name: Any, where: str) -> None:
+    """A model of the registry, whose attributes the source then has."""
+    if not isinstance(name, str):
+        return
+    short = name.split(".")[0]
+    if short in BACKBONES:
+        found.name = short
+        known = create_model(short)
+        found.say(where, **{key: getattr(known, key) for key in ("heads", "norm_epsilon", "gelu")})
+    else:
+        found.notes.append(f"{where} names the model {name!r}, which has another name here or none")
+
+
+def _square(found: Declared, where: str, key: str, value: Any) -> int | None:
+    """A side of something square; what is not is a problem."""
+    if value is None or isinstance(value, bool):
+        return None
+    sides = [x for x in (value if _listed(value) else [value]) if isinstance(x, int)]
+    if not sides:
+        return None
+    if len(set(sides)) > 1:
+        by = " x ".join(map(str, sides))
+        found.problems.append(f"{where}: {key} is {by}; images and patches are square here")
+        return None
+    return sides[0]
+
+
+def _gelu(found: Declared, where: str, name: Any) -> str | None:
+    if name is None:
+        return None
+    if name not in _GELUS:
+        known = ", ".join(_GELUS)
+        found.problems.append(f"{where}: the activation {name!r} is not known here; {known} are")
+    return _GELUS.get(name)
+
+
+def build(found: Declared, seen: Mapping[str, Any]) -> Any:
+    """The model of a source that says enough of it.
+
+    Args:
+      found: What it says.
+      seen: What its arrays show, and what its project takes where nothing is said.
+
+    Raises:
+      UserError: It does not.
+    """
+    if found.name is None and not found.complete:
+        raise UserError("The weights file does not name its model; give it with model=.")
+    if found.name is not None:
+        return create_model(found.name, **found.model, num_classes=seen["num_classes"])
+    try:
+        model = ViT(**{**seen, **found.model})
+        model.check()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"What the source says of its model does not fit together: {error}"
+        ) from error
+    return model
