@@ -1,10 +1,29 @@
 """Errors that a user can mend: one message that names the thing and the remedy."""
 
 import difflib
+import errno
+import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from absl import app
+
+# What to do about an error of the operating system, where its own words do not say it.
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or give another place",
+    errno.EDQUOT: "free some of your quota there, or give another place",
+    errno.EFBIG: "the file system or a limit (ulimit -f) does not let files grow so large",
+    errno.EACCES: "give another place, or change who may use it",
+    errno.EPERM: "give another place, or change who may use it",
+    errno.EROFS: "give a place that can be written",
+    errno.EISDIR: "a file is needed",
+    errno.ENOTDIR: "a part of that path is a file",
+    errno.EEXIST: "give another place, or remove it",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ESTALE: "the network file system has lost it; try again",
+}
 
 
 class UserError(ValueError):
@@ -17,14 +36,68 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
+    """Reads the numbers of a flag that is a list.
+
+    Raises:
+      UserError: one is none, or not finite.
+    """
+    texts = list(texts)
+    try:
+        read = tuple(float(text) for text in texts)
+    except ValueError:
+        read = (math.nan,)
+    if not all(map(math.isfinite, read)):
+        raise UserError(f"--{flag}={','.join(texts)}: give finite numbers, separated by commas.")
+    return read
+
+
+def describe(error: BaseException, *, named: bool = True) -> str:
+    """One line about an error: what the system says, of which file, and what to do about it.
+
+    Args:
+      error: of any kind.
+      named: whether the line names the file; False where the reader has its name already.
+    """
+    said = (str(error).strip().splitlines() or [""])[0]
+    if not isinstance(error, OSError) or error.errno is None:
+        return said or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    what = error.strerror or os.strerror(error.errno)
+    remedy = _REMEDIES.get(error.errno)
+    text = f"{' -> '.join(map(repr, names))}: {what}" if names and named else what
+    return f"{text}; {remedy}." if remedy else f"{text}."
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command-line main; a `UserError` ends it with its message alone and exit code 2."""
+    """Runs a command-line main.
+
+    A `UserError`, or an error of the operating system, ends it with one message and exit code 2.
+    `python -X dev` shows where such an error comes from. A reader of the output that has gone
+    (`| head`) ends it with exit code 1 and no message.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be said
+        except BrokenPipeError:
+            _forget_output()
+            sys.exit(1)
+        except (UserError, OSError) as error:
+            if sys.flags.dev_mode and isinstance(error, OSError):
+                raise
+            message = str(error) if isinstance(error, UserError) else describe(error)
+            print(f"error: {message}", file=sys.stderr)
+            _forget_output()
             sys.exit(2)
 
     app.run(guarded)
+
+
+def _forget_output() -> None:
+    """Lets Python end without complaint where what is still to be printed has nowhere to go."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,7 +18,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from msvit_jax import checkpoint, errors, evaluate, flops, host, weights
+from msvit_jax import checkpoint, errors, evaluate, flops, host, paths, weights
 from msvit_jax.data import decode
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.images import find_files
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     rows = _rows(files, predictions)
     print(evaluate.table(rows, COLUMNS), flush=True)
     if given.pictures:
-        _draw(predictor, files, predictions, pathlib.Path(given.pictures))
+        _draw(predictor, files, predictions, paths.parse(given.pictures))
     macs = flops.macs_per_image(predictor.model, predictions.tokens)
     summary = {
         **source,
@@ -137,7 +137,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", None, "Weights file instead of a run.")
     flags.DEFINE_string("model", None, "Its model's name, where the file does not say it.")
     flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
-    flags.DEFINE_integer("batch_size", 32, "Images run at a time.")
+    flags.DEFINE_integer("batch_size", 32, "Images run at a time.", lower_bound=1)
     flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
     flags.DEFINE_float("budget", None, "Mean GMACs per image to set a cascade's exits to.")

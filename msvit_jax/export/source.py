@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, paths
 from msvit_jax import config as configs
 from msvit_jax.train.optimizer import flat_names
 from msvit_jax.weights import ours
@@ -58,7 +58,7 @@ class Source:
             class_names=tuple(about.get("class_names") or ()),
             crop=config.data.eval_crop,
             step=step,
-            workdir=pathlib.Path(workdir),
+            workdir=paths.parse(workdir),
         )
 
     @property

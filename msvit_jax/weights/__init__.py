@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from msvit_jax.weights.formats import (
         FORMATS,
         Source,
+        class_names,
         file_of,
         load,
         load_params,
@@ -19,6 +20,7 @@ __all__ = [
     "FORMATS",
     "Source",
     "build_model",
+    "class_names",
     "describe",
     "file_of",
     "load",

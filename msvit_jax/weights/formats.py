@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
@@ -77,7 +77,7 @@ def load(source: str | pathlib.Path, model: Any) -> Source:
     file = file_of(source)
     if file is not None:
         return convert(files.read(file), model, where=str(source))
-    if pathlib.Path(source).is_dir():
+    if paths.parse(source).is_dir():
         return Source(flat_names(checkpoint.load_params(source)), ours.NAME)
     raise UserError(f"{str(source)!r} is neither a workdir nor a weights file.")
 
@@ -102,10 +102,26 @@ def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.
 
 
 def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
-    """The weights file that a path names, or that transformers put there; None if there is none."""
-    path = pathlib.Path(source)
-    candidates = [path, *(path / name for name in _IN_DIRECTORY)]
-    return next((file for file in candidates if file.is_file()), None)
+    """The weights file that a path names, or that transformers put there; None if there is none.
+
+    Of an address it is a local copy, see `paths.fetch`.
+    """
+    path = paths.parse(source)
+    if path.is_file():
+        return paths.fetch(path)
+    found = next((name for name in _IN_DIRECTORY if (path / name).is_file()), None)
+    return None if found is None else paths.fetch(path) / found
+
+
+def class_names(source: str | pathlib.Path) -> tuple[str, ...]:
+    """Class names of a run or of a weights file; empty where it does not say them.
+
+    Args:
+      source: see `load`.
+    """
+    file = file_of(source)
+    about = checkpoint.read_about(source) if file is None else ours.describe(file)
+    return tuple((about or {}).get("class_names") or ())
 
 
 def convert(state: State, model: Any, *, where: str = "The source") -> Source:
