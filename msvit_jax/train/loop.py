@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, labels, metrics, sharding, weights
+from msvit_jax import checkpoint, data, flops, labels, metrics, paths, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
@@ -402,7 +402,7 @@ def teacher_of(config: config_dict.ConfigDict) -> Teacher | None:
 
 def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teacher:
     """Loads a teacher from a workdir, or from a weights file together with its model's name."""
-    if weights.file_of(source) is None:
+    if paths.parse(source).is_dir() and weights.file_of(source) is None:
         run = checkpoint.load_run(source)
         teacher = Teacher(model=run.model, variables=run.variables)
     else:
