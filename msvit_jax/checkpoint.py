@@ -34,6 +34,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
 BEST_BY = "top1"
+_COMMITTED = "commit_success.txt"
 
 
 class Run(NamedTuple):
@@ -343,7 +344,10 @@ def _steps(workdir: str | pathlib.Path) -> list[int]:
     directory = checked_workdir(workdir) / CHECKPOINTS
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    steps = [p for p in directory.iterdir() if p.name.isdigit()]
+    if paths.is_address(directory):  # where Orbax cannot rename, this file says that all is there
+        steps = [p for p in steps if (p / _COMMITTED).exists()]
+    return sorted(int(p.name) for p in steps)
 
 
 def _steps_text(workdir: str | pathlib.Path, without: int) -> str:

@@ -9,7 +9,6 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from msvit_jax import labels
@@ -298,12 +297,6 @@ def check(key: str, value: Any, annotation: Any = None) -> None:
         rule = MODEL_RULES.get(key.removeprefix("model."))
     if rule is not None and not rule.fits(value):
         raise UserError(f"{key}={value} is not a valid value: {rule.wanted()} expected.")
-
-
-def check_all(flat: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
-    """Checks every value of a config by its dotted key, see `check`."""
-    for key, value in flat.items():
-        check(key, value, annotations.get(key.removeprefix("model.")))
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:

@@ -33,7 +33,7 @@ class _EventFile:
         self._whole = bytearray()
         self._file: Any = None
         if not paths.is_address(self._path):
-            self._file = self._path.open("wb")
+            self._file = self._path.open("wb", buffering=0)
         self._given_up = False
 
     def write(self, data: bytes) -> None:
@@ -47,8 +47,6 @@ class _EventFile:
     def _flush(self) -> None:
         if self._file is None:
             self._path.write_bytes(bytes(self._whole))
-        else:
-            self._file.flush()
 
     def close(self) -> None:
         self._try(self._flush)

@@ -169,7 +169,8 @@ class Lines:
         self._file: Any = None
         if not is_address(self._path):
             with named(self._path):
-                self._file = self._path.open("a", encoding="utf-8")
+                # Not buffered: what a full disk refuses is not tried again when all is over.
+                self._file = self._path.open("ab", buffering=0)
         elif self._path.exists():
             self._text = self._path.read_text()
 
@@ -179,14 +180,11 @@ class Lines:
             self._text += text
         else:
             with named(self._path):
-                self._file.write(text)
+                self._file.write(text.encode())
 
     def flush(self) -> None:
         """Makes what was added visible to readers, soon if not at once."""
-        if self._file is not None:
-            with named(self._path):
-                self._file.flush()
-        elif time.monotonic() - self._written >= _REWRITTEN_EVERY:
+        if self._file is None and time.monotonic() - self._written >= _REWRITTEN_EVERY:
             self._write_anew()
 
     def close(self) -> None:
@@ -194,8 +192,7 @@ class Lines:
         if self._file is None:
             self._write_anew()
         else:
-            with named(self._path):
-                self._file.close()
+            self._file.close()
 
     def _write_anew(self) -> None:
         self._path.write_text(self._text)

@@ -27,7 +27,8 @@ def test_local_paths_are_those_of_pathlib(monkeypatch):
         ("C:/x", "C:/x"),
     ):
         assert paths.parse(text) == pathlib.Path(place)
-        assert paths.parse(pathlib.Path(text)) == pathlib.Path(place) or text.startswith("file")
+        if not text.startswith(("file:", "./")):  # which pathlib shortens
+            assert paths.parse(pathlib.Path(text)) == pathlib.Path(place)
         assert not paths.is_address(text)
 
 
@@ -133,11 +134,10 @@ def test_a_full_disk_names_the_file(tmp_path):
     file = tmp_path / "m.jsonl"
     file.symlink_to("/dev/full")
     lines = paths.Lines(file)
-    lines.write("a\n")
     with pytest.raises(OSError, match="No space left") as error:
-        lines.flush()
+        lines.write("a\n")
     assert error.value.filename == str(file)
-    lines._file.detach()  # what it holds can go nowhere
+    lines.close()
 
 
 def test_copies_of_addresses_are_made_once_and_anew_when_they_change(

@@ -151,8 +151,9 @@ class _Claim:
 
     def _gone(self, found: dict[str, Any], locked: bool) -> bool:
         """Whether the owner that a file names is there no more."""
-        here = found.get("machine") == self._about["machine"]
-        if here and (locked or not _alive(found.get("pid"))):
+        if locked and found.get("host") == self._about["host"]:  # started anew since, perhaps
+            return True
+        if found.get("machine") == self._about["machine"] and not _alive(found.get("pid")):
             return True
         print(
             f"{self._workdir} was in use by process {found.get('pid')} on {found.get('host')}; "
