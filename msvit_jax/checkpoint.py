@@ -206,7 +206,7 @@ class Checkpoints:
 
 
 # How tensorstore words what the operating system said.
-_OS_ERROR = re.compile(r"\[OS error (\d+)|No space left|Permission denied|PERMISSION_DENIED")
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'|No space left|PERMISSION_DENIED")
 
 
 def _cause(error: Exception) -> str:
@@ -387,8 +387,11 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised."""
-    logging.set_verbosity(logging.ERROR)
+    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised.
+
+    Its errors, too: it prints the traceback of each of its threads before it raises them.
+    """
+    logging.set_verbosity(logging.FATAL)
 
 
 @contextlib.contextmanager
