@@ -6,7 +6,6 @@ model or the data it is evaluated with: --model.gate=random --model.fine_share=0
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,9 @@ _CONFIG = flags.DEFINE_string("config", None, "Config of the model and data for 
 _WEIGHTS = flags.DEFINE_string("weights", None, "Weights file to evaluate instead of a checkpoint.")
 _WHICH = flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
 _SPLIT = flags.DEFINE_string("split", None, "Split to evaluate; the config's eval_split if unset.")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Global batch size; the config's if unset.")
+_BATCH = flags.DEFINE_integer(
+    "batch_size", None, "Global batch size; the config's if unset.", lower_bound=1
+)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Also draw the curve over gate thresholds.")
 _THRESHOLDS = flags.DEFINE_list(
     "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds of --sweep."
@@ -38,7 +39,7 @@ _CRITERION = flags.DEFINE_enum(
     "criterion", "confidence", CRITERIA, "What says how sure an exit is, for --budget_curve."
 )
 _FIT = flags.DEFINE_integer(
-    "fit_examples", 20_000, "Training images that --budget_curve fits thresholds on."
+    "fit_examples", 20_000, "Training images that --budget_curve fits thresholds on.", lower_bound=1
 )
 
 
@@ -51,14 +52,14 @@ def _check_weights_flags() -> None:
 
 def _evaluate_run(given: dict[str, Any]) -> dict[str, Any]:
     curve = {
-        "budgets": [float(b) for b in _BUDGETS.value],
+        "budgets": errors.numbers("budgets", _BUDGETS.value),
         "criterion": _CRITERION.value,
         "fit_examples": _FIT.value,
     }
     return evaluate.evaluate_run(
-        pathlib.Path(_WORKDIR.value),
+        _WORKDIR.value,
         which=_WHICH.value,
-        thresholds=[float(t) for t in _THRESHOLDS.value] if _SWEEP.value else (),
+        thresholds=errors.numbers("thresholds", _THRESHOLDS.value) if _SWEEP.value else (),
         curve=curve if _CURVE.value else None,
         **given,
     )

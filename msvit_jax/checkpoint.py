@@ -8,10 +8,12 @@ of the gate's loss) and `about` (config, model metadata).
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -23,7 +25,8 @@ from ml_collections import config_dict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from msvit_jax import config as configs
-from msvit_jax.errors import UserError
+from msvit_jax import paths
+from msvit_jax.errors import UserError, describe
 from msvit_jax.models.layout import in_slots
 from msvit_jax.train.state import TrainState
 
@@ -31,14 +34,16 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
 BEST_BY = "top1"
+_COMMITTED = "commit_success.txt"
 
 
 class Run(NamedTuple):
-    """A trained run: its config, its model, and variables for `model.apply`."""
+    """A trained run: config, model, variables for `model.apply`, and names of its classes."""
 
     config: config_dict.ConfigDict
     model: nn.Module
     variables: dict[str, Any]
+    class_names: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -54,7 +59,7 @@ class Checkpoints:
           keep_latest: how many of the newest to keep beside the best.
           about: saved with each checkpoint as JSON.
         """
-        self._directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self._directory = checked_workdir(workdir) / CHECKPOINTS
         self._about = about or {}
         best = _metric
         self._manager = ocp.CheckpointManager(
@@ -95,7 +100,8 @@ class Checkpoints:
         items["about"] = ocp.args.JsonSave({**self._about, **(extra or {})})
         # Only that one figure: Orbax keeps metrics as JSON, and best_fn needs no other.
         kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
+        with self._saving():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState | None, list[str]]:
         """Restores the newest checkpoint that is whole.
@@ -152,10 +158,14 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            target = self._directory.parent / SET_ASIDE / str(step)
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.move(str(self._directory / str(step)), str(target))
+            source, target = (self._directory, self._directory.parent / SET_ASIDE)
+            target.mkdir(exist_ok=True)
+            if paths.is_address(target):
+                cast(Any, target / str(step)).rmtree(missing_ok=True)
+                (source / str(step)).rename(target / str(step))
+            else:
+                shutil.rmtree(target / str(step), ignore_errors=True)
+                shutil.move(source / str(step), target / str(step))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
@@ -170,12 +180,55 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was started is on disk."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Says of a checkpoint that could not be written why, and what is left."""
+        try:
+            yield
+        except Exception as error:  # tensorstore's are ValueErrors with a text
+            if not (isinstance(error, OSError) or _OS_ERROR.search(str(error))):
+                raise
+            steps = ", ".join(map(str, _steps(self._directory.parent))) or "none"
+            raise UserError(
+                f"A checkpoint could not be saved in {str(self._directory)!r}: {_cause(error)} "
+                f"Checkpoints that are whole: {steps}; the same command goes on from the last."
+            ) from error
+
+
+# How tensorstore words what the operating system said.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'|No space left|PERMISSION_DENIED")
+
+
+def _cause(error: Exception) -> str:
+    found = _OS_ERROR.search(str(error))
+    if isinstance(error, OSError) or found is None or not found[1]:
+        return describe(error)
+    return describe(OSError(int(found[1]), os.strerror(int(found[1]))))
+
+
+def checked_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Parses a workdir, see `paths.parse`, and makes it absolute.
+
+    Raises:
+      UserError: it is no path, or at an address that checkpoints cannot be at.
+    """
+    place = paths.absolute(workdir)
+    if paths.is_address(place) and not str(place).startswith("gs://"):
+        raise UserError(
+            f"{str(place)!r} cannot be a workdir: checkpoints are kept in local folders and at "
+            "gs:// addresses."
+        )
+    return place
 
 
 def _metric(metrics: Mapping[str, float]) -> float:
@@ -206,7 +259,7 @@ def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
     Raises:
       UserError: it is not a workdir.
     """
-    file = pathlib.Path(workdir) / CONFIG_FILE
+    file = checked_workdir(workdir) / CONFIG_FILE
     if not file.is_file():
         raise UserError(
             f"{str(workdir)!r} is not the workdir of a run: it has no {CONFIG_FILE}. "
@@ -223,7 +276,7 @@ def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
     Raises:
       UserError: there is no such checkpoint.
     """
-    directory = pathlib.Path(workdir) / CHECKPOINTS
+    directory = checked_workdir(workdir) / CHECKPOINTS
     steps = _steps(workdir)
     if not steps:
         raise UserError(f"No checkpoint in {str(directory)!r}; has the run saved one yet?")
@@ -253,15 +306,17 @@ def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
       UserError: not a workdir, no checkpoint, or one that is damaged.
     """
     config = read_config(workdir)
-    params = load_params(workdir, which)
+    step = str(find_step(workdir, which))  # once: a run may go on and get a better one
+    params = load_params(workdir, step)
     model = in_slots(configs.build_model(config))
-    return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)})
+    names = tuple(read_about(workdir, step).get("class_names") or ())
+    return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)}, names)
 
 
 def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, Any]:
     """Loads a run's model parameters (their moving average, if any) as NumPy arrays."""
     step = find_step(workdir, which)
-    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step)
+    directory = checked_workdir(workdir) / CHECKPOINTS / str(step)
     item = directory / ("ema" if (directory / "ema").exists() else "model")
     try:
         return _read_tree(item)
@@ -280,7 +335,7 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
       which: 'best', 'latest', or a step.
     """
     step = find_step(workdir, which)
-    directory = pathlib.Path(workdir).absolute() / CHECKPOINTS / str(step) / "about"
+    directory = checked_workdir(workdir) / CHECKPOINTS / str(step) / "about"
     with _quietly():
         return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
 
@@ -291,8 +346,13 @@ def has_checkpoint(workdir: str | pathlib.Path) -> bool:
 
 
 def _steps(workdir: str | pathlib.Path) -> list[int]:
-    directory = pathlib.Path(workdir) / CHECKPOINTS
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
+    directory = checked_workdir(workdir) / CHECKPOINTS
+    if not directory.is_dir():
+        return []
+    steps = [p for p in directory.iterdir() if p.name.isdigit()]
+    if paths.is_address(directory):  # where Orbax cannot rename, this file says that all is there
+        steps = [p for p in steps if (p / _COMMITTED).exists()]
+    return sorted(int(p.name) for p in steps)
 
 
 def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
@@ -316,7 +376,7 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
     Raises:
       UserError: it belongs to another config; the message lists what differs.
     """
-    directory = pathlib.Path(workdir)
+    directory = checked_workdir(workdir)
     file = directory / CONFIG_FILE
     if has_checkpoint(directory):
         changes = configs.differences(config, read_config(directory))
@@ -327,16 +387,16 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
                 + "\nUse another --workdir, or give these keys the workdir's values to resume it."
             )
     elif jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: another process may be reading it.
-        written = file.with_suffix(".part")
-        written.write_text(configs.to_json(config))
-        written.replace(file)
+        paths.check_writable(directory)
+        paths.write_whole(file, configs.to_json(config))
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised."""
-    logging.set_verbosity(logging.ERROR)
+    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised.
+
+    Its errors, too: it prints the traceback of each of its threads before it raises them.
+    """
+    logging.set_verbosity(logging.FATAL)
 
 
 @contextlib.contextmanager

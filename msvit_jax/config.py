@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import importlib
 import json
-import pathlib
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from ml_collections import config_dict
 
+from msvit_jax import config_rules, labels, paths
 from msvit_jax.errors import UserError, nearest
 
 # What may differ between a run and its resumption: where things lie and how often things are
@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "checkpoint.keep_latest",
     "checkpoint.every_steps",
     "data.data_dir",
+    "data.match_classes",
     "data.workers",
     "data.prefetch",
     "data.cache",
@@ -122,13 +123,31 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
     for key, value in items:
         set_key(config, key, value)
     _check_names(config)
+    check(config)
     config.lock()
     return config
 
 
+def check(config: config_dict.ConfigDict) -> None:
+    """Checks that every value means something, see `config_rules`.
+
+    Raises:
+      UserError: one does not; the message says what does.
+    """
+    _check_values(config, "")
+
+
+def _check_values(config: config_dict.ConfigDict, prefix: str) -> None:
+    """Checks the values of the keys that begin with `prefix`."""
+    types = importlib.import_module("msvit_jax.models.registry").model_types(config.model.name)
+    for key, value in flatten(config).items():
+        if key.startswith(prefix):
+            config_rules.check(key, value, types.get(key.removeprefix("model.")))
+
+
 def sibling(config_file: str, name: str) -> config_dict.ConfigDict:
     """Reads the config `name` that lies beside another, given that one's `__file__`."""
-    return _read(str(pathlib.Path(config_file).with_name(name)))
+    return _read(str(paths.parse(config_file).with_name(name)))
 
 
 def take_overrides(argv: list[str], sections: Iterable[str] = ("config",)) -> list[str]:
@@ -169,7 +188,9 @@ def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
             f"{key!r} is a section of the config; set one of its keys, e.g. {key}.<key>."
         )
     if leaf in section:
-        section[leaf] = _coerce(key, value, section.get_type(leaf))
+        read = _coerce(key, value, section.get_type(leaf))
+        config_rules.check(key, read)
+        section[leaf] = read
     elif parents == ["model"]:
         section[leaf] = _literal(value)  # any attribute of the model; build_model knows them
     else:
@@ -189,6 +210,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Returns the attributes that the config gives its model, without the name."""
+    _check_values(config, "model.")  # of a run that is long over, nothing else matters any more
     attributes = {**config.model.to_dict()}
     attributes.pop("name")
     attributes.setdefault("dtype", config.dtype)
@@ -226,7 +248,15 @@ def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Modu
 
 
 def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.ConfigDict:
-    """Returns a copy that says what the config left to the data set: class count, image size."""
+    """Returns a copy that says what the config left to the data set: class count, image size.
+
+    Raises:
+      UserError: a value means nothing, or the config says another number of classes.
+    """
+    check(config)
+    named = config.model.get("num_classes", num_classes)
+    remedy = "Leave model.num_classes to the data set, or choose the data set that it is for."
+    labels.check_count(named, num_classes, of="The config's model", remedy=remedy)
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
         for key, value in (("num_classes", num_classes), ("image_size", config.data.image_size)):
@@ -286,11 +316,15 @@ def _tuples(value: Any) -> Any:
 
 
 def _read(path: str) -> config_dict.ConfigDict:
-    file = pathlib.Path(path)
+    file = paths.parse(path)
     if not file.is_file():
         there = [str(p) for p in sorted(file.parent.glob("*.py"))]
         raise UserError(f"No config file {path!r}.{nearest(path, there)}")
     try:
+        if paths.is_address(file):
+            names: dict[str, Any] = {"__file__": str(file), "__name__": "<config>"}
+            exec(compile(file.read_text(), str(file), "exec"), names)
+            return names["get_config"]()
         return runpy.run_path(str(file))["get_config"]()
     except KeyError as error:
         raise UserError(f"{path} does not define get_config().") from error
@@ -343,6 +377,8 @@ def _coerce(key: str, value: Any, wanted: type) -> Any:
         return read
     if wanted is tuple:
         return _as_tuple(read)
+    if wanted is float and isinstance(read, str) and read.lower().lstrip("+-") in _NO_NUMBERS:
+        return float(read)  # for the rules to refuse
     if wanted is float and isinstance(read, int | float) and not isinstance(read, bool):
         return float(read)
     if wanted is int and isinstance(read, float) and read.is_integer():
@@ -350,6 +386,9 @@ def _coerce(key: str, value: Any, wanted: type) -> Any:
     if type(read) is not wanted:
         raise UserError(f"{key}={value} is not a valid value: {wanted.__name__} expected.")
     return read
+
+
+_NO_NUMBERS = ("nan", "inf", "infinity")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from msvit_jax import checkpoint, config, data, errors, evaluate, host
+from msvit_jax import checkpoint, config, data, errors, evaluate, host, paths
 from msvit_jax.inference import Predictor
 from msvit_jax.logging import duration
 from msvit_jax.train import loop
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
     host.keep_freed_memory()
     host.make_devices_of_cores()
-    run(pathlib.Path(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
+    run(paths.parse(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
 
 
 def run(workdir: pathlib.Path, overrides: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,14 +1,30 @@
 """Errors that a user can mend: one message that names the thing and the remedy."""
 
 import difflib
+import errno
 import io
+import math
 import os
-import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 
 from absl import app
+
+# What to do about an error of the operating system, where its own words do not say it.
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or give another place",
+    errno.EDQUOT: "free some of your quota there, or give another place",
+    errno.EFBIG: "the file system or a limit (ulimit -f) does not let files grow so large",
+    errno.EACCES: "give another place, or change who may use it",
+    errno.EPERM: "give another place, or change who may use it",
+    errno.EROFS: "give a place that can be written",
+    errno.EISDIR: "a file is needed",
+    errno.ENOTDIR: "a part of that path is a file",
+    errno.EEXIST: "give another place, or remove it",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ESTALE: "the network file system has lost it; try again",
+}
 
 
 class UserError(ValueError):
@@ -21,33 +37,45 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_writable(path: str | pathlib.Path, name: str) -> None:
-    """Tries, before any work, that a file or folder can be made or written to; leaves nothing.
-
-    Args:
-        path: what will be written: a folder, or a file in one; it need not be there yet.
-        name: what the message calls it, for instance '--out'.
+def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
+    """Reads the numbers of a flag that is a list.
 
     Raises:
-        UserError: it cannot be written.
+      UserError: one is none, or not finite.
     """
-    place = pathlib.Path(path).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    texts = list(texts)
     try:
-        if not os.path.isdir(place):
-            raise NotADirectoryError(0, f"{place} is no folder")
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{name}={str(path)!r} cannot be written: {reason}.") from error
+        read = tuple(float(text) for text in texts)
+    except ValueError:
+        read = (math.nan,)
+    if not all(map(math.isfinite, read)):
+        raise UserError(f"--{flag}={','.join(texts)}: give finite numbers, separated by commas.")
+    return read
+
+
+def describe(error: BaseException, *, named: bool = True) -> str:
+    """One line about an error: what the system says, of which file, and what to do about it.
+
+    Args:
+      error: of any kind.
+      named: whether the line names the file; False where the reader has its name already.
+    """
+    said = (str(error).strip().splitlines() or [""])[0]
+    if not isinstance(error, OSError) or error.errno is None:
+        return said or type(error).__name__
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    what = error.strerror or os.strerror(error.errno)
+    remedy = _REMEDIES.get(error.errno)
+    text = f"{' -> '.join(map(repr, names))}: {what}" if names and named else what
+    return f"{text}; {remedy}." if remedy else f"{text}."
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command-line main; what a user can mend ends it with one message and exit code 2.
+    """Runs a command-line main.
 
-    That is a `UserError`, or an `OSError`: a full disk, a file that may not be read.
+    A `UserError`, or an error of the operating system, ends it with one message and exit code 2.
+    `python -X dev` shows where such an error comes from. A reader of the output that has gone
+    (`| head`) ends it with exit code 1 and no message.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -57,19 +85,24 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
-            sys.stdout.flush()
-        except UserError as error:
-            _stop(str(error))
-        except BrokenPipeError:  # whoever reads the output wants no more of it: head, less
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be said
+        except BrokenPipeError:
+            _forget_output()
             sys.exit(1)
-        except OSError as error:
-            named = "" if error.filename is None else f"{str(error.filename)!r}: "
-            _stop(f"{named}{error.strerror or error}")
+        except (UserError, OSError) as error:
+            if sys.flags.dev_mode and isinstance(error, OSError):
+                raise
+            message = str(error) if isinstance(error, UserError) else describe(error)
+            print(f"error: {message}", file=sys.stderr)
+            _forget_output()
+            sys.exit(2)
 
     app.run(guarded)
 
 
-def _stop(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def _forget_output() -> None:
+    """Lets Python end without complaint where what is still to be printed has nowhere to go."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ are means over examples.
 import csv
 import dataclasses
 import inspect
+import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, losses, metrics, sharding, weights
+from msvit_jax import checkpoint, data, flops, labels, losses, metrics, paths, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
@@ -103,6 +104,7 @@ class Evaluator:
         model = in_slots(model)  # where every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
         size = -(-batch_size // mesh.size) * mesh.size
+        labels.check_count(model.num_classes, len(data.class_names(data_config)))
         self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(
             data_config, batch_size=size, split=split
         )
@@ -224,7 +226,7 @@ def evaluate(
 
 
 def evaluate_run(
-    workdir: pathlib.Path,
+    workdir: paths.PathLike,
     *,
     which: str = "best",
     split: str | None = None,
@@ -248,6 +250,7 @@ def evaluate_run(
       The figures, with `model`, `workdir`, `step` and, if asked for, `sweep` or `budget_curve`.
     """
     checkpoint.quiet_orbax()
+    workdir = paths.parse(workdir)
     config = checkpoint.read_config(workdir)
     for key, value in map(configs.split_override, overrides):
         configs.set_key(config, key, value)
@@ -255,9 +258,13 @@ def evaluate_run(
     step = checkpoint.find_step(workdir, which)
     mesh = sharding.make_mesh()
     params, _ = init_from.params_for(model, checkpoint.load_params(workdir, str(step)))
+    names = checkpoint.read_about(workdir, str(step)).get("class_names") or ()
+    params = _in_order_of_data(model, params, names, config.data, f"The run in {str(workdir)!r}")
     params = jax.device_put(params, sharding.replicated(mesh))
     size = batch_size or config.eval_batch_size or config.batch_size
     evaluator = Evaluator(model, config.data, batch_size=size, mesh=mesh, split=split)
+    if (thresholds or curve is not None) and jax.process_index() == 0:
+        paths.check_writable(workdir)  # before the work, not after it
     about = {"model": config.model.name, "workdir": str(workdir), "step": step}
     figures = {**about, **evaluator(params).figures}
     _print_figures(figures, model)
@@ -265,7 +272,7 @@ def evaluate_run(
         figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
     if curve is not None:
         run = {"split": split, "batch_size": size, "mesh": mesh}
-        rows = budgets.curve_of_run(model, params, workdir, **run, **curve)
+        rows = budgets.curve_of_run(model, params, workdir, data_config=config.data, **run, **curve)
         figures["budget_curve"] = rows
         _print([_short(row) for row in rows if row["kind"] != "geometric"], budgets.COLUMNS)
         if jax.process_index() == 0:
@@ -295,18 +302,44 @@ def evaluate_weights(
     """
     checkpoint.quiet_orbax()
     config = configs.load(config_file, overrides)
-    config = configs.resolve(config, data.dataset_info(config.data).num_classes)
+    config = configs.resolve(config, len(data.class_names(config.data)))
     said = weights.declared_options(source, configs.build_model(config), config.model)
     model = configs.build_model(configs.with_model_options(config, said))
     params, report = weights.load_params(source, model)
     report.notes.extend(f"{key}={value!r} as the source says" for key, value in said.items())
     if jax.process_index() == 0:
         print(f"{source}: {report}")
+    names = weights.class_names(source)
+    params = _in_order_of_data(model, params, names, config.data, f"{source!r}")
     size = batch_size or config.eval_batch_size or config.batch_size
     found = evaluate(model, params, config.data, batch_size=size, split=split)
     figures = {"model": config.model.name, "weights": source, **found}
     _print_figures(figures, model)
     return figures
+
+
+def _in_order_of_data(
+    model: nn.Module,
+    params: Any,
+    answers: Sequence[str],
+    data_config: config_dict.ConfigDict,
+    of: str,
+) -> Any:
+    """Parameters whose answers are the data set's classes, see `labels`.
+
+    Args:
+      model: that is evaluated.
+      params: its parameters.
+      answers: names of its classes; empty: not known.
+      data_config: the config's `data` section.
+      of: what answers, for messages.
+
+    Raises:
+      UserError: another number of classes, or others.
+    """
+    theirs = data.class_names(data_config)
+    labels.check_count(model.num_classes, len(theirs), of=of)
+    return labels.in_order(params, labels.order(answers, theirs, data_config.match_classes, of=of))
 
 
 def _print_figures(figures: dict[str, Any], model: Any) -> None:
@@ -359,10 +392,11 @@ def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: 
     """Writes `sweep.csv` and `sweep.png`."""
     from matplotlib import pyplot  # only a sweep draws
 
-    with (directory / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    paths.write_whole(directory / "sweep.csv", text.getvalue())
     figure, axes = pyplot.subplots(figsize=(6, 4))
     macs, top1 = [r["gmacs_mean"] for r in rows], [r["top1"] for r in rows]
     axes.plot(macs, top1, marker="o")
@@ -372,7 +406,9 @@ def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: 
     axes.set(xlabel="GMACs per image (mean)", ylabel="top-1 (%)", title=title)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(directory / "sweep.png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    paths.write_whole(directory / "sweep.png", picture.getvalue())
     pyplot.close(figure)
 
 

@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from msvit_jax import event_files, paths
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluation, Samples
 
@@ -73,8 +73,8 @@ class Logger:
         if not active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._jsonl = (workdir / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._jsonl = paths.Lines(workdir / "metrics.jsonl")
+        self._board = event_files.writer(workdir / "tensorboard")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="logs")
         self._jobs: list[Future[None]] = []
         # To stderr, where it does not mix with lines; silent where nobody watches.

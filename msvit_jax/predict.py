@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from msvit_jax import checkpoint, errors, evaluate, flops, host, weights
+from msvit_jax import checkpoint, errors, evaluate, flops, host, paths, weights
 from msvit_jax.data import decode, image_files
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
@@ -104,7 +104,7 @@ def run(patterns: Sequence[str], options: Options) -> None:
     trouble = None
     if options.pictures:
         try:
-            _draw(predictor, files, predictions, pathlib.Path(options.pictures))
+            _draw(predictor, files, predictions, paths.parse(options.pictures))
         except OSError as error:  # a full disk: the answers are printed all the same
             trouble = error
     macs = flops.macs_per_image(predictor.model, predictions.tokens)
@@ -215,7 +215,7 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
 
 def _check_pictures(predictor: Predictor, out: str) -> None:
     """Before anything is computed."""
-    errors.check_writable(out, "--pictures")
+    paths.check_writable(out, "--pictures")
     from msvit_jax.visualize import examples  # brings matplotlib
 
     if not examples.has_pictures(predictor.model):
@@ -246,7 +246,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", None, "Weights file instead of a run.")
     flags.DEFINE_string("model", None, "Its model's name, where the file does not say it.")
     flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
-    flags.DEFINE_integer("batch_size", 32, "Images run at a time.")
+    flags.DEFINE_integer("batch_size", 32, "Images run at a time.", lower_bound=1)
     flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
     flags.DEFINE_float("budget", None, "Mean GMACs per image to set a cascade's exits to.")

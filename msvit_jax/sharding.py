@@ -76,7 +76,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: i
     unit = mesh.size * pieces
     if batch_size < 1 or batch_size % unit:
         lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit
-        sizes = f"{lower} or {upper}" if lower else f"{upper}"
+        sizes = f"{lower} or {upper}" if lower > 0 else f"{unit}"
         parts = f"{mesh.size} devices" + (f" x {pieces} accumulation steps" if pieces > 1 else "")
         raise UserError(f"{name}={batch_size} cannot be cut over {parts}; use {sizes}.")
 

@@ -1,13 +1,14 @@
-"""How commands end, in processes of their own, and places tried before the work."""
+"""Errors as one line, and how commands end, in processes of their own."""
 
+import errno
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from msvit_jax import errors
-from msvit_jax.errors import UserError
 
 # The module alone: the package would bring JAX.
 PROGRAM = f"""
@@ -27,11 +28,42 @@ def _run(body, **options):
 
 
 @pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            "'/x': No space .* free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "'a': Permission.*another place"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), "'a' -> 'b': Invalid"),
+        (OSError(errno.EIO, None), os.strerror(errno.EIO)),
+        (OSError("cannot identify image file"), "^cannot identify image file$"),
+        (ValueError("one\ntwo"), "^one$"),
+        (ValueError(), "^ValueError$"),
+    ],
+)
+def test_errors_are_one_line(error, text):
+    line = errors.describe(error)
+    assert "\n" not in line
+    assert re.search(text, line)
+
+
+def test_numbers_of_flags():
+    assert errors.numbers("t", ["1", "0.5"]) == (1.0, 0.5)
+    for bad in (["x"], ["nan"], ["1", "inf"], [""]):
+        with pytest.raises(errors.UserError, match=r"--t=.*finite numbers"):
+            errors.numbers("t", bad)
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ("raise errors.UserError('mend it')", b"error: mend it\n"),
-        ("open('/nowhere/x')", b"error: '/nowhere/x': No such file or directory\n"),
-        ("raise OSError(28, 'No space left on device')", b"error: No space left on device\n"),
+        ("open('/nowhere/x')", b"error: '/nowhere/x': No such file or directory.\n"),
+        (
+            "raise OSError(28, 'No space left on device')",
+            b"error: No space left on device; free some space there, or give another place.\n",
+        ),
     ],
 )
 def test_what_a_user_can_mend_is_a_line(body, message):
@@ -63,11 +95,15 @@ def test_a_reader_that_wants_no_more_is_no_error():
         assert process.wait() == 1
 
 
-def test_places_are_tried_and_left_as_they_were(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    errors.check_writable(tmp_path / "a" / "b", "--out")
-    errors.check_writable(tmp_path, "--out")
-    for bad in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x", "/dev/null/x"):
-        with pytest.raises(UserError, match=f"--out='{bad}' cannot be written"):
-            errors.check_writable(bad, "--out")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+def test_a_full_disk_under_the_output_is_a_line():
+    command = [sys.executable, "-c", PROGRAM.replace("BODY", "print('x')")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: No space left on device; free some space")
+
+
+def test_the_traceback_of_an_error_of_the_system_can_be_had():
+    command = [sys.executable, "-X", "dev", "-c", PROGRAM.replace("BODY", "open('/nowhere/x')")]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert b"Traceback" in done.stderr

@@ -64,7 +64,7 @@ def _config() -> Any:
             "(--config.model.num_classes=N says otherwise).",
             flush=True,
         )
-    return configs.resolve(config, classes or CLASSES)
+    return configs.resolve(config, classes or config.model.get("num_classes", CLASSES))
 
 
 if __name__ == "__main__":

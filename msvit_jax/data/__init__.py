@@ -1,6 +1,7 @@
 """Data sets, augmentation and the input pipeline."""
 
 from msvit_jax.data.pipeline import (
+    class_names,
     dataset_info,
     default_config,
     device_batches,
@@ -11,6 +12,7 @@ from msvit_jax.data.sources import DatasetInfo, open_dataset
 
 __all__ = [
     "DatasetInfo",
+    "class_names",
     "dataset_info",
     "default_config",
     "device_batches",

@@ -32,6 +32,9 @@ def default_config() -> ConfigDict:
             "data_dir": "",  # empty: TFDS_DATA_DIR, or ~/tensorflow_datasets
             "train_split": "train",
             "eval_split": "validation",
+            # where class names of the data and of a model differ: "exactly" (refused), "by_name"
+            # (same names, other order: brought together), "by_number" (names are not looked at)
+            "match_classes": "exactly",
             "image_size": 64,
             "crop_scale": None,  # (least, greatest) share of the area; None: centre crop
             "crop_ratio": (3 / 4, 4 / 3),
@@ -58,15 +61,20 @@ def default_config() -> ConfigDict:
 def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
     """Returns what `config.data` names, opening (and for scattered_digits preparing) it."""
     builder = sources.open_dataset(config.name, config.data_dir)
-    label = builder.info.features["label"]
+    names = sources.class_names(builder)
     return sources.DatasetInfo(
         name=config.name,
-        num_classes=label.num_classes,
-        class_names=tuple(label.names),
+        num_classes=len(names),
+        class_names=names,
         train_examples=sources.num_examples(builder, config.train_split),
         eval_examples=sources.num_examples(builder, config.eval_split),
         has_segmentation=sources.MASK in builder.info.features,
     )
+
+
+def class_names(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the names of the data set's classes, whatever splits it has."""
+    return sources.class_names(sources.open_dataset(config.name, config.data_dir))
 
 
 def train_iterator(

@@ -25,7 +25,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import flags
 
-from msvit_jax import errors
+from msvit_jax import errors, paths
 from msvit_jax.data import image_files, sources
 from msvit_jax.data.image_files import ImageError, shown
 from msvit_jax.errors import UserError
@@ -221,7 +221,7 @@ def prepare(
     """
     root = sources.data_root(data_dir)
     _check_name(name, root)
-    errors.check_writable(root, "data_dir")
+    paths.check_writable(root, "data_dir")
     listings = [list_files(each) for each in container]
     files = [file for each in listings for file in each.files]
     passed_over = image_files.Found()

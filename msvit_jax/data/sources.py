@@ -16,8 +16,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from msvit_jax import paths
 from msvit_jax.data import scattered_digits
-from msvit_jax.errors import UserError, check_writable, nearest
+from msvit_jax.errors import UserError, nearest
 
 EMBEDDED = scattered_digits.ScatteredDigits.name
 MASK = "segmentation_mask"
@@ -51,10 +52,12 @@ class Examples:
     Attributes:
         name: data set and split, for messages.
         source: the TFDS data source.
+        num_classes: labels are 0 to one less.
     """
 
     name: str
     source: Any
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.source)
@@ -71,7 +74,15 @@ class Examples:
 
     def _example(self, index: Any, record: dict[str, Any]) -> dict[str, Any]:
         kept = {key: record[key] for key in ("image", "label", MASK) if key in record}
-        return kept | {"index": int(index), "name": _example_name(self.name, index, record)}
+        name = _example_name(self.name, index, record)
+        label = int(record["label"])
+        if not 0 <= label < self.num_classes:
+            unlabeled = " Splits that are to be guessed carry such labels." if label == -1 else ""
+            raise UserError(
+                f"{name}: its label is {label}, and the classes are 0 to {self.num_classes - 1}."
+                f"{unlabeled} Choose another split, or prepare the data set anew."
+            )
+        return kept | {"index": int(index), "name": name}
 
 
 def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
@@ -85,7 +96,7 @@ def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
 def data_root(data_dir: str) -> Path:
     """Returns the folder of data sets: `data_dir`, or TFDS's default where that is empty."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return Path(data_dir or default).expanduser()
+    return paths.parse(data_dir or default)
 
 
 def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
@@ -103,7 +114,7 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
         folder = _prepare_embedded(name, root)
     else:
         folder = _find(name, root)
-    builder = tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(paths.fetch(folder))
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"Data set {name!r} in {folder} is stored as {builder.info.file_format.value}; it is "
@@ -129,7 +140,13 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
     num_examples(builder, split)
     encoded = {key: tfds.decode.SkipDecoding() for key in _image_keys(builder)}
     source = builder.as_data_source(split=split, decoders=encoded)
-    return Examples(f"data set {builder.info.full_name!r}, split {split!r}", source)
+    name = f"data set {builder.info.full_name!r}, split {split!r}"
+    return Examples(name, source, len(class_names(builder)))
+
+
+def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
+    """Returns the names of a data set's classes; their numbers where it has no names."""
+    return tuple(builder.info.features["label"].names)
 
 
 def num_examples(builder: tfds.core.DatasetBuilder, split: str) -> int:
@@ -200,7 +217,11 @@ def _how_to_make(path: str, root: Path) -> str:
     if name in known:
         command = f"tfds build {path} --file_format=array_record --data_dir={root}"
         return f"Make it (this one step needs `pip install tensorflow`): {command}"
-    prepared = {info.relative_to(root).parts[0] for info in root.glob("*/**/dataset_info.json")}
+    prepared = {
+        info.relative_to(root).parts[0]
+        for depth in (2, 3)
+        for info in root.glob("*/" * depth + "dataset_info.json")
+    }
     command = (
         "python -m msvit_jax.data.prepare --source=<folder or zip of split/class/file> "
         f"--name={name} --data_dir={root}"
@@ -255,13 +276,18 @@ def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -
         FileExistsError: the data set is there already.
         UserError: the folder cannot be written.
     """
-    check_writable(root, "data_dir")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".preparing.", dir=root) as aside:
+    paths.check_writable(root)
+    beside = None if paths.is_address(root) else root
+    with tempfile.TemporaryDirectory(prefix=".preparing.", dir=beside) as aside:
         builder = make(aside)
         _prepare_quietly(builder)
         made = Path(builder.data_dir)
         folder = root / made.relative_to(aside)
+        if paths.is_address(root):
+            if (folder / "dataset_info.json").exists():
+                raise FileExistsError(f"{folder} exists already")
+            paths.upload(made, folder)
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(made, folder)

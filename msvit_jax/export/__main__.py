@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         layout=given.layout,
         budget=given.budget,
         threshold=given.threshold,
-        thresholds=_numbers(given.thresholds),
+        thresholds=given.thresholds and errors.numbers("thresholds", given.thresholds),
         pixels=given.pixels,
     )
     check(given.format, given.out, options)  # before a checkpoint is read
@@ -40,17 +40,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"left out, --format={given.format} has no place for it: {left_out}")
     summary = {"model": source.name, "step": source.step, "format": given.format, "out": given.out}
     print(json.dumps(summary))
-
-
-def _numbers(texts: Sequence[str] | None) -> tuple[float, ...] | None:
-    if texts is None:
-        return None
-    try:
-        return tuple(float(text) for text in texts)
-    except ValueError as error:
-        raise errors.UserError(
-            f"--thresholds={','.join(texts)}: give numbers, separated by commas."
-        ) from error
 
 
 if __name__ == "__main__":

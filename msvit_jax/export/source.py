@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, paths
 from msvit_jax import config as configs
 from msvit_jax.train.optimizer import flat_names
 from msvit_jax.weights import ours
@@ -61,7 +61,7 @@ class Source:
             crop=config.data.eval_crop,
             exif_orientation=config.data.exif_orientation,
             step=step,
-            workdir=pathlib.Path(workdir),
+            workdir=paths.parse(workdir),
         )
 
     @property

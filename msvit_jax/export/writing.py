@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
+from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.export import compiled, formats
 from msvit_jax.export.compiled import Options
@@ -51,9 +52,10 @@ def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) 
             f"There is no format {format_name!r}.{nearest(format_name, names)} "
             f"The formats are {', '.join(names)}."
         )
-    path = pathlib.Path(out)
-    if path.exists() or path.is_symlink():
+    path = paths.parse(out)
+    if path.exists() or os.path.islink(path):
         raise UserError(f"{str(out)!r} exists and is left as it is; give another --out.")
+    paths.check_writable(path.parent)
     if format_name == COMPILED:
         return
     suffix = FORMATS[format_name].suffix
@@ -93,7 +95,7 @@ def write(
         fit, or a model that the format cannot express.
     """
     check(format_name, out, options)
-    with _whole(pathlib.Path(out)) as path:
+    with _whole(paths.parse(out)) as path:
         if format_name == COMPILED:
             compiled.write(source, path, options)
             return ""
@@ -102,16 +104,20 @@ def write(
 
 @contextlib.contextmanager
 def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `out` that becomes `out` at the end, unless an error comes first."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{str(out)!r} cannot be written: {error}.") from error
+    """A path beside `out` that becomes `out` at the end, unless an error comes first.
+
+    What goes to an address is made in a local folder and copied at the end.
+    """
+    paths.check_writable(out.parent)
+    beside = None if paths.is_address(out) else out.parent
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside))
     try:
         yield folder / out.name
         if out.exists():
             raise UserError(f"{str(out)!r} was made by somebody else meanwhile; it is left as is.")
-        os.rename(folder / out.name, out)
+        if paths.is_address(out):
+            paths.upload(folder / out.name, out)
+        else:
+            os.rename(folder / out.name, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,12 +2,11 @@
 
 import csv
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from msvit_jax import errors
+from msvit_jax import paths
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 
@@ -32,13 +31,12 @@ class AnswerFile:
         Raises:
           UserError: another suffix, a file that exists, or one that cannot be written.
         """
-        path = pathlib.Path(os.path.expanduser(path))
+        path = paths.parse(path)
         if path.suffix not in SUFFIXES:
             raise UserError(f"--out={str(path)!r}: answers are written to .csv or .jsonl files.")
         if path.exists():
             raise UserError(f"{str(path)!r} exists and is left as it is; give another --out.")
-        errors.check_writable(path, "--out")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.check_writable(path.parent, "--out")
         self._file = path.open("x", encoding="utf-8", newline="")
         self._csv = None
         if path.suffix == ".csv":

@@ -5,6 +5,7 @@ Thresholds are fitted on training images without augmentation and judged on the 
 
 import csv
 import dataclasses
+import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, sharding
+from msvit_jax import checkpoint, data, labels, paths, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import thresholds as exits
 from msvit_jax.train.step import normalise
@@ -138,12 +139,13 @@ def write(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str, p
       title: the model's name.
       paper: whether the paper's points of that model are drawn, too.
     """
-    with (directory / CSV_FILE).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for row in rows:
-            lists = {name: " ".join(map(str, row[name])) for name in ("shares", "thresholds")}
-            writer.writerow({**row, **lists})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+        lists = {name: " ".join(map(str, row[name])) for name in ("shares", "thresholds")}
+        writer.writerow({**row, **lists})
+    paths.write_whole(directory / CSV_FILE, text.getvalue())
     _draw(rows, directory, title, PAPER.get(title) if paper else None)
 
 
@@ -167,7 +169,9 @@ def _draw(
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(directory / PLOT_FILE, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    paths.write_whole(directory / PLOT_FILE, drawn.getvalue())
     pyplot.close(figure)
 
 
@@ -181,7 +185,7 @@ def fitted_thresholds(workdir: str | pathlib.Path, budget: float) -> tuple[float
     Raises:
       UserError: none were fitted, or all of them spend more.
     """
-    path = pathlib.Path(workdir) / FITTED_FILE
+    path = paths.parse(workdir) / FITTED_FILE
     if not path.is_file():
         raise UserError(
             f"{workdir} has no fitted thresholds; run eval.py --workdir={workdir} --budget_curve."
@@ -203,6 +207,7 @@ def curve_of_run(
     split: str | None,
     batch_size: int,
     mesh: Mesh,
+    data_config: config_dict.ConfigDict | None = None,
     budgets: Sequence[float] = (),
     criterion: str = "confidence",
     fit_examples: int = 20_000,
@@ -216,6 +221,7 @@ def curve_of_run(
       split: to judge on; None: the config's `eval_split`.
       batch_size: global.
       mesh: see `sharding.make_mesh`.
+      data_config: a config's `data` section; None: the run's.
       budgets: see `curve`.
       criterion: see `thresholds.certainty`.
       fit_examples: training images to fit on.
@@ -224,11 +230,14 @@ def curve_of_run(
       UserError: the model is no cascade; see also `curve`.
     """
     config = checkpoint.read_config(workdir)
+    if data_config is not None:
+        config.data = data_config
     name = config.model.name
     if not hasattr(model, "exit_macs"):
         raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
     for budget in budgets:
         exits.check_budget(budget * 1e9, model.exit_macs())
+    labels.check_count(model.num_classes, len(data.class_names(config.data)))
     count = min(fit_examples, data.dataset_info(config.data).train_examples)
     run = {"batch_size": batch_size, "mesh": mesh}
     train_split = config.data.train_split
@@ -240,5 +249,5 @@ def curve_of_run(
         write(rows, workdir, name, paper=config.data.name == "imagenet2012")
         if criterion == "confidence":  # what the Predictor goes by
             found = [row for row in rows if row["kind"] == "search"]
-            (workdir / FITTED_FILE).write_text(json.dumps(found, indent=2))
+            paths.write_whole(workdir / FITTED_FILE, json.dumps(found, indent=2))
     return rows

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from msvit_jax import flops
 from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.block import LayerNorm, gelu, init_weights
-from msvit_jax.models.output import Output
+from msvit_jax.models.output import Output, also_empty
 from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
 
@@ -301,6 +301,7 @@ class DVT(Backboned, nn.Module):
         exits = np.searchsorted(self.exit_tokens, np.asarray(tokens))
         return self.exit_macs()[np.minimum(exits, len(self.grids) - 1)]
 
+    @also_empty
     def __call__(self, images: Array, *, train: bool = False) -> Output:
         """Computes all exits.
 

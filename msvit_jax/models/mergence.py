@@ -22,7 +22,7 @@ from msvit_jax import flops
 from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
-from msvit_jax.models.output import Output
+from msvit_jax.models.output import Output, also_empty
 from msvit_jax.models.reduction import Stage
 from msvit_jax.models.vit import ViT, check_images
 from msvit_jax.tokens import grid
@@ -115,6 +115,7 @@ class Mergence(Backboned, nn.Module):
             extra += float(flops.dense(min(patches, vit.grid_size**2), vit.width, vit.width))
         return vit.macs(tokens) + extra
 
+    @also_empty
     def __call__(self, images: Array, *, train: bool = False) -> Output:
         """Classifies images.
 

@@ -20,7 +20,7 @@ from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.embedding import PatchEmbed
-from msvit_jax.models.output import Features, GateOutput, Output
+from msvit_jax.models.output import Features, GateOutput, Output, also_empty
 from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
 from msvit_jax.tokens import alternatives, grid, packing
 
@@ -212,6 +212,7 @@ class MSViT(Backboned, nn.Module):
         logits = self.gate_logits(images)
         return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold).coarse)
 
+    @also_empty
     def __call__(
         self,
         images: Array,

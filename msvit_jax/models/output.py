@@ -1,5 +1,10 @@
 """What a model returns."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -83,3 +88,26 @@ class Output:
             return jnp.stack(self.hosts, axis=1).reshape(-1, len(self.hosts), *size)
         maps = [grid.hosts_to_map(hosts, self.gate.coarse, size) for hosts in self.hosts]
         return jnp.stack(maps, axis=1)
+
+
+def also_empty(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a model's `__call__` answer a batch of no images with an `Output` of none.
+
+    Shapes that leave a size to be found out have none to find where there are no elements, so
+    another batch is computed, as small as the model's layout lets it be, and nothing of it kept.
+    """
+
+    @functools.wraps(call)
+    def answered(self: Any, images: Array, **options: Any) -> Any:
+        if images.ndim != 4 or images.shape[0] != 0:
+            return call(self, images, **options)
+        budget = getattr(self, "budget", None)
+        parts = len(budget) if isinstance(budget, tuple) else 1
+        count = parts * getattr(self, "row_groups", 1)
+        some = {
+            name: jnp.zeros((count, *x.shape[1:]), x.dtype) if getattr(x, "ndim", 0) else x
+            for name, x in {"images": images, **options}.items()
+        }
+        return jax.tree.map(lambda x: x[:0], call(self, **some))
+
+    return answered

@@ -65,6 +65,7 @@ CASCADES = {
     "dvt_t2t_vit_12": "t2t_vit_12",
     "dvt_t2t_vit_14": "t2t_vit_14",
 }
+_NOT_OPTIONS = {"parent", "name", "backbone"}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
 _NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 
@@ -84,13 +85,19 @@ def dense_options(name: str) -> set[str]:
     return model_options(dense_model(name)) - _REDUCING
 
 
-def _attributes(module: type[nn.Module]) -> set[str]:
-    own = {field.name for field in dataclasses.fields(module)}
-    return own - {"parent", "name", "backbone"}
+def _attributes(module: type[nn.Module]) -> dict[str, Any]:
+    """Types of a module's own fields."""
+    fields = {field.name: field.type for field in dataclasses.fields(module)}
+    return {name: kind for name, kind in fields.items() if name not in _NOT_OPTIONS}
 
 
 def model_options(name: str) -> set[str]:
-    """Names of the overrides that `create_model(name, ...)` takes.
+    """Names of the overrides that `create_model(name, ...)` takes; see `model_types`."""
+    return set(model_types(name))
+
+
+def model_types(name: str) -> dict[str, Any]:
+    """Overrides that `create_model(name, ...)` takes, and the types of their values.
 
     Raises:
       UserError: for an unknown model.
@@ -102,7 +109,8 @@ def model_options(name: str) -> set[str]:
     if name in MERGENCE:
         return _attributes(ViT) | _attributes(Mergence)
     if name in CASCADES:
-        return (_attributes(ViT) - _NOT_OF_STAGES) | _attributes(DVT)
+        of_stages = {k: v for k, v in _attributes(ViT).items() if k not in _NOT_OF_STAGES}
+        return of_stages | _attributes(DVT)
     raise UserError(
         f"There is no model {name!r}.{nearest(name, list_models())} "
         "msvit_jax.list_models() names them all."

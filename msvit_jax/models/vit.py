@@ -24,7 +24,7 @@ from msvit_jax.models.embedding import (
     sequence_positions,
     sincos_positions,
 )
-from msvit_jax.models.output import Features, Output
+from msvit_jax.models.output import Features, Output, also_empty
 from msvit_jax.models.reduction import Carried, Stage
 from msvit_jax.tokens import grid, merging
 
@@ -456,6 +456,7 @@ class ViT(nn.Module):
             images = jnp.pad(images, ((0, 0), around, around, (0, 0)))
         return self.patch_embed(images)
 
+    @also_empty
     def __call__(self, images: Array, *, train: bool = False) -> Output:
         """Classifies images.
 

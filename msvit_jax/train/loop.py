@@ -21,13 +21,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, metrics, sharding, weights
+from msvit_jax import checkpoint, data, flops, labels, metrics, paths, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
-from msvit_jax.train import optimizer
+from msvit_jax.train import optimizer, owner
 from msvit_jax.train.fall import Fall
 from msvit_jax.train.health import Health
 from msvit_jax.train.program import Program
@@ -87,14 +87,16 @@ def train(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> dict[s
       UserError: the config cannot be run, or the workdir belongs to another.
       NotFiniteError: the loss was NaN or infinite.
     """
-    workdir = pathlib.Path(workdir)
-    return _Run(config, workdir).run()
+    with contextlib.ExitStack() as held:
+        return _Run(config, checkpoint.checked_workdir(workdir), held).run()
 
 
 class _Run:
     """One run and its parts; `run` reads from top to bottom."""
 
-    def __init__(self, config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
+    def __init__(
+        self, config: config_dict.ConfigDict, workdir: pathlib.Path, held: contextlib.ExitStack
+    ) -> None:
         checkpoint.quiet_orbax()
         self.info = data.dataset_info(config.data)
         config = configs.resolve(config, self.info.num_classes)
@@ -115,6 +117,7 @@ class _Run:
         self.messages: list[str] = [
             f"{key}={value!r} as {config.init_from} says" for key, value in followed.items()
         ]
+        held.enter_context(owner.hold(workdir))
         checkpoint.claim_workdir(workdir, config)
         self.checkpoints = checkpoint.Checkpoints(
             workdir,
@@ -142,6 +145,7 @@ class _Run:
         state, damaged = self.checkpoints.restore_latest(self.program.like)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
+            self._check_classes(int(state.step))
             self.messages.append(f"resumed at step {int(state.step)}")
             if self.trim is not None:
                 self.trim.restore(self.checkpoints.about(int(state.step))["trim"])
@@ -149,16 +153,44 @@ class _Run:
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
             source = weights.load(self.config.init_from, self.model)
+            source = dataclasses.replace(source, flat=self._with_our_classes(source.flat))
             taken, report = source.fit(self.program.params["model"])
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)
+
+    def _check_classes(self, step: int) -> None:
+        """Raises UserError where a checkpoint was trained on other classes than the data's now."""
+        names = self.checkpoints.about(step).get("class_names") or ()
+        how = self.config.data.match_classes
+        if labels.order(names, self.info.class_names, how, of="The run") is not None:
+            raise UserError(
+                "The data set's classes have another order than when the run was started. "
+                "data.match_classes=by_name cannot go on with it; prepare the data set as it was."
+            )
+
+    def _with_our_classes(self, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Weights to start from, without a head that was trained for classes of other names."""
+        names, ours = weights.class_names(self.config.init_from), self.info.class_names
+        how = self.config.data.match_classes
+        if len(names) != len(ours):
+            return flat  # a head of another size is left out anyway
+        try:
+            return labels.in_order(flat, labels.order(names, ours, how, of="The source"))
+        except UserError as error:
+            self.messages.append(f"the head starts fresh. {error}")
+            return labels.without_heads(flat)
 
     def teacher(self) -> Teacher | None:
         """The model to distil from, on every device."""
         teacher = teacher_of(self.config)
         if teacher is None:
             return None
+        names = weights.class_names(self.config.loss.distillation.teacher)
+        how = self.config.data.match_classes
+        places = labels.order(names, self.info.class_names, how, of="The teacher")
+        variables = {"params": labels.in_order(teacher.variables["params"], places)}
+        teacher = dataclasses.replace(teacher, variables=variables)
         whole = sharding.replicated(self.mesh)
         return dataclasses.replace(teacher, variables=jax.device_put(teacher.variables, whole))
 
@@ -404,7 +436,7 @@ def teacher_of(config: config_dict.ConfigDict) -> Teacher | None:
 
 def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teacher:
     """Loads a teacher from a workdir, or from a weights file together with its model's name."""
-    if pathlib.Path(source).is_dir():
+    if paths.parse(source).is_dir() and weights.file_of(source) is None:
         run = checkpoint.load_run(source)
         teacher = Teacher(model=run.model, variables=run.variables)
     else:
@@ -419,11 +451,9 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
         model = configs.build_model(options)
         loaded = weights.load_model(source, model)
         teacher = Teacher(model=loaded.model, variables={"params": loaded.params})
-    if teacher.model.num_classes != config.model.num_classes:
-        raise UserError(
-            f"The teacher has {teacher.model.num_classes} classes, the data set "
-            f"{config.model.num_classes}; distil from a model of the same classes."
-        )
+    remedy = "Distil from a model of the same classes."
+    ours = config.model.num_classes
+    labels.check_count(teacher.model.num_classes, ours, of="The teacher", remedy=remedy)
     return teacher
 
 

@@ -206,8 +206,12 @@ def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
 
 
 def smooth(labels: Array, classes: int, amount: float) -> Array:
-    """One-hot targets [B, classes], `amount` of them spread evenly over all classes."""
-    return jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
+    """One-hot targets [B, classes], `amount` of them spread evenly over all classes.
+
+    NaN for a label that is no class: a loss of zero would look like success.
+    """
+    targets = jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
+    return jnp.where(((labels >= 0) & (labels < classes))[:, None], targets, jnp.nan)
 
 
 def _mixed(

@@ -8,12 +8,11 @@ and on a contact sheet. Of a cascade the sheet shows images that leave at each e
 each. Without images, examples of the run's evaluation split are drawn.
 """
 
-import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
-from msvit_jax import checkpoint, errors
+from msvit_jax import checkpoint, errors, paths
 from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.visualize import examples, exits
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     run = checkpoint.load_run(_WORKDIR.value, _CHECKPOINT.value)
     if _DATA_DIR.value is not None:
         run.config.data.data_dir = _DATA_DIR.value
-    out = _OUT.value or pathlib.Path(_WORKDIR.value) / "pictures"
+    out = _OUT.value or paths.parse(_WORKDIR.value) / "pictures"
     files, count = argv[1:], _EXAMPLES.value
     if is_cascade(run.model):
         drawn = exits.draw_run(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, labels, paths
 from msvit_jax.data import decode, pipeline, sources
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
@@ -64,9 +64,25 @@ def draw_run(
       UserError: see `from_files`, `from_dataset` and `predict`.
     """
     config = run.config.data
+    paths.check_writable(out)  # before the work
+    if not files:
+        check_classes(run)
     examples = from_files(files, config) if files else from_dataset(config, count)
-    predictions = predict(run.model, run.variables, examples, _class_names(config))
+    names = run.class_names or _class_names(config)
+    predictions = predict(run.model, run.variables, examples, names)
     return write(examples, predictions, reducing_layers(run.model), out)
+
+
+def check_classes(run: checkpoint.Run) -> None:
+    """Compares a run's classes with those of the data set whose labels are about to be shown.
+
+    Raises:
+      UserError: they are not the same, see `labels`.
+    """
+    names, how = pipeline.class_names(run.config.data), run.config.data.match_classes
+    labels.check_count(run.model.num_classes, len(names), of="The run")
+    if labels.order(run.class_names, names, how, of="The run") is not None:
+        raise UserError("Pictures show the run's classes; by_name is for eval.py and train.py.")
 
 
 def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
@@ -199,7 +215,7 @@ def write(
       layers: of the model that reduce tokens, counted from 1.
       out: folder.
     """
-    out = pathlib.Path(out)
+    out = paths.check_writable(out)
     drawn = strips(examples, predictions)
     legend = "" if predictions.merged is None else MERGE_LEGEND
     for number, (strip, example) in enumerate(zip(drawn, examples, strict=True)):

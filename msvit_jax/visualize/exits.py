@@ -5,10 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, paths
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.budgets import fitted_thresholds
-from msvit_jax.visualize.examples import BATCH, SHEET, Drawn, Example, from_dataset, from_files
+from msvit_jax.visualize.examples import (
+    BATCH,
+    SHEET,
+    Drawn,
+    Example,
+    check_classes,
+    from_dataset,
+    from_files,
+)
 from msvit_jax.visualize.maps import enlarge
 from msvit_jax.visualize.sheet import Strip, panel, save
 
@@ -39,6 +47,9 @@ def draw_run(
       UserError: see `examples.from_files`, `examples.from_dataset` and `fitted_thresholds`.
     """
     config = run.config.data
+    paths.check_writable(out)  # before the work
+    if not files:
+        check_classes(run)
     examples = from_files(files, config) if files else from_dataset(config, LOOKED_AT * count)
     images = np.stack([example.image for example in examples])
     predictor = Predictor(run.model, run.variables, batch_size=min(BATCH, len(images)))
@@ -49,7 +60,7 @@ def draw_run(
         predictor.thresholds = fitted_thresholds(workdir, budget)
     predictions = predictor(images)
     drawn = strips(examples, predictions, run.model.exit_tokens, count)
-    return Drawn(drawn, save(panel(drawn), pathlib.Path(out) / SHEET))
+    return Drawn(drawn, save(panel(drawn), paths.parse(out) / SHEET))
 
 
 def strips(

@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from msvit_jax import paths
+
 Picture = np.ndarray  # uint8 [h, w, 3]
 
 HEAT_OPACITY = 0.6  # share of the heat colours over the image
@@ -68,9 +70,10 @@ def panel(
 
 def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
     """Writes a PNG, making the folders above it, and returns its path."""
-    path = pathlib.Path(path)
+    path = paths.parse(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, format="PNG")
+    with path.open("wb") as file, paths.named(path):
+        Image.fromarray(picture).save(file, format="PNG")
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
@@ -274,7 +274,7 @@ def declared_options(
     file = file_of(source)
     if file is not None:
         said = declared.of_file(file, files.read_contents(file))
-    elif pathlib.Path(source).is_dir():
+    elif paths.parse(source).is_dir():
         said = declared.of_run(source)
     else:
         return {}
@@ -319,9 +319,9 @@ def _open(source: str | pathlib.Path) -> _Opened:
         contents = files.read_contents(file)
         said = declared.of_file(file, contents)
         return _found(contents, path, said, ours.describe(file) or {})
-    if not pathlib.Path(source).exists():
+    if not paths.parse(source).exists():
         raise UserError(f"There is no weights file or workdir {path!r}.")
-    if not pathlib.Path(source).is_dir():
+    if not paths.parse(source).is_dir():
         raise UserError(f"{path!r} is neither a workdir nor a weights file.")
     flat = flat_names(checkpoint.load_params(source))
     _check_finite(flat, path)
@@ -357,10 +357,27 @@ def _check_finite(arrays: Mapping[str, Any], path: str) -> None:
 
 
 def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
-    """The weights file that a path names, or that transformers put there; None if there is none."""
-    path = pathlib.Path(source)
-    candidates = [path, *(path / name for name in _IN_DIRECTORY)]
-    return next((file for file in candidates if file.is_file()), None)
+    """The weights file that a path names, or that transformers put there; None if there is none.
+
+    Of an address it is a local copy, see `paths.fetch`.
+    """
+    path = paths.parse(source)
+    if path.is_file():
+        return paths.fetch(path)
+    found = next((name for name in _IN_DIRECTORY if (path / name).is_file()), None)
+    return None if found is None else paths.fetch(path) / found
+
+
+def class_names(source: str | pathlib.Path) -> tuple[str, ...]:
+    """Class names of a run or of a weights file; empty where it does not say them.
+
+    Args:
+      source: See `load`.
+    """
+    file = file_of(source)
+    if file is None:
+        return tuple(checkpoint.read_about(source).get("class_names") or ())
+    return declared.of_file(file, files.read_contents(file)).class_names
 
 
 def convert(state: State, model: Any, *, where: str = "The source") -> Source:

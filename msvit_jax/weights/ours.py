@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from msvit_jax import paths
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import create_model
 from msvit_jax.weights import files
@@ -28,7 +29,7 @@ def save(
       about: JSON values. What is read back: `model` (`name` and options of `create_model`), `mean`
         and `std` of the pixels, `class_names`, `crop`, `exif_orientation`. Anything else is kept.
     """
-    path = pathlib.Path(path)
+    path = paths.parse(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
     part = path.with_name(path.name + ".part")
     save_file(arrays, part, metadata={KEY: json.dumps(about)})
@@ -41,7 +42,8 @@ def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
     Raises:
       UserError: a damaged file or description.
     """
-    if pathlib.Path(path).suffix != ".safetensors":
+    path = paths.fetch(path)
+    if path.suffix != ".safetensors":
         return None
     text = files.read_metadata(path).get(KEY)
     return None if text is None else files.read_json(text, path)

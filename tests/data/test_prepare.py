@@ -350,7 +350,7 @@ def test_special_files_are_told_and_never_opened(folder, tmp_path):
 def test_a_data_dir_that_cannot_be_made_is_told_first(place, folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(prepare, "find_unreadable", lambda *_: pytest.fail("the work was begun"))
-    with pytest.raises(UserError, match=r"data_dir='.*' cannot be written"):
+    with pytest.raises(UserError, match=r"data_dir='.*' (cannot be written|is a file)"):
         prepare.prepare([str(folder)], name="pets", data_dir=os.path.join(tmp_path, place))
 
 

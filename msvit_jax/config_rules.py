@@ -1,0 +1,313 @@
+"""Which values mean something: one rule for each key of `config.base`, beside its type.
+
+A key that may be None says so here. Attributes of models have types and ranges, too; whether they
+fit together is the model's own business (`check`).
+"""
+
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from typing import Any
+
+from msvit_jax import labels
+from msvit_jax.errors import UserError
+
+Rule = typing.Union["Number", "OneOf", "Text", "Flag", "Numbers", "Texts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A finite number in a range.
+
+    Attributes:
+      least: the smallest value.
+      most: the largest; None: none.
+      above: whether `least` itself is too small.
+      below: whether `most` itself is too large.
+      optional: whether None is a value.
+      besides: a value outside of the range that has a meaning.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: bool = False
+    below: bool = False
+    optional: bool = False
+    besides: float | None = None
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        parts = []
+        if self.least is not None:
+            parts.append(f"more than {self.least:g}" if self.above else f"at least {self.least:g}")
+        if self.most is not None:
+            parts.append(f"less than {self.most:g}" if self.below else f"at most {self.most:g}")
+        text = "a finite number" + (f" of {' and '.join(parts)}" if parts else "")
+        if self.besides is not None:
+            text += f", or {self.besides:g}"
+        return text + (", or None" if self.optional else "")
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return False
+        if self.besides is not None and value == self.besides:
+            return True
+        value = float(value)
+        if not math.isfinite(value):
+            return False
+        large = self.least is None or (value > self.least if self.above else value >= self.least)
+        return large and (
+            self.most is None or (value < self.most if self.below else value <= self.most)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """So many finite numbers in a range.
+
+    Attributes:
+      each: rule of each.
+      count: how many.
+      rising: whether none may be smaller than the one before.
+      optional: whether None is a value.
+    """
+
+    each: Number
+    count: int = 2
+    rising: bool = False
+    optional: bool = False
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        order = " in rising order" if self.rising else ""
+        text = f"{self.count} numbers{order}, each {self.each.wanted()}"
+        return text + (", or None" if self.optional else "")
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        if value is None:
+            return self.optional
+        if not isinstance(value, tuple | list) or len(value) != self.count:
+            return False
+        good = all(map(self.each.fits, value))
+        return good and (not self.rising or list(value) == sorted(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of a few texts."""
+
+    values: tuple[str, ...]
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        return "one of " + ", ".join(map(repr, self.values))
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return value in self.values
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text; `empty` says whether it may be empty."""
+
+    empty: bool = True
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        return "a text" if self.empty else "a text that is not empty"
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one."""
+        return isinstance(value, str) and (self.empty or bool(value.strip()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """A tuple of texts."""
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        return "texts, separated by commas"
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one."""
+        return isinstance(value, tuple | list) and all(isinstance(text, str) for text in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def wanted(self) -> str:
+        """What is expected, for messages."""
+        return "true or false"
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value is one."""
+        return isinstance(value, bool)
+
+
+_POSITIVE = Number(0, above=True)
+_NOT_NEGATIVE = Number(0)
+_COUNT = Number(1)
+_OPTIONAL_COUNT = Number(1, optional=True)
+_SHARE = Number(0, 1)
+_SOME_SHARE = Number(0, 1, above=True)
+_NOT_ALL = Number(0, 1, below=True)
+_BETWEEN = Number(0, 1, above=True, below=True)
+_DEVICES = Number(1, besides=-1)
+_NAME = Text(empty=False)
+_DTYPE = OneOf(("float32", "bfloat16", "float16"))
+
+RULES: dict[str, Rule] = {
+    "seed": Number(0, 2**32 - 1),
+    "model.name": _NAME,
+    "dtype": _DTYPE,
+    "batch_size": _COUNT,
+    "eval_batch_size": _OPTIONAL_COUNT,
+    "epochs": _POSITIVE,
+    "steps": _OPTIONAL_COUNT,
+    "eval_every_epochs": _POSITIVE,
+    "log_every_steps": _COUNT,
+    "log_images": _NOT_NEGATIVE,
+    "init_from": Text(),
+    "ema_decay": _NOT_ALL,
+    "data.name": _NAME,
+    "data.data_dir": Text(),
+    "data.train_split": _NAME,
+    "data.eval_split": _NAME,
+    "data.match_classes": OneOf(labels.CHOICES),
+    "data.image_size": _COUNT,
+    "data.crop_scale": Numbers(_SOME_SHARE, rising=True, optional=True),
+    "data.crop_ratio": Numbers(_POSITIVE, rising=True),
+    "data.resize": _NAME,
+    "data.flip": Flag(),
+    "data.pad_shift": _NOT_NEGATIVE,
+    "data.randaugment.num_ops": _NOT_NEGATIVE,
+    "data.randaugment.magnitude": _NOT_NEGATIVE,
+    "data.randaugment.std": _NOT_NEGATIVE,
+    "data.color_jitter": _NOT_NEGATIVE,
+    "data.erasing": _SHARE,
+    "data.eval_crop": _SOME_SHARE,
+    "data.mixup": _NOT_NEGATIVE,
+    "data.cutmix": _NOT_NEGATIVE,
+    "data.mix_prob": _SHARE,
+    "data.mix_switch_prob": _SHARE,
+    "data.workers": _NOT_NEGATIVE,
+    "data.prefetch": _NOT_NEGATIVE,
+    "data.cache": Flag(),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.min_learning_rate": _NOT_NEGATIVE,
+    "optimizer.warmup_epochs": _NOT_NEGATIVE,
+    "optimizer.cooldown_epochs": _NOT_NEGATIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.b1": _NOT_ALL,
+    "optimizer.b2": _NOT_ALL,
+    "optimizer.layer_decay": _SOME_SHARE,
+    "optimizer.clip_norm": _NOT_NEGATIVE,
+    "optimizer.accumulation": _COUNT,
+    "optimizer.gate_learning_rate": Number(0, optional=True),
+    "optimizer.freeze": Texts(),
+    "trim.parts": _COUNT,
+    "trim.every_steps": _COUNT,
+    "trim.shrink": _SHARE,
+    "trim.unfit": _SHARE,
+    "trim.changes": _NOT_NEGATIVE,
+    "fall.hold_epochs": _NOT_NEGATIVE,
+    "fall.epochs": _NOT_NEGATIVE,
+    "fall.programs": _COUNT,
+    "loss.label_smoothing": _NOT_ALL,
+    "loss.gate.weight": _NOT_NEGATIVE,
+    "loss.gate.kind": OneOf(("none", "rate", "l0", "bas", "gbas")),
+    "loss.gate.target": _BETWEEN,
+    "loss.gate.sigma": _POSITIVE,
+    "loss.gate.prior": OneOf(("relaxed_bernoulli", "beta")),
+    "loss.gate.temperature": _POSITIVE,
+    "loss.gate.beta": Numbers(_POSITIVE),
+    "loss.gate.start": OneOf(("centre", "uniform")),
+    "loss.distillation.teacher": Text(),
+    "loss.distillation.model": Text(),
+    "loss.distillation.weight": _SHARE,
+    "loss.distillation.temperature": _POSITIVE,
+    "loss.distillation.kind": OneOf(("soft", "hard")),
+    "loss.exits.distillation": _SHARE,
+    "loss.exits.temperature": _POSITIVE,
+    "mesh.data": _DEVICES,
+    "mesh.fsdp": _DEVICES,
+    "checkpoint.keep_latest": _COUNT,
+    "checkpoint.every_steps": _NOT_NEGATIVE,
+}
+# Attributes of models, whose types are those of their fields.
+MODEL_RULES: dict[str, Rule] = {
+    "num_classes": _NOT_NEGATIVE,
+    "image_size": _COUNT,
+    "patch_size": _COUNT,
+    "width": _COUNT,
+    "depth": _COUNT,
+    "heads": _COUNT,
+    "mlp_ratio": _POSITIVE,
+    "register_tokens": _NOT_NEGATIVE,
+    "layer_scale": Number(optional=True),
+    "norm_epsilon": _POSITIVE,
+    "drop_path": _NOT_ALL,
+    "gate_hidden": _OPTIONAL_COUNT,
+    "gate_bias": Number(),
+    "temperature": _POSITIVE,
+    "threshold": _SHARE,
+    "fine_share": Number(0, 1, optional=True),
+    "rows": _OPTIONAL_COUNT,
+    "row_width": _OPTIONAL_COUNT,
+    "row_groups": _COUNT,
+    "mean": Numbers(Number(), 3),
+    "std": Numbers(_POSITIVE, 3),
+    "dtype": _DTYPE,
+}
+# Types that fields of models have, and what their values may be.
+_PLAIN: dict[Any, Any] = {
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    tuple: (tuple, list),
+    types.NoneType: types.NoneType,
+}
+
+
+def check(key: str, value: Any, annotation: Any = None) -> None:
+    """Checks one value.
+
+    Args:
+      key: dotted.
+      value: it has.
+      annotation: of a model's attribute, its field's type.
+
+    Raises:
+      UserError: it means nothing; the message says what does.
+    """
+    rule = RULES.get(key)
+    if rule is None and key.startswith("model."):
+        _check_type(key, value, annotation)
+        rule = MODEL_RULES.get(key.removeprefix("model."))
+    if rule is not None and not rule.fits(value):
+        raise UserError(f"{key}={value} is not a valid value: {rule.wanted()} expected.")
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    """Checks a model's attribute against its field's plain types; others are left to the model."""
+    united = isinstance(annotation, types.UnionType)
+    parts = typing.get_args(annotation) if united else (annotation,)
+    kinds = [typing.get_origin(part) or part for part in parts]
+    if annotation is None or any(kind not in _PLAIN for kind in kinds):
+        return
+    flag = isinstance(value, bool)
+    if any(isinstance(value, _PLAIN[kind]) and (not flag or kind is bool) for kind in kinds):
+        return
+    names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise UserError(f"{key}={value} is not a valid value: {names} expected.")

@@ -1,0 +1,111 @@
+"""What a model answers and what a data set says, compared: how many classes, and which.
+
+Class 3 of one is not class 3 of another. Where both have names and these differ, the answers mean
+something else than the labels, however good the figures look. The config's `data.match_classes`
+says what to do then.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from msvit_jax.errors import UserError
+from msvit_jax.train.optimizer import map_names
+
+EXACTLY, BY_NAME, BY_NUMBER = "exactly", "by_name", "by_number"
+CHOICES = (EXACTLY, BY_NAME, BY_NUMBER)
+_HEAD = re.compile(r"(^|/)(head|head_dist)/(kernel|bias)$")
+# What transformers writes for classes without names.
+_PLACEHOLDER = re.compile(r"LABEL_\d+")
+_SHOWN = 4
+
+
+def check_count(model: int, data: int, *, of: str = "The model", remedy: str = "") -> None:
+    """Compares numbers of classes.
+
+    Args:
+      model: of its answers.
+      data: of the data set.
+      of: what answers, for the message.
+      remedy: what to do about it, in place of the usual advice.
+
+    Raises:
+      UserError: they differ.
+    """
+    if model != data:
+        raise UserError(
+            f"{of} has {model} classes, the data set {data}: its answers would mean nothing. "
+            + (remedy or "Use the data set that it was trained on, or a model of the data's.")
+        )
+
+
+def order(
+    answers: Sequence[str], data: Sequence[str], how: str, *, of: str = "The model"
+) -> np.ndarray | None:
+    """Where the classes of a data set are among those that a model answers.
+
+    Args:
+      answers: names of the model's classes; empty: not known.
+      data: names of the data set's classes; empty: not known.
+      how: one of `CHOICES`.
+      of: what answers, for messages.
+
+    Returns:
+      For each class of the data the model's, or None if they are the same or taken to be.
+
+    Raises:
+      UserError: other names, and `how` does not say what to do.
+    """
+    answers, data = list(answers), list(data)
+    if how == BY_NUMBER or answers == data or not (_known(answers) and _known(data)):
+        return None
+    same = sorted(answers) == sorted(data)
+    if how == BY_NAME and same:
+        places = {name: index for index, name in enumerate(answers)}
+        return np.asarray([places[name] for name in data])
+    raise UserError(_difference(answers, data, same, of))
+
+
+def _known(names: Sequence[str]) -> bool:
+    return bool(names) and not all(_PLACEHOLDER.fullmatch(name) for name in names)
+
+
+def _difference(answers: Sequence[str], data: Sequence[str], same: bool, of: str) -> str:
+    by_number = f"--config.data.match_classes={BY_NUMBER} takes class 0 for class 0 and so on"
+    if same:
+        return (
+            f"{of} has the data set's classes in another order: {_shown(answers)} against "
+            f"{_shown(data)}. --config.data.match_classes={BY_NAME} brings them together; "
+            f"{by_number}."
+        )
+    theirs = [name for name in answers if name not in set(data)]
+    ours = [name for name in data if name not in set(answers)]
+    return (
+        f"{of} has classes of other names than the data set: {_shown(theirs)} against "
+        f"{_shown(ours)}. If they are the same things under other names, {by_number}; otherwise "
+        "use the data set that it was trained on."
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)})" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def in_order(params: Any, places: np.ndarray | None) -> Any:
+    """Parameters whose heads answer in another order.
+
+    Args:
+      params: of a model, a tree or a flat dict by name.
+      places: see `order`; None: as they are.
+    """
+    if places is None:
+        return params
+    return map_names(lambda name, leaf: leaf[..., places] if _HEAD.search(name) else leaf, params)
+
+
+def without_heads(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights without those of classes that are not the data's."""
+    return {name: leaf for name, leaf in flat.items() if not _HEAD.search(name)}

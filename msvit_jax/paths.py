@@ -1,0 +1,274 @@
+"""Paths as users write them: `~`, relative ones, and addresses such as gs://bucket/run.
+
+Everything that a user names is opened through here. A local path becomes a `pathlib.Path`, an
+address an `etils.epath.Path`, which has the methods that we use: `exists`, `is_dir`, `is_file`,
+`iterdir`, `glob` (of one level), `open` in text or bytes, `read_*`, `write_*`, `mkdir`, `unlink`.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, TypeAlias, cast
+
+from etils import epath
+
+from msvit_jax.errors import UserError, describe
+
+PathLike: TypeAlias = str | os.PathLike[str]
+# Kinds of addresses that epath opens, and the package that it does so with.
+BACK_ENDS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+# pathlib makes one slash of two.
+_COLLAPSED = re.compile(rf"({'|'.join(BACK_ENDS)}):/([^/].*)", re.DOTALL)
+_REWRITTEN_EVERY = 30.0  # seconds; an object at an address cannot grow
+CACHE = "MSVIT_JAX_CACHE"  # the variable that says where copies of addresses are kept
+
+
+def parse(path: PathLike) -> pathlib.Path:
+    """Reads a path or an address.
+
+    Args:
+      path: `~` and `~name` are homes, file:// is a local path.
+
+    Returns:
+      A `pathlib.Path`; of an address an `epath.Path`.
+
+    Raises:
+      UserError: no path, an address of an unknown kind or without a bucket, or one whose back end
+        is not installed.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise UserError(f"A path is needed; {text!r} is none.")
+    match = _ADDRESS.fullmatch(text) or _COLLAPSED.fullmatch(text)
+    if match is None:
+        return pathlib.Path(_home(text))
+    scheme, rest = match[1].lower(), match[2]
+    if scheme == "file":
+        return pathlib.Path(rest.removeprefix("localhost"))
+    if scheme not in BACK_ENDS:
+        known = ", ".join(f"{name}://" for name in BACK_ENDS)
+        raise UserError(f"{text!r}: addresses of this kind cannot be opened; there is {known}.")
+    if not rest.strip("/") or rest.startswith("/"):
+        raise UserError(f"{text!r} names no bucket; write {scheme}://<bucket>/<path>.")
+    _require(scheme, text)
+    return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
+
+
+def _home(text: str) -> str:
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        raise UserError(
+            f"{text!r} begins with the home of a user who is not known here; a folder that is "
+            f"called so is written ./{text}."
+        )
+    return expanded
+
+
+def _require(scheme: str, text: str) -> None:
+    package = BACK_ENDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{text!r}: {scheme}:// needs a package: pip install {package}")
+
+
+def is_address(path: PathLike) -> bool:
+    """Whether a parsed path is an address; a text is parsed first."""
+    return not isinstance(parse(path) if isinstance(path, str) else path, pathlib.Path)
+
+
+def absolute(path: PathLike) -> pathlib.Path:
+    """Parses, and makes a relative path absolute."""
+    parsed = parse(path)
+    return parsed if is_address(parsed) else parsed.absolute()
+
+
+@contextlib.contextmanager
+def named(path: PathLike) -> Iterator[None]:
+    """Gives errors of the operating system the name of the file, where they have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def write_whole(path: PathLike, content: str | bytes) -> None:
+    """Writes a file that is there whole or not at all, in place of one that was there.
+
+    Args:
+      path: of the file.
+      content: bytes, or text that is written as it is, in UTF-8.
+    """
+    place = parse(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_address(place):  # objects come into being whole
+        place.write_bytes(data)
+        return
+    part = place.with_name(place.name + ".part")
+    with named(part):
+        part.write_bytes(data)
+        part.replace(place)
+
+
+def check_writable(folder: PathLike, name: str = "") -> pathlib.Path:
+    """Makes a folder where it is missing, and tries to write in it.
+
+    Args:
+      folder: The place.
+      name: What messages call it, for instance '--out'.
+
+    Returns:
+      The folder, parsed.
+
+    Raises:
+      UserError: it cannot be made or written, or is a file.
+    """
+    place, called = parse(folder), f"{name}=" if name else ""
+    with _as_user_errors(place, "cannot be written", called):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{called}{str(folder)!r} is a file; a folder is needed there.")
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".write_test.{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            with contextlib.suppress(Exception):
+                probe.unlink()
+    return place
+
+
+@contextlib.contextmanager
+def _as_user_errors(place: pathlib.Path, what: str, called: str = "") -> Iterator[None]:
+    """Says what went wrong with a place; back ends of addresses raise errors of many types."""
+    errors: type[Exception] = Exception if is_address(place) else OSError
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"{called}{str(place)!r} {what}: {describe(error, named=False)}") from error
+
+
+class Lines:
+    """A text file that lines are added to.
+
+    At an address the file is written anew, at most every 30 seconds and when it is closed: a run
+    that is killed may leave the last ones unsaid.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        """Opens a file to add to; what it holds stays."""
+        self._path = parse(path)
+        self._written, self._text = time.monotonic(), ""
+        self._file: Any = None
+        if not is_address(self._path):
+            with named(self._path):
+                # Not buffered: what a full disk refuses is not tried again when all is over.
+                self._file = self._path.open("ab", buffering=0)
+        elif self._path.exists():
+            self._text = self._path.read_text()
+
+    def write(self, text: str) -> None:
+        """Adds text."""
+        if self._file is None:
+            self._text += text
+        else:
+            with named(self._path):
+                self._file.write(text.encode())
+
+    def flush(self) -> None:
+        """Makes what was added visible to readers, soon if not at once."""
+        if self._file is None and time.monotonic() - self._written >= _REWRITTEN_EVERY:
+            self._write_anew()
+
+    def close(self) -> None:
+        """Ends."""
+        if self._file is None:
+            self._write_anew()
+        else:
+            self._file.close()
+
+    def _write_anew(self) -> None:
+        self._path.write_text(self._text)
+        self._written = time.monotonic()
+
+
+def fetch(path: PathLike) -> pathlib.Path:
+    """A local copy of a file or folder at an address, for what reads local files alone.
+
+    Copies are kept in `~/.cache/msvit_jax` (variable MSVIT_JAX_CACHE) and made anew when names,
+    sizes or dates at the address change. A local path is returned as it is.
+
+    Raises:
+      UserError: nothing there, it cannot be read, or the disk has no room for the copy.
+    """
+    place = parse(path)
+    if not is_address(place):
+        return place
+    with _as_user_errors(place, "cannot be read"):
+        files = dict(_files(place))
+        if not files:
+            raise UserError(f"There is nothing at {str(place)!r}.")
+        sizes = {name: (s.length, s.mtime) for name, f in files.items() for s in [_stat(f)]}
+    mark = hashlib.sha256(repr((str(place), sorted(sizes.items()))).encode()).hexdigest()[:16]
+    cache = check_writable(os.environ.get(CACHE) or "~/.cache/msvit_jax") / mark
+    copy = cache / place.name
+    if copy.exists():
+        return copy
+    total, free = sum(size for size, _ in sizes.values()), shutil.disk_usage(cache.parent).free
+    if total > free:
+        raise UserError(
+            f"{str(place)!r} has {total:,} bytes; {str(cache.parent)!r} has room for {free:,}. Set "
+            f"{CACHE} to a folder on a larger disk, or mount the bucket and give its local path."
+        )
+    print(f"Copying {place} ({total:,} bytes) to {cache}, once.", file=sys.stderr, flush=True)
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=".copying.", dir=cache.parent))
+    try:
+        for name, file in files.items():
+            target = aside / place.name / name if name else aside / place.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _as_user_errors(place, "cannot be copied"):
+                _copy(file, target)
+        with contextlib.suppress(OSError):  # another process was faster; its copy is the same
+            aside.rename(cache)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return copy
+
+
+def upload(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a local file or folder to a place, an address perhaps."""
+    with _as_user_errors(target, "cannot be written"):
+        for name, file in _files(source):
+            place = target / name if name else target
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _copy(file, place)
+
+
+def _files(place: pathlib.Path, prefix: str = "") -> Iterator[tuple[str, pathlib.Path]]:
+    """Every file in a folder by its path from there; a file itself by an empty text."""
+    if place.is_dir():
+        for inner in sorted(place.iterdir(), key=str):
+            if inner != place:  # some back ends list a folder's own mark
+                yield from _files(inner, f"{prefix}/{inner.name}".lstrip("/"))
+    elif place.exists():
+        yield prefix, place
+
+
+def _stat(file: pathlib.Path) -> Any:
+    return cast(Any, file).stat()
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    with source.open("rb") as read, target.open("wb") as written, named(target):
+        shutil.copyfileobj(read, written, 2**22)
