@@ -108,6 +108,11 @@ def _gather(x: Array, indices: Array, *, mode: Any, fill_value: Any, **params: A
         return lax.gather_p.bind(x, indices, mode=mode, fill_value=fill_value, **params)
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     last = np.asarray([x.shape[d] - sizes[d] for d in numbers.start_index_map], indices.dtype)
+    if not isinstance(indices, jax.core.Tracer):
+        known = np.asarray(indices)
+        if np.all((known >= 0) & (known <= last)):
+            mode = modes.PROMISE_IN_BOUNDS
+            return lax.gather_p.bind(x, indices, mode=mode, fill_value=None, **params)
     largest = lax.broadcast_in_dim(last, indices.shape, (indices.ndim - 1,))
     clamped = lax.max(lax.min(indices, largest), lax.full_like(indices, 0))
     taken = lax.gather_p.bind(
