@@ -6,6 +6,7 @@ operations (see `plain_jaxpr`), because it takes those where it does not take ev
 models call.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -34,6 +35,10 @@ INSTALL = "pip install 'msvit-jax[onnx]'"
 TOLERANCE = 1e-3
 
 _CHECKED = 2  # images that a graph is tried with
+_THRESHOLDS = (
+    0.5,
+    -1.0,
+)  # of the gate; by the second one all regions are coarse and fit any budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +93,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         path = directory / f"{function.name}{SUFFIX}"
         path.write_bytes(graph.model.SerializeToString())
         if importlib.util.find_spec("onnxruntime"):
-            example = _example(function, carry)
-            answers = jax.device_get(jax.jit(function.call)(params, *example))
-            differences[function.name] = compare(path, example, answers)
-            carry = answers.get("handed")
+            differences[function.name], carry = _tried(function, params, path, carry)
         described.append(
             {
                 "name": function.name,
@@ -188,6 +190,18 @@ def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> 
     return difference
 
 
+def _tried(
+    function: Function, params: dict[str, np.ndarray], path: pathlib.Path, carry: Any
+) -> tuple[float, Any]:
+    """Compares a graph with its function; returns the difference and what the next stage takes."""
+    difference = 0.0
+    for threshold in _THRESHOLDS if "threshold" in function.inputs else _THRESHOLDS[:1]:
+        example = _example(function, carry, threshold)
+        answers = jax.device_get(jax.jit(function.call)(params, *example))
+        difference = max(difference, compare(path, example, answers))
+    return difference, answers.get("handed")
+
+
 def _report(differences: dict[str, float]) -> dict[str, Any] | None:
     """What about.json says of the comparison; None: there was no onnxruntime."""
     if not differences:
@@ -231,8 +245,8 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _example(function: Function, carry: Any) -> list[Any]:
-    """Inputs to try a function with: pixels of random squares, the others halfway."""
+def _example(function: Function, carry: Any, threshold: float) -> list[Any]:
+    """Inputs to try a function with; pixels of random squares."""
     rng = np.random.default_rng(0)
     example: list[Any] = []
     for name, kind in function.inputs.items():
@@ -245,21 +259,21 @@ def _example(function: Function, carry: Any) -> list[Any]:
         elif name == "handed":
             example.append(carry)
         else:
-            example.append(np.float32(0.5))
+            example.append(np.float32(threshold))
     return example
 
 
-class _quietly:  # noqa: N801
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
     """Keeps what the converter says of its own imports and types from the reader."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("jax2onnx")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.CRITICAL)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *error: Any) -> None:
-        self._warnings.__exit__(*error)
-        self._logger.setLevel(self._level)
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
