@@ -123,7 +123,8 @@ def convert(function: Function, params: dict[str, np.ndarray]) -> Graph:
     Raises:
       UserError: it has an operation that ONNX or the converter lacks.
     """
-    inputs = dict(_named(function.inputs))
+    # A graph's inputs and outputs share their names: what a stage takes is named otherwise.
+    inputs = {name.replace("handed.", "before."): kind for name, kind in _named(function.inputs)}
     flat, outputs = plain_jaxpr.flatten(function.call, params, list(function.inputs.values()))
     _check_operations(function, flat)
 
@@ -149,7 +150,7 @@ def convert(function: Function, params: dict[str, np.ndarray]) -> Graph:
             f"jax2onnx {version('jax2onnx')} cannot convert {function.name!r}: {reason} "
             "Use --format=compiled."
         ) from error
-    return Graph(model, compiled.shapes(inputs), described)
+    return Graph(model, {name: compiled.shapes(kind) for name, kind in inputs.items()}, described)
 
 
 def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> float:

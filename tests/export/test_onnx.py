@@ -108,21 +108,23 @@ def test_the_threshold_of_a_gate_is_an_input(exported):
         np.testing.assert_array_equal(answers["tokens"], tokens)
 
 
-@pytest.mark.parametrize("name", ["dvt_deit_small"])
-def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(name, exported, tmp_path):
-    source = made.source(name)
-    write(source, "onnx", tmp_path / "out", Options(thresholds=(0.4,)))
+def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(exported, tmp_path):
+    source = made.source("dvt_deit_small", grids=(2, 3, 4))
+    write(source, "onnx", tmp_path / "out", Options(thresholds=(0.5, 0.4)))
     about = _about(tmp_path / "out")
-    assert about["thresholds"] == [0.4, 0.0]
+    assert about["thresholds"] == [0.5, 0.4, 0.0]
     variables = {"params": unflatten_dict(source.params, sep="/")}
     model = source.model
     images = normalise(made.images(), model.mean, model.std)
     expected = jax.jit(functools.partial(model.apply, train=False))(variables, images).exits
-    first = _run(tmp_path / "out", "stage_1", made.images())
-    np.testing.assert_allclose(first.pop("logits"), expected[:, 0], **CLOSE)
-    handed = [first[each] for each in about["functions"][1]["inputs"] if each != "images"]
-    second = _run(tmp_path / "out", "stage_2", made.images(), *handed)
-    np.testing.assert_allclose(second["logits"], expected[:, 1], **CLOSE)
+    handed = {}
+    for stage, graph in enumerate(about["functions"]):
+        wanted = [name.replace("before.", "handed.") for name in graph["inputs"]]
+        assert wanted == ["images", *handed]
+        handed = _run(tmp_path / "out", graph["name"], made.images(), *handed.values())
+        np.testing.assert_allclose(handed.pop("logits"), expected[:, stage], **CLOSE)
+    assert stage == 2
+    assert not handed
 
 
 def test_about(exported):
