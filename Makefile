@@ -9,12 +9,13 @@ RUNS ?= runs
 
 .PHONY: demo test notebooks notebooks-in-place docs lint format study clean
 
-$(VENV)/.ready: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/.ready: requirements.txt requirements-dev.txt requirements-onnx.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found. Install one, or run: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python >= 3.11 is needed; {sys.executable} is {v}")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-onnx.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

@@ -4,8 +4,9 @@
     python -m msvit_jax.export --workdir=RUN --format=compiled --budget=127 --layout=budget --out=D
 
 Formats: safetensors (our names), timm and big_vision (of the dense trunk), huggingface (a directory
-for from_pretrained), dvt (the official names), orbax (parameters alone) and compiled (functions by
-jax.export, with a run.py that needs JAX alone). Nothing that exists is overwritten.
+for from_pretrained), dvt (the official names), orbax (parameters alone), compiled (functions by
+jax.export, with a run.py that needs JAX alone) and onnx (graphs; needs the extra [onnx]). Nothing
+that exists is overwritten.
 """
 
 import json
@@ -48,14 +49,18 @@ if __name__ == "__main__":
     flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
     flags.DEFINE_string("format", None, "What to write; see above.", required=True)
     flags.DEFINE_string("out", None, "File or directory to make.", required=True)
-    flags.DEFINE_string("layout", None, "compiled, of a model with a gate: 'slots' or 'budget'.")
+    flags.DEFINE_string(
+        "layout", None, "compiled, onnx; of a model with a gate: 'slots' or 'budget'."
+    )
     flags.DEFINE_float(
         "budget",
         None,
-        "compiled: with --layout=budget patch tokens per image; of a cascade mean GMACs per image, "
+        "compiled, onnx: with --layout=budget patch tokens per image; of a cascade mean GMACs, "
         "by the thresholds that eval.py fitted.",
     )
-    flags.DEFINE_float("threshold", None, "compiled: of the gate, instead of the model's.")
-    flags.DEFINE_list("thresholds", None, "compiled: of a cascade's exits but the last.")
-    flags.DEFINE_string("pixels", "uint8", "compiled: type of the pixels, 'uint8' or 'float32'.")
+    flags.DEFINE_float("threshold", None, "compiled, onnx: of the gate, instead of the model's.")
+    flags.DEFINE_list("thresholds", None, "compiled, onnx: of a cascade's exits but the last.")
+    flags.DEFINE_string(
+        "pixels", "uint8", "compiled, onnx: type of the pixels, 'uint8' or 'float32'."
+    )
     errors.run(main)

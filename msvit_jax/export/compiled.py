@@ -7,9 +7,11 @@ program that JAX compiles of them.
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -39,6 +41,15 @@ PIXELS = ("uint8", "float32")
 SUFFIX = ".jaxexport"
 WEIGHTS = "model.safetensors"
 
+# When versions of JAX were built, as their wheels say. Add a row with each version that
+# requirements.txt pins; a version between two rows is taken for as old as the one before.
+_JAX_BUILT = {
+    (0, 10, 0): datetime.date(2026, 4, 16),
+    (0, 10, 2): datetime.date(2026, 6, 17),
+    (0, 12, 0): datetime.date(2026, 10, 16),
+}
+_MONTHS_READABLE = 6  # jax.export's backward compatibility
+_GUARANTEES = "https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees"
 _BATCH = "b"  # what the batch is called in the functions' shapes
 
 
@@ -63,7 +74,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Function:
+class Function:
     """A function to export.
 
     Attributes:
@@ -96,11 +107,11 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
       UserError: options that do not fit the model.
     """
     _check_flatbuffers()
-    model = _portable(source.model)
-    settings = _settings(model, source, options)
+    model = portable(source.model)
+    settings = resolve_settings(model, source, options)
     directory.mkdir()
     described = []
-    for function in _functions(model, source, options):
+    for function in functions(model, source, options):
         exported = function.exported()
         (directory / f"{function.name}{SUFFIX}").write_bytes(exported.serialize())
         described.append(_described(function, exported))
@@ -115,6 +126,8 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         "platforms": list(PLATFORMS),
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
+        "readable": readable(jax.__version_info__),
+        "made_by": command(source, "compiled", options),
     }
     ours.save(directory / WEIGHTS, source.params, source.about)
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -123,7 +136,42 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
     _write_flatbuffers(directory / runner.FLATBUFFERS)
 
 
-def _portable(model: Any) -> Any:
+def readable(jax_version: tuple[int, ...]) -> dict[str, str]:
+    """How long JAX promises to read what a version of it exports.
+
+    Args:
+      jax_version: of the exporting JAX, (0, 12, 0).
+    """
+    older = [known for known in _JAX_BUILT if known <= jax_version[:3]]
+    built = _JAX_BUILT[max(older, default=min(_JAX_BUILT))]
+    months = built.month - 1 + _MONTHS_READABLE
+    until = built.replace(year=built.year + months // 12, month=months % 12 + 1, day=1)
+    until += datetime.timedelta(days=min(built.day, 28) - 1)
+    return {
+        "until": until.isoformat(),
+        "promise": (
+            f"Versions of JAX that are built by that day, {_MONTHS_READABLE} months after the one "
+            "that exported, read these functions; so do those of up to 3 weeks before it. Later "
+            "ones may refuse: export again by made_by, from the checkpoint."
+        ),
+        "source": _GUARANTEES,
+    }
+
+
+def command(source: Source, format_name: str, options: Options) -> str:
+    """The command that makes an export again; paths that are not known are in capitals."""
+    words = ["python", "-m", "msvit_jax.export", f"--workdir={source.workdir or 'RUN'}"]
+    words += [] if source.step is None else [f"--which={source.step}"]
+    words += [f"--format={format_name}", "--out=OUT"]
+    for field in dataclasses.fields(Options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            text = ",".join(map(str, value)) if field.name == "thresholds" else str(value)
+            words.append(f"--{field.name}={text}")
+    return shlex.join(words)
+
+
+def portable(model: Any) -> Any:
     """The model in slots, with attention that every platform has, whatever this one has."""
     if hasattr(model, "backbone"):
         model = model.clone(backbone=model.backbone.clone(attention_impl="xla"))
@@ -132,7 +180,7 @@ def _portable(model: Any) -> Any:
     return in_slots(model)
 
 
-def _settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
+def resolve_settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
     """What run.py must know beside the functions; checks the options."""
     if options.pixels not in PIXELS:
         raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
@@ -203,7 +251,7 @@ def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float
     return list(fitted_thresholds(source.workdir, options.budget))
 
 
-def _functions(model: Any, source: Source, options: Options) -> list[_Function]:
+def functions(model: Any, source: Source, options: Options) -> list[Function]:
     """All functions of a model; the one that is tried first comes first."""
     (batch,) = export.symbolic_shape(_BATCH)
     side = model.image_size
@@ -212,14 +260,14 @@ def _functions(model: Any, source: Source, options: Options) -> list[_Function]:
         return _stages(model, source, images)
     inputs: dict[str, Any] = {"images": images}
     if not has_gate(model):
-        return [_Function("forward", _forward(model), _wanted(source), inputs)]
+        return [Function("forward", _forward(model), _wanted(source), inputs)]
     if model.fine_share is None:
         inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
     # What does not fit a budget runs where everything does.
-    made = [_Function("slots", _forward(model), _wanted(source), inputs)]
+    made = [Function("slots", _forward(model), _wanted(source), inputs)]
     if options.layout == "budget":
         fast = _in_budget(model, options.budget)
-        made.insert(0, _Function("budget", _forward(fast), _wanted(source), inputs))
+        made.insert(0, Function("budget", _forward(fast), _wanted(source), inputs))
     return made
 
 
@@ -260,13 +308,13 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
     return forward
 
 
-def _stages(model: Any, source: Source, images: Any) -> list[_Function]:
-    made: list[_Function] = []
+def _stages(model: Any, source: Source, images: Any) -> list[Function]:
+    made: list[Function] = []
     handed: Any = None
     for stage in range(len(model.exit_tokens)):
         inputs = {"images": images} if handed is None else {"images": images, "handed": handed}
         params = _wanted(source, (f"stage_{stage}/", f"reuse_{stage}/"))
-        made.append(_Function(f"stage_{stage + 1}", _stage(model, stage), params, inputs))
+        made.append(Function(f"stage_{stage + 1}", _stage(model, stage), params, inputs))
         outputs = jax.eval_shape(made[-1].call, params, *inputs.values())
         handed = outputs.get("handed")
     return made
@@ -292,18 +340,18 @@ def _variables(params: dict[str, Array]) -> dict[str, Any]:
     return {"params": unflatten_dict(params, sep="/")}
 
 
-def _described(function: _Function, exported: export.Exported) -> dict[str, Any]:
+def _described(function: Function, exported: export.Exported) -> dict[str, Any]:
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    inputs = {"params": f"{len(function.params)} arrays by name", **_shapes(function.inputs)}
+    inputs = {"params": f"{len(function.params)} arrays by name", **shapes(function.inputs)}
     return {
         "name": function.name,
         "file": f"{function.name}{SUFFIX}",
         "inputs": inputs,
-        "outputs": _shapes(outputs),
+        "outputs": shapes(outputs),
     }
 
 
-def _shapes(tree: Any) -> Any:
+def shapes(tree: Any) -> Any:
     """Types and shapes as text, 'float32[b, 1000]'."""
     return jax.tree.map(lambda x: f"{x.dtype}[{', '.join(map(str, x.shape))}]", tree)
 

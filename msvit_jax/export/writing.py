@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
-from msvit_jax.export import compiled, formats
+from msvit_jax.export import compiled, formats, onnx_graphs
 from msvit_jax.export.compiled import Options
 from msvit_jax.export.source import Source
 
@@ -36,7 +36,7 @@ FORMATS = {
     "dvt": Format(".safetensors", formats.write_dvt),
     "orbax": Format("", formats.write_orbax),
 }
-COMPILED = "compiled"  # takes options, and is a directory
+FUNCTIONS = {"compiled": compiled.write, "onnx": onnx_graphs.write}  # directories; take options
 _PLAIN = Options()
 
 
@@ -46,7 +46,7 @@ def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) 
     Raises:
       UserError: see `write`.
     """
-    names = [*FORMATS, COMPILED]
+    names = [*FORMATS, *FUNCTIONS]
     if format_name not in names:
         raise UserError(
             f"There is no format {format_name!r}.{nearest(format_name, names)} "
@@ -56,7 +56,9 @@ def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) 
     if path.exists() or os.path.islink(path):
         raise UserError(f"{str(out)!r} exists and is left as it is; give another --out.")
     paths.check_writable(path.parent)
-    if format_name == COMPILED:
+    if format_name == "onnx":
+        onnx_graphs.check_packages()
+    if format_name in FUNCTIONS:
         return
     suffix = FORMATS[format_name].suffix
     if suffix and path.suffix != suffix:
@@ -68,8 +70,8 @@ def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) 
     ]
     if given:
         raise UserError(
-            f"{', '.join(given)}: only compiled functions have such options, and "
-            f"--format={format_name} writes weights; use --format={COMPILED}, or leave them out."
+            f"{', '.join(given)}: only functions have such options, and --format={format_name} "
+            f"writes weights; use --format={' or '.join(FUNCTIONS)}, or leave them out."
         )
 
 
@@ -83,9 +85,9 @@ def write(
 
     Args:
       source: what is written.
-      format_name: one of `FORMATS`, or "compiled".
+      format_name: one of `FORMATS` or of `FUNCTIONS`.
       out: path of a file or directory that does not exist; made whole or not at all.
-      options: of the compiled format.
+      options: for the formats of functions.
 
     Returns:
       What the format cannot hold and was left out; empty: nothing.
@@ -96,8 +98,8 @@ def write(
     """
     check(format_name, out, options)
     with _whole(paths.parse(out)) as path:
-        if format_name == COMPILED:
-            compiled.write(source, path, options)
+        if format_name in FUNCTIONS:
+            FUNCTIONS[format_name](source, path, options)
             return ""
         return FORMATS[format_name].write(source, path)
 

@@ -85,10 +85,6 @@ class Predictions:
         if self.features is not None:
             raise UserError("These weights have no head, so there are no classes; see .features.")
 
-    def _check_head(self) -> None:
-        if self.features is not None:
-            raise UserError("These weights have no head, so there are no classes; see .features.")
-
     @property
     def names(self) -> list[str]:
         """Names of the labels; their numbers where the classes have no names."""

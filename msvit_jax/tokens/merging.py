@@ -445,9 +445,10 @@ def _inverted(place: Array, places: int) -> Array:
 
 def _put(values: Array, index: Array, count: int, fill: float = 0) -> Array:
     """Undoes `take`: values [B, K] of tokens index [B, K] -> [B, N], `fill` for the others."""
-    nothing = jnp.full((count,), fill, values.dtype)
-    # Row by row, so that rows which are spread over devices stay where they are.
-    return jax.vmap(lambda v, i: nothing.at[i].set(v, mode="drop"))(values, index)
+    # By comparing, as in `_ranks`; a scatter is what converters to other formats lack, too.
+    here = index[:, None, :] == jnp.arange(count, dtype=index.dtype)[None, :, None]
+    put = jnp.where(here, values[:, None, :], 0).sum(axis=2, dtype=values.dtype)
+    return jnp.where(here.any(axis=2), put, jnp.asarray(fill, values.dtype))
 
 
 def _nearest(features: Array, tokens: Tokens, ours: Array, theirs: Array) -> tuple[Array, Array]:

@@ -115,11 +115,8 @@ def ladder(lengths: Array, widths: Sequence[int]) -> Runs:
         # The placed images, longest first, take the runs in their order; the last runs stay empty.
         taker = order[jnp.argsort(~placed, stable=True)]
         taken = jnp.arange(images) < placed.sum()
-        run = (
-            jnp.full((images,), images, jnp.int32)
-            .at[taker]
-            .set(jnp.where(taken, jnp.arange(images, dtype=jnp.int32), images))
-        )
+        turn = jnp.argsort(taker).astype(jnp.int32)  # each image's turn among the takers
+        run = jnp.where(taken[turn], turn, images)
         return Runs(
             owner=jnp.where(taken, taker.astype(jnp.int32), NOBODY)[run_of],
             offset=jnp.asarray(offset),

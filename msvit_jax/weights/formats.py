@@ -466,7 +466,7 @@ def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> F
     trunk, prefix = trunk_of(model, format_name)
     inner = {n.removeprefix(prefix): x for n, x in flat.items() if n.startswith(prefix)}
     if _scanned(trunk):
-        inner = _unstack(inner)
+        inner = unstack(inner)
     return entries.to_theirs(inner, FORMATS[format_name].table(trunk))
 
 
@@ -498,10 +498,13 @@ def _stack(flat: Flat, depth: int) -> Flat:
     return stacked
 
 
-def _unstack(flat: Flat) -> Flat:
-    """Undoes `_stack`."""
-    apart = {name: x for name, x in flat.items() if not name.startswith(_SCANNED)}
-    for name in (n for n in flat if n.startswith(_SCANNED)):
-        for layer, x in enumerate(flat[name]):
-            apart[f"blocks_{layer}/{name.removeprefix(_SCANNED)}"] = x
+def unstack(flat: Flat) -> Flat:
+    """Undoes `_stack`, also of parameters below a prefix ('backbone/blocks/...')."""
+    apart: Flat = {}
+    for name, x in flat.items():
+        prefix, stacked, rest = name.partition(_SCANNED)
+        if stacked:
+            apart |= {f"{prefix}blocks_{layer}/{rest}": part for layer, part in enumerate(x)}
+        else:
+            apart[name] = x
     return apart

@@ -1,7 +1,10 @@
 """Exported functions against the Predictor, in this process and in one without the library."""
 
+import dataclasses
 import functools
 import json
+import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +19,7 @@ from PIL import ExifTags, Image
 from msvit_jax import sharding
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
-from msvit_jax.export import Options, write
+from msvit_jax.export import Options, compiled, write
 from msvit_jax.export import run as runner
 from msvit_jax.export.run import Model
 from msvit_jax.inference import Predictor
@@ -216,6 +219,35 @@ def test_about(exported):
     stages = json.loads((exported("cascade") / "about.json").read_text())["functions"]
     assert stages[1]["inputs"]["handed"] == stages[0]["outputs"]["handed"]
     assert stages[1]["inputs"]["handed"]["scores"] == "float32[b, 2, 5, 5]"
+
+
+def test_about_says_until_when_it_is_read_and_how_it_is_made_again(exported, tmp_path):
+    about = json.loads((exported("budget") / "about.json").read_text())
+    assert about["made_by"] == (
+        "python -m msvit_jax.export --workdir=RUN --format=compiled --out=OUT --layout=budget "
+        "--budget=7"
+    )
+    assert about["readable"] == compiled.readable(jax.__version_info__)
+    for version, until in [
+        ((0, 10, 0), "2026-10-16"),
+        ((0, 11, 1), "2026-12-17"),  # not known: as old as 0.10.2
+        ((0, 12, 0, 1), "2027-04-16"),
+        ((1, 0, 0), "2027-04-16"),
+    ]:
+        assert compiled.readable(version)["until"] == until
+    step = made.source("dvt_deit_small")
+    step = dataclasses.replace(step, step=7, workdir=pathlib.Path("my runs/a"))
+    assert compiled.command(step, "onnx", Options(thresholds=(0.5, 0.25))) == (
+        "python -m msvit_jax.export '--workdir=my runs/a' --which=7 --format=onnx --out=OUT "
+        "--thresholds=0.5,0.25"
+    )
+
+
+def test_the_pinned_versions_of_jax_are_known():
+    pins = pathlib.Path(__file__).parents[2].joinpath("requirements.txt").read_text()
+    pinned = {tuple(map(int, v.split("."))) for v in re.findall(r"^jax==([\d.]+)", pins, re.M)}
+    assert pinned
+    assert pinned <= set(compiled._JAX_BUILT)
 
 
 # As if nothing but JAX and its own requirements were installed; flatbuffers from the export alone.

@@ -134,7 +134,7 @@ BAD = [
     ("tim", "out.safetensors", Options(), "no format 'tim'. Did you mean 'timm'?"),
     ("timm", "out.npz", Options(), "--format=timm makes a .safetensors file"),
     ("big_vision", "out", Options(), "--format=big_vision makes a .npz file"),
-    ("orbax", "out", Options(layout="slots"), "layout: only compiled functions have such options"),
+    ("orbax", "out", Options(layout="slots"), "layout: only functions have such options"),
     ("orbax", "there", Options(), "exists and is left as it is"),
     ("compiled", "there", Options(), "exists and is left as it is"),
 ]

@@ -1,0 +1,280 @@
+"""The forward function of a model as ONNX graphs, for programs without JAX.
+
+The functions are those of `export.compiled`, one graph for each of them, with the parameters inside
+and a batch of any size. jax2onnx converts them; what it is given is one flat list of elementary
+operations (see `plain_jaxpr`), because it takes those where it does not take everything that the
+models call.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import pathlib
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msvit_jax.errors import UserError
+from msvit_jax.export import compiled, plain_jaxpr
+from msvit_jax.export.compiled import Function, Options
+from msvit_jax.export.source import Source
+from msvit_jax.weights import formats
+
+SUFFIX = ".onnx"
+OPSET = 23
+PACKAGES = ("jax2onnx", "onnx", "onnx_ir")
+INSTALL = "pip install 'msvit-jax[onnx]'"
+# Of the largest logit; rounding alone stays two orders of magnitude below.
+TOLERANCE = 1e-3
+
+_CHECKED = 2  # images that a graph is tried with
+_THRESHOLDS = (
+    0.5,
+    -1.0,
+)  # of the gate; by the second one all regions are coarse and fit any budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A converted function.
+
+    Attributes:
+      model: the graph, an `onnx.ModelProto`.
+      inputs: types and shapes as text, by name.
+      outputs: the same of its outputs.
+    """
+
+    model: Any
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+def check_packages() -> None:
+    """Raises UserError where the packages that write ONNX are not installed."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format=onnx needs {', '.join(missing)}, which is not installed: {INSTALL}"
+        )
+
+
+def write(source: Source, directory: pathlib.Path, options: Options) -> None:
+    """Writes graphs and about.json into a directory that does not exist.
+
+    Where onnxruntime is installed every graph is run and compared with the model first.
+
+    Args:
+      source: model and parameters.
+      directory: path of the directory to make.
+      options: as for compiled functions.
+
+    Raises:
+      UserError: missing packages, options that do not fit the model, a model with an operation that
+        ONNX lacks, or a graph whose answers differ from the model's.
+    """
+    check_packages()
+    source = _single_layers(source)
+    model = _in_float32(compiled.portable(source.model))
+    settings = compiled.resolve_settings(model, source, options)
+    directory.mkdir()
+    described = []
+    differences: dict[str, float] = {}
+    carry: Any = None  # what the stage before hands on, so that a later one is tried with real ones
+    for function in compiled.functions(model, source, options):
+        params = {name: source.params[name] for name in function.params}
+        graph = convert(function, params)
+        path = directory / f"{function.name}{SUFFIX}"
+        path.write_bytes(graph.model.SerializeToString())
+        if importlib.util.find_spec("onnxruntime"):
+            differences[function.name], carry = _tried(function, params, path, carry)
+        described.append(
+            {
+                "name": function.name,
+                "file": path.name,
+                "inputs": graph.inputs,
+                "outputs": graph.outputs,
+            }
+        )
+    about = {
+        "format": "msvit_jax ONNX graphs, 1",
+        **source.about,
+        "image_size": model.image_size,
+        "pixels": options.pixels,
+        **settings,
+        "functions": described,
+        "opset": OPSET,
+        "packages": {name: version(name.replace("_", "-")) for name in PACKAGES},
+        "checked": _report(differences),
+        "made_by": compiled.command(source, "onnx", options),
+    }
+    (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def convert(function: Function, params: dict[str, np.ndarray]) -> Graph:
+    """Converts a function, with its parameters as constants.
+
+    Raises:
+      UserError: it has an operation that ONNX or the converter lacks.
+    """
+    # A graph's inputs and outputs share their names: what a stage takes is named otherwise.
+    inputs = {name.replace("handed.", "before."): kind for name, kind in _named(function.inputs)}
+    flat, outputs = plain_jaxpr.flatten(function.call, params, list(function.inputs.values()))
+    _check_operations(function, flat)
+
+    def run(*leaves: Any) -> list[Any]:
+        return plain_jaxpr.evaluate(flat.jaxpr, flat.consts, leaves, plain_jaxpr.bind)
+
+    described = compiled.shapes(dict(_named(outputs)))
+    try:
+        with _quietly():
+            from jax2onnx import to_onnx
+
+            model = to_onnx(
+                run,
+                list(inputs.values()),
+                model_name=function.name,
+                opset=OPSET,
+                input_names=list(inputs),
+                output_names=list(described),
+            )
+    except (NotImplementedError, jax.errors.JAXTypeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"jax2onnx {version('jax2onnx')} cannot convert {function.name!r}: {reason} "
+            "Use --format=compiled."
+        ) from error
+    return Graph(model, {name: compiled.shapes(kind) for name, kind in inputs.items()}, described)
+
+
+def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> float:
+    """Runs a graph by onnxruntime and compares its answers with the model's.
+
+    Args:
+      path: .onnx file.
+      example: inputs of the function.
+      answers: what the model makes of them.
+
+    Returns:
+      The largest difference of the logits over the largest logit.
+
+    Raises:
+      UserError: an answer differs by more than rounding explains.
+    """
+    import onnxruntime
+
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
+    fed = dict(zip([x.name for x in session.get_inputs()], jax.tree.leaves(example), strict=True))
+    got = session.run(None, {name: np.asarray(value) for name, value in fed.items()})
+    difference = 0.0
+    for (name, expected), given in zip(_named(answers), got, strict=True):
+        expected = np.asarray(expected, np.float64)
+        largest = max(float(np.nanmax(np.abs(expected), initial=0.0)), 1e-30)
+        away = np.abs(np.where(np.isnan(expected), 0, given - expected)).max(initial=0.0)
+        away = np.inf if (np.isnan(given) != np.isnan(expected)).any() else away
+        if not away <= TOLERANCE * largest:
+            raise UserError(
+                f"{path.name}: onnxruntime {onnxruntime.__version__} gives other {name} than the "
+                f"model, by {away / largest:.1e} of the largest; nothing was written. Use "
+                "--format=compiled."
+            )
+        if name == "logits":
+            difference = float(away / largest)
+    return difference
+
+
+def _tried(
+    function: Function, params: dict[str, np.ndarray], path: pathlib.Path, carry: Any
+) -> tuple[float, Any]:
+    """Compares a graph with its function; returns the difference and what the next stage takes."""
+    difference = 0.0
+    for threshold in _THRESHOLDS if "threshold" in function.inputs else _THRESHOLDS[:1]:
+        example = _example(function, carry, threshold)
+        answers = jax.device_get(jax.jit(function.call)(params, *example))
+        difference = max(difference, compare(path, example, answers))
+    return difference, answers.get("handed")
+
+
+def _report(differences: dict[str, float]) -> dict[str, Any] | None:
+    """What about.json says of the comparison; None: there was no onnxruntime."""
+    if not differences:
+        return None
+    rounded = {name: float(f"{value:.1e}") for name, value in differences.items()}
+    return {"onnxruntime": version("onnxruntime"), "largest_difference": rounded}
+
+
+def _single_layers(source: Source) -> Source:
+    """The source with a block for each layer, where one block is scanned over all of them."""
+    if not source.options.get("scan_layers"):
+        return source
+    options = {**source.options, "scan_layers": False}
+    return dataclasses.replace(source, options=options, params=formats.unstack(source.params))
+
+
+def _in_float32(model: Any) -> Any:
+    """The model with float32 throughout: runtimes on CPUs lack bfloat16."""
+    if hasattr(model, "backbone"):
+        return model.clone(backbone=model.backbone.clone(dtype=jnp.float32))
+    return model.clone(dtype=jnp.float32)
+
+
+def _check_operations(function: Function, flat: Any) -> None:
+    if any(equation.primitive.name == "bitcast_convert_type" for equation in flat.jaxpr.eqns):
+        raise UserError(
+            f"{function.name!r} cannot be an ONNX graph: reducer='random' decides by the bits of "
+            "the tokens' numbers, and ONNX runtimes have no such operation. Use --format=compiled."
+        )
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries, named 'handed.scores', in the order of jax.tree.
+
+    At the top the order of the dictionary itself.
+    """
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", value[inner]) for inner in sorted(value))
+        else:
+            yield name, value
+
+
+def _example(function: Function, carry: Any, threshold: float) -> list[Any]:
+    """Inputs to try a function with; pixels of random squares."""
+    rng = np.random.default_rng(0)
+    example: list[Any] = []
+    for name, kind in function.inputs.items():
+        if name == "images":
+            shape = (_CHECKED, *kind.shape[1:])
+            coarse = rng.integers(0, 256, (_CHECKED, 4, 4, 3))
+            rows, columns = (np.arange(size) * 4 // size for size in shape[1:3])
+            pixels = coarse[:, rows][:, :, columns] + rng.integers(-40, 40, shape)
+            example.append(np.clip(pixels, 0, 255).astype(kind.dtype))
+        elif name == "handed":
+            example.append(carry)
+        else:
+            example.append(np.float32(threshold))
+    return example
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps what the converter says of its own imports and types from the reader."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
