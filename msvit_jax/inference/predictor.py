@@ -106,7 +106,8 @@ class Predictions:
         arrays = ("logits", "tokens", "coarse", "coarse_probability", "exits", "merged")
         given = {name: getattr(self, name) for name in arrays}
         taken: dict[str, Any] = {n: None if x is None else x[index] for n, x in given.items()}
-        return dataclasses.replace(self, **taken, failed={})
+        features = jax.tree.map(lambda x: x[index], self.features)
+        return dataclasses.replace(self, **taken, features=features, failed={})
 
 
 class Predictor:
