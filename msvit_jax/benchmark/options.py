@@ -122,7 +122,7 @@ def make_config(
         config.optimizer.freeze = ("gate_mlp/",)
     elif options.gated and not dense:
         config.loss.gate.kind = "gbas"
-    return configs.resolve(config, num_classes=1000)
+    return configs.resolve(config, config.model.get("num_classes", 1000))
 
 
 def build(

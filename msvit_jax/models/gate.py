@@ -35,7 +35,7 @@ class GateMLP(nn.Module):
 
     hidden: int
     grid_size: tuple[int, int]
-    bias: float = -2.0
+    bias: float = 2.0
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -46,8 +46,8 @@ class MSViT(Backboned, nn.Module):
       backbone: the transformer; its patch size is the fine scale, twice that the coarse one.
       gate: "mlp" (learned), or one that needs no training: see `gate.untrained_logits`.
       gate_hidden: hidden width of the learned gate; None: the backbone's (fits the published MACs).
-      gate_bias: starting bias of the learned gate, towards coarse. Below 0 it starts fine, which
-        leaves a pretrained backbone what it knows; the paper's starts coarse (2.0; value: ours).
+      gate_bias: starting bias of the learned gate, towards coarse, as the paper's (value: ours).
+        Below 0 it starts fine.
       temperature: of the Gumbel-sigmoid in training (not published; 2/3 is batch shaping's custom).
       threshold: in evaluation a region is coarse where its probability exceeds this.
       fine_share: if given, this share of each image's regions is fine, in training and evaluation.
@@ -69,7 +69,7 @@ class MSViT(Backboned, nn.Module):
     backbone: ViT
     gate: str = "mlp"
     gate_hidden: int | None = None
-    gate_bias: float = -2.0
+    gate_bias: float = 2.0
     temperature: float = 2 / 3
     threshold: float = 0.5
     fine_share: float | None = None
