@@ -120,12 +120,14 @@ def write_whole(path: PathLike, content: str | bytes) -> None:
         part.replace(place)
 
 
-def check_writable(folder: PathLike, name: str = "") -> pathlib.Path:
-    """Makes a folder where it is missing, and tries to write in it.
+def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pathlib.Path:
+    """Tries to write in a folder; leaves no file.
 
     Args:
       folder: The place.
       name: What messages call it, for instance '--out'.
+      make: Whether it is made where it is missing. If not, the folder that it would be made in is
+        tried instead.
 
     Returns:
       The folder, parsed.
@@ -135,10 +137,13 @@ def check_writable(folder: PathLike, name: str = "") -> pathlib.Path:
     """
     place, called = parse(folder), f"{name}=" if name else ""
     with _as_user_errors(place, "cannot be written", called):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{called}{str(folder)!r} is a file; a folder is needed there.")
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / f".write_test.{uuid.uuid4().hex}"
+        tried = place.absolute()
+        while not make and not tried.exists():
+            tried = tried.parent
+        if tried.exists() and not tried.is_dir():
+            raise UserError(f"{called}{str(folder)!r}: {str(tried)!r} is a file, not a folder.")
+        tried.mkdir(parents=True, exist_ok=True)
+        probe = tried / f".write_test.{uuid.uuid4().hex}"
         try:
             probe.write_bytes(bytes(4096))
         finally:

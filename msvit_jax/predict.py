@@ -215,7 +215,7 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
 
 def _check_pictures(predictor: Predictor, out: str) -> None:
     """Before anything is computed."""
-    paths.check_writable(out, "--pictures")
+    paths.check_writable(out, "--pictures", make=False)
     from msvit_jax.visualize import examples  # brings matplotlib
 
     if not examples.has_pictures(predictor.model):

@@ -276,7 +276,7 @@ def test_a_second_training_in_a_workdir_is_refused_and_changes_nothing(run):
 def test_a_run_that_fails_leaves_its_workdir_free(tmp_path):
     config = tiny_run.config(init_from="/nowhere.npz")
     for _ in range(2):
-        with pytest.raises(UserError, match="neither a workdir nor a weights file"):
+        with pytest.raises(UserError, match="There is no weights file or workdir"):
             loop.train(config, tmp_path)
     assert not (tmp_path / owner.FILE).exists()
 

@@ -221,7 +221,7 @@ def prepare(
     """
     root = sources.data_root(data_dir)
     _check_name(name, root)
-    paths.check_writable(root, "data_dir")
+    paths.check_writable(root, "data_dir", make=False)
     listings = [list_files(each) for each in container]
     files = [file for each in listings for file in each.files]
     passed_over = image_files.Found()

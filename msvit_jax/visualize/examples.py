@@ -64,7 +64,7 @@ def draw_run(
       UserError: see `from_files`, `from_dataset` and `predict`.
     """
     config = run.config.data
-    paths.check_writable(out)  # before the work
+    paths.check_writable(out, make=False)  # before the work
     if not files:
         check_classes(run)
     examples = from_files(files, config) if files else from_dataset(config, count)

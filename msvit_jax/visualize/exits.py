@@ -47,7 +47,7 @@ def draw_run(
       UserError: see `examples.from_files`, `examples.from_dataset` and `fitted_thresholds`.
     """
     config = run.config.data
-    paths.check_writable(out)  # before the work
+    paths.check_writable(out, make=False)  # before the work
     if not files:
         check_classes(run)
     examples = from_files(files, config) if files else from_dataset(config, LOOKED_AT * count)

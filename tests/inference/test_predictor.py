@@ -283,7 +283,7 @@ def test_programs_are_bounded_and_warm_up_leaves_nothing_to_compile():
     for threshold, count in zip(_thresholds(), (1, 5, 40), strict=True):
         predictor.threshold = threshold
         predictor(_pool()[:count])
-        predictor(_pool()[:count].astype(np.float32))
+        predictor((_pool()[:count] / np.float32(255) - np.float32(0.5)) * 4)
     predictor.calibrate(_pool(), 40)
     assert Counting.traces == len(predictor.programs) - 1
 

@@ -293,8 +293,8 @@ def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
     clean = forced(model)(variables, images, coarse)
     tokens_of = MSViT._tokens
 
-    def tempting(self, images, coarse):
-        tokens, weights, areas = tokens_of(self, images, coarse)
+    def tempting(self, images, coarse, both):
+        tokens, weights, areas = tokens_of(self, images, coarse, both)
         return jnp.where(weights[:, :, None] > 0.5, tokens, 7 - 3 * tokens), weights, areas
 
     monkeypatch.setattr(MSViT, "_tokens", tempting)

@@ -158,13 +158,13 @@ def truncate(directory):
     ("changes", "message"),
     [
         ({"batch_size": 12}, r"batch_size=12 .* use 8 or 16"),
-        ({"epochs": 0.0}, "0 steps is not possible"),
+        ({"epochs": 0.0}, "epochs=0.0 is not a valid value: .* of more than 0"),
         ({"steps": 500}, "500 steps is not possible"),
         ({"model__patch_size": 5}, "not divisible by patch_size=5"),
         ({"mesh__fsdp": 3}, "8 devices"),
         ({"data__name": "tinny"}, "tinny"),
         ({"data__data_dir": "/nowhere"}, "nowhere"),
-        ({"init_from": "/nowhere"}, "neither a workdir nor a weights file"),
+        ({"init_from": "/nowhere"}, "There is no weights file or workdir '/nowhere'"),
         ({"loss__distillation__teacher": "/nowhere.npz"}, "loss.distillation.model"),
     ],
 )
