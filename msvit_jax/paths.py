@@ -127,7 +127,7 @@ def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pa
       folder: The place.
       name: What messages call it, for instance '--out'.
       make: Whether it is made where it is missing. If not, the folder that it would be made in is
-        tried instead.
+        tried instead; addresses have no folders to make.
 
     Returns:
       The folder, parsed.
@@ -137,11 +137,11 @@ def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pa
     """
     place, called = parse(folder), f"{name}=" if name else ""
     with _as_user_errors(place, "cannot be written", called):
-        tried = place.absolute()
-        while not make and not tried.exists():
-            tried = tried.parent
+        tried = place
+        if not make and not is_address(place):
+            tried = next(p for p in (place, *place.absolute().parents) if p.exists())
         if tried.exists() and not tried.is_dir():
-            raise UserError(f"{called}{str(folder)!r}: {str(tried)!r} is a file, not a folder.")
+            raise UserError(f"{called}{str(tried)!r} is a file; a folder is needed there.")
         tried.mkdir(parents=True, exist_ok=True)
         probe = tried / f".write_test.{uuid.uuid4().hex}"
         try:

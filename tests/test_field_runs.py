@@ -382,7 +382,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_last(tmp
 
 
 def test_curves_and_pictures_try_their_place_before_the_work(run, monkeypatch):
-    def unwritable(folder):
+    def unwritable(folder, name="", *, make=True):
         raise UserError("cannot be written")
 
     monkeypatch.setattr(paths, "check_writable", unwritable)

@@ -165,9 +165,9 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pictures": "photos/0.png"}, "--pictures='photos/0.png': .* is a file"),
-        ({"pictures": "/dev/null/x"}, "--pictures='/dev/null/x' cannot be written"),
-        ({"out": "photos/0.png/a.csv"}, "--out='photos/0.png': .* is a file"),
+        ({"pictures": "photos/0.png"}, "--pictures='photos/0.png' is a file"),
+        ({"pictures": "/dev/null/x"}, "--pictures='/dev/null' is a file"),
+        ({"out": "photos/0.png/a.csv"}, "--out='photos/0.png' is a file"),
         ({"out": "answers.txt"}, r"\.csv or \.jsonl"),
     ],
 )
