@@ -49,9 +49,8 @@ def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Arra
       target: share of fine regions aimed at.
 
     Returns:
-      fine_rate: share of fine regions without noise.
-      gate_offset: logits by which the gate is too coarse: the target's share of the regions lies
-        below threshold + offset.
+      `fine_rate`, the share of fine regions without noise, and `gate_offset`, the logits by which
+      the gate is too coarse: the target's share of the regions lies below threshold + offset.
     """
     logits = gate.logits.astype(jnp.float32) - logit(jnp.asarray(threshold, jnp.float32))
     return {
