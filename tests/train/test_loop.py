@@ -158,7 +158,7 @@ def truncate(directory):
     ("changes", "message"),
     [
         ({"batch_size": 12}, r"batch_size=12 .* use 8 or 16"),
-        ({"epochs": 0.0}, "0 steps is not possible"),
+        ({"epochs": 1e-3}, "0 steps is not possible"),
         ({"steps": 500}, "500 steps is not possible"),
         ({"model__patch_size": 5}, "not divisible by patch_size=5"),
         ({"mesh__fsdp": 3}, "8 devices"),
