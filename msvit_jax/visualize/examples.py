@@ -64,6 +64,7 @@ def draw_run(
       UserError: see `from_files`, `from_dataset` and `predict`.
     """
     config = run.config.data
+    check_pictures(run.model)
     paths.check_writable(out, make=False)  # before the work
     if not files:
         check_classes(run)
@@ -133,12 +134,7 @@ def predict(
     Raises:
       UserError: every image gets all of its tokens in every layer.
     """
-    if not has_pictures(model):
-        raise UserError(
-            "The model has no gate and reduces no tokens: every image gets all of its tokens in "
-            "every layer, so there is nothing to draw. Choose the workdir of a mixed-scale model "
-            "(msvit_...) or of one that merges tokens (mergence_..., or any with a reducer)."
-        )
+    check_pictures(model)
     predictor = Predictor(
         model,
         variables,
@@ -147,6 +143,16 @@ def predict(
         class_names=class_names,
     )
     return predictor(np.stack([example.image for example in examples]))
+
+
+def check_pictures(model: Any) -> None:
+    """Raises UserError for a model of which there is nothing to draw, see `has_pictures`."""
+    if not has_pictures(model):
+        raise UserError(
+            "The model has no gate and reduces no tokens: every image gets all of its tokens in "
+            "every layer, so there is nothing to draw. Choose the workdir of a mixed-scale model "
+            "(msvit_...) or of one that merges tokens (mergence_..., or any with a reducer)."
+        )
 
 
 def has_pictures(model: Any) -> bool:

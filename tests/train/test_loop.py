@@ -159,6 +159,7 @@ def truncate(directory):
     [
         ({"batch_size": 12}, r"batch_size=12 .* use 8 or 16"),
         ({"epochs": 0.0}, "epochs=0.0 is not a valid value: .* of more than 0"),
+        ({"epochs": 1e-3}, "0 steps is not possible"),
         ({"steps": 500}, "500 steps is not possible"),
         ({"model__patch_size": 5}, "not divisible by patch_size=5"),
         ({"mesh__fsdp": 3}, "8 devices"),
