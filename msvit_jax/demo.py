@@ -30,7 +30,7 @@ TIMED_BATCH, TIMED_IMAGES = 64, 1024
 TIMED_CALLS = 7  # of each model
 BUCKETS = (25, 31, 40)  # tokens; and the whole grid
 PICTURES = 12
-# What MSViT is for, in numbers that every seed met (docs/results/demo.md).
+# What MSViT is for, in numbers: a run that misses one says so.
 MOST_TOKENS, LEAST_POINTS, LEAST_SPEED = 0.6, -1.0, 1.2
 # Fewer epochs than the studies: what two cores do in the demo's time. One evaluation, at the end.
 BOTH = {
