@@ -113,9 +113,21 @@ def timm_sizes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def measure(options: Options, batch: int, peer: Peer | None, kinds: Sequence[str]) -> list[Any]:
     """Measures one batch size: our sides, then timm's."""
-    work = sides.draw(options, batch)
-    ours = sides.forward_sides(options, work)
-    calls = len(ours[0].calls)
+    return compare(options, sides.forward_sides(options, sides.draw(options, batch)), peer, kinds)
+
+
+def compare(
+    options: Options, ours: Sequence[sides.Side], peer: Peer | None, kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Measures sides of ours and timm's model in turns.
+
+    Args:
+      options: of the first side, a dense model, which all others are compared with.
+      ours: at one batch size.
+      peer: None: our sides alone.
+      kinds: "timm", "timm_compiled".
+    """
+    batch, calls = ours[0].tokens.shape[1], len(ours[0].calls)
     timed = [[lambda side=side: _rested(lambda: sum(c() for c in side.calls))] for side in ours]
     made: dict[str, dict[str, Any]] = {}
     for kind in kinds if peer else ():
@@ -172,9 +184,16 @@ def _timm_record(
     }
 
 
-def _start_peer(device: str) -> Peer | None:
-    arguments = (f"--threads={machine.cores()}", f"--device={device}", f"--dtype={_DTYPE.value}")
-    peer = Peer([_PYTHON.value, str(_WORKER), *arguments])
+def start_peer(device: str, dtype: str, python: str) -> Peer | None:
+    """Starts timm's process, or says why it cannot be measured.
+
+    Args:
+      device: "cpu" or "cuda".
+      dtype: of the computation.
+      python: an interpreter with torch and timm.
+    """
+    arguments = (f"--threads={machine.cores()}", f"--device={device}", f"--dtype={dtype}")
+    peer = Peer([python, str(_WORKER), *arguments])
     if "error" not in peer.about:
         return peer
     print(f"timm is not measured: {peer.about['error']} (interpreter: --torch_python).")
@@ -202,7 +221,8 @@ def main(argv: Sequence[str]) -> None:
         overrides=tuple(_SET.value),
     )
     about = machine.describe()
-    peer = _start_peer("cuda" if jax.default_backend() == "gpu" else "cpu")
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    peer = start_peer(device, _DTYPE.value, _PYTHON.value)
     kinds = ("timm", "timm_compiled") if _COMPILE.value else ("timm",)
     records = []
     report.print_headings()

@@ -35,7 +35,6 @@ def get_config() -> config_dict.ConfigDict:
     config.batch_size = 64
     config.epochs = 4.0
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.gate_learning_rate = 2e-3
     config.optimizer.warmup_epochs = 0.25
     config.loss.gate.kind = "gbas"
     config.loss.gate.weight = 4.0

@@ -21,6 +21,7 @@ be interrupted. Cost: about an hour and a half on two CPU cores.
 """
 
 import concurrent.futures
+import itertools
 import json
 import math
 import os
@@ -58,7 +59,7 @@ class Workers:
 
     def __init__(self, jobs: int) -> None:
         self._cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for core in range(jobs):
+        for core in itertools.islice(itertools.cycle(_own_cores()), jobs):
             self._cores.put(core)
 
     def run(self, command: Sequence[str], log: pathlib.Path) -> str:
@@ -82,6 +83,12 @@ class Workers:
         if done.returncode:
             raise errors.UserError(f"{' '.join(command)} failed; see {log}.")
         return done.stdout
+
+
+def _own_cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _pin(core: int) -> None:

@@ -80,10 +80,10 @@ class Work:
 def draw(options: Options, batch: int) -> Work:
     """Draws token counts and decisions for the options' model."""
     model, dense = build(options), build(options, dense=True)
-    if not options.gated:
-        return Work(model, dense, np.full((1, batch), dense.grid_size**2), None)
-    regions = model.gate_grid[0] * model.gate_grid[1]
     number = SINGLES if batch == 1 and not options.train else 1
+    if not options.gated:
+        return Work(model, dense, np.full((number, batch), dense.grid_size**2), None)
+    regions = model.gate_grid[0] * model.gate_grid[1]
     counts = forced.token_counts(
         number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
     ).reshape(number, batch)
@@ -128,7 +128,9 @@ def forward_sides(options: Options, work: Work) -> list[Side]:
     """The dense model's and each layout's forward passes, with the same weights and images."""
     key = jax.random.key(options.seed)
     shape = (work.model.image_size, work.model.image_size, 3)
-    variables = jax.jit(work.model.init)(key, jnp.zeros((1, *shape), jnp.float32))
+    # Parameters are the same whatever computes attention; slots, which hide keys, want "auto".
+    plain = build(options, {"attention_impl": "auto"})
+    variables = jax.jit(plain.init)(key, jnp.zeros((1, *shape), jnp.float32))
     images = [
         jax.random.normal(jax.random.fold_in(key, index), (work.counts.shape[1], *shape))
         for index in range(work.counts.shape[0])

@@ -41,7 +41,7 @@ class Mask:
         images then: no shelves.
       shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
         of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
-      alone: whether each row holds one image at most, its first token in its first place.
+      alone: whether each row holds one image at most, from its first place on without a gap.
       most: runs of equal segments in a row, at most, if it is not `alone`.
       images: of the batch, if there are segments.
     """
@@ -316,26 +316,52 @@ def _scores(query: Array, key: Array, bias: Array | None, marks: Marks | None) -
     return product if bias is None else product + bias.astype(jnp.float32)
 
 
-def _visible(segments: Array, alone: bool) -> Array:
-    """Which keys a query sees: [B, N] -> [B, 1, 1 or N, N] bool; never none."""
-    if alone:
-        return (segments == segments[:, :1])[:, None, None, :]
+def _visible(segments: Array) -> Array:
+    """Which keys a query sees: [B, N] -> [B, 1, N, N] bool; never none."""
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
-def _fused(query: Array, key: Array, value: Array, mask: Mask) -> Array:
-    """`jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere."""
-    on_gpu = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
-    visible = None if mask.segments is None else _visible(mask.segments, mask.alone)
-    bias = None
+def _fused(
+    query: Array, key: Array, value: Array, mask: Mask, *, even: bool | None = None
+) -> Array:
+    """`jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere.
+
+    cuDNN's backward pass with a bias wants an even length; `even` adds a place to an odd one, by
+    default where cuDNN is used.
+    """
+    cudnn = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+    length = query.shape[1]
+    bias, visible, lengths = mask.bias, None, None
     if mask.sizes is not None:
-        bias = jnp.log(jnp.maximum(mask.sizes, 1.0))[:, None, None, :].astype(query.dtype)
-    if mask.bias is not None:
-        own = mask.bias.astype(query.dtype)
-        bias = own if bias is None else bias + own
-    return jax.nn.dot_product_attention(
-        query, key, value, bias, visible, implementation="cudnn" if on_gpu else "xla"
+        counted = jnp.log(jnp.maximum(mask.sizes, 1.0))[:, None, None, :]
+        bias = counted if bias is None else bias + counted
+    if mask.segments is not None and mask.alone:
+        lengths = (mask.segments == mask.segments[:, :1]).sum(axis=1, dtype=jnp.int32)
+    elif mask.segments is not None:
+        visible = _visible(mask.segments)
+    if length % 2 and (cudnn if even is None else even):
+        query, key, value = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
+        )
+        if visible is not None:
+            # The query that is added sees what the last one sees: never nothing.
+            visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (0, 1)))
+            visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 1), (0, 0)), mode="edge")
+        elif lengths is None:
+            lengths = jnp.full(query.shape[:1], length, jnp.int32)
+        if bias is not None:
+            last = [(0, int(n == length)) for n in bias.shape[2:]]
+            bias = jnp.pad(bias, ((0, 0), (0, 0), *last))
+    mixed = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        None if bias is None else bias.astype(query.dtype),
+        visible,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn" if cudnn else "xla",
     )
+    return mixed[:, :length]
 
 
 def _pallas(query: Array, key: Array, value: Array, mask: Mask) -> Array:

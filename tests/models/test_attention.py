@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from scipy.special import softmax
 
 from msvit_jax import flops
-from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention, scores
+from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, _fused, attention, scores
 from msvit_jax.tokens.packing import NOBODY
 
 HEADS, CHANNELS = 2, 8
@@ -223,6 +223,33 @@ def test_gradients_with_a_bias_whose_scores_are_used_again(weighted):
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(query, key, value, bias)
 
     for a, b in zip(gradients(ours), gradients(literal), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", ["nothing", "alone", "segments", "sizes", "bias", "both"])
+def test_a_place_that_makes_the_length_even_changes_nothing(masked):
+    query, key, value = random_qkv(11, 2, 7)
+    sizes = jnp.asarray(np.random.default_rng(0).integers(1, 5, (2, 7)), jnp.float32)
+    bias = jax.random.normal(jax.random.key(12), (2, HEADS, 7, 7))
+    alone = jnp.asarray([[4] * 5 + [NOBODY] * 2, [2] * 7])
+    apart = jnp.asarray([[0] * 3 + [5] * 2 + [NOBODY] * 2, [1] * 6 + [3]])
+    mask = {
+        "nothing": Mask(),
+        "alone": Mask(segments=alone, alone=True),
+        "segments": Mask(segments=apart, most=3),
+        "sizes": Mask(sizes=sizes),
+        "bias": Mask(bias=bias),
+        "both": Mask(segments=alone, alone=True, sizes=sizes),
+    }[masked]
+    held = True if mask.segments is None else (mask.segments != NOBODY)[:, :, None, None]
+
+    def passes(attend):
+        loss = lambda *qkv: jnp.sum(jnp.where(held, jnp.sin(attend(*qkv)), 0))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    wanted = passes(lambda *qkv: attention(*qkv, mask, implementation="xla"))
+    found = passes(lambda *qkv: _fused(*qkv, mask, even=True))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

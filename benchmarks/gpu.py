@@ -1,0 +1,344 @@
+"""What a GPU gives in a few minutes: right before fast, dense beside timm, dynamic, training.
+
+    python benchmarks/gpu.py --out=gpu.json [--minutes=6] [--small]
+
+In this order, as far as the minutes go; the file is written after every step, and what was left
+out or failed is named in it:
+
+* attention: every implementation and mask, forward and backward, in bfloat16, at 197 and 198
+  tokens, against plain XLA in float32
+* layouts: logits of budget, rows and trimmed against slots, in float32, 8 images
+* forward: DeiT-S in bfloat16, our dense model with XLA's attention and with cuDNN's, timm's eager
+  and compiled; budget, rows, mergence and ToMe; all in turns, against our dense model with XLA's
+* exits: a cascade of two or three stages through the Predictor
+* train: dense, slots and trimmed training steps
+
+Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same with a model of two
+layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+from absl import flags, logging
+
+from msvit_jax import errors, host
+from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
+from msvit_jax.models import attention, registry
+from msvit_jax.tokens.packing import NOBODY
+
+_OUT = flags.DEFINE_string("out", "gpu.json", "Where the figures go.")
+_MINUTES = flags.DEFINE_float("minutes", 6, "After which nothing more is begun.")
+_SMALL = flags.DEFINE_bool("small", False, "A model of two layers and few images.")
+_STEPS = flags.DEFINE_list("steps", ["attention", "layouts", "forward", "exits", "train"], "Which.")
+
+TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
+HEADS, CHANNELS = 6, 64
+Records = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+      batches: of forward passes.
+      train: batch size of training steps.
+      rounds: of each comparison.
+      overrides: of all models.
+      dtype: of the computation.
+      tome: overrides that make the dense model one with ToMe.
+      images: that go through the cascades.
+    """
+
+    batches: tuple[int, ...] = (32, 256, 1)
+    train: int = 256
+    rounds: int = 10
+    overrides: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    tome: tuple[str, ...] = TOME
+    images: int = 1024
+
+
+SMALL = Scale(
+    batches=(2, 1),
+    train=8,
+    rounds=1,
+    overrides=("width=32", "depth=2", "heads=2"),
+    dtype="float32",
+    tome=("reducer=tome", "remove=13", "reduce_layers=1,2"),
+    images=4,
+)
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def masks(length: int, batch: int) -> dict[str, attention.Mask]:
+    """One mask of every kind that our layouts and reducers make."""
+    rng = np.random.default_rng(0)
+    place = np.arange(length)
+    filled = rng.integers(length // 2, length + 1, (batch, 1))
+    first = rng.integers(1, length // 2, (batch, 1))
+    second = np.where(place < first, 0, np.where(place < filled, 1, NOBODY))
+    seen = rng.integers(0, 2, (batch, length))
+    seen[:, 0] = 1
+    sizes = jnp.asarray(rng.integers(1, 5, (batch, length)), jnp.float32)
+    one = jnp.asarray(np.where(place < filled, 0, NOBODY), jnp.int32)
+    return {
+        "nothing": attention.Mask(),
+        "budget": attention.Mask(segments=one, alone=True, images=batch),
+        "rows": attention.Mask(segments=jnp.asarray(second, jnp.int32), most=3, images=2 * batch),
+        "sizes (ToMe)": attention.Mask(sizes=sizes),
+        "budget, sizes": attention.Mask(segments=one, alone=True, sizes=sizes, images=batch),
+        "weights": attention.Mask(weights=jnp.asarray(seen, jnp.float32)),
+        "bias": attention.Mask(
+            bias=jnp.asarray(rng.normal(size=(batch, HEADS, length, length)), jnp.float32)
+        ),
+    }
+
+
+def passes(mask: attention.Mask, implementation: str, dtype: Any) -> Callable[..., Any]:
+    """Attention and the gradients of a function of it, where the mask holds tokens."""
+    held = 1.0 if mask.segments is None else (mask.segments != NOBODY)[:, :, None, None]
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> Any:
+        def attend(*qkv: jax.Array) -> jax.Array:
+            narrow = [x.astype(dtype) for x in qkv]
+            out = attention.attention(*narrow, mask, implementation=implementation)
+            return out.astype(jnp.float32) * held
+
+        out, back = jax.vjp(attend, query, key, value)
+        return {"forward": (out,), "backward": back(cotangent)}
+
+    return jax.jit(run)
+
+
+def raw_cudnn(mask: attention.Mask) -> Callable[..., Any]:
+    """`jax.nn.dot_product_attention` as it comes, ToMe's sizes as its bias: what it refuses."""
+    assert mask.sizes is not None
+    bias = jnp.log(mask.sizes)[:, None, None].astype(jnp.bfloat16)
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> Any:
+        def attend(*qkv: jax.Array) -> jax.Array:
+            narrow = [x.astype(jnp.bfloat16) for x in qkv]
+            fused = "cudnn" if jax.default_backend() == "gpu" else "xla"
+            out = jax.nn.dot_product_attention(*narrow, bias, implementation=fused)
+            return out.astype(jnp.float32)
+
+        out, back = jax.vjp(attend, query, key, value)
+        return {"forward": (out,), "backward": back(cotangent)}
+
+    return jax.jit(run)
+
+
+def check_attention(scale: Scale) -> Iterator[dict[str, Any]]:
+    """Errors of every implementation, as a share of the largest value; or what it says."""
+    del scale
+    batch = 8
+    cases = []
+    for length in (197, 198):
+        keys = jax.random.split(jax.random.key(length), 4)
+        given = [jax.random.normal(key, (batch, length, HEADS, CHANNELS)) for key in keys]
+        for name, mask in masks(length, batch).items():
+            for implementation in ("auto", "xla", "fused", "pallas"):
+                run = passes(mask, implementation, jnp.bfloat16)
+                cases.append((length, name, implementation, mask, run, given))
+            if name == "sizes (ToMe)":
+                cases.append((length, name, "jax.nn as it comes", mask, raw_cudnn(mask), given))
+
+    def judge(case: Any) -> dict[str, Any]:
+        length, name, implementation, mask, run, given = case
+        found: dict[str, Any] = {"length": length, "mask": name, "implementation": implementation}
+        try:
+            answers = jax.device_get(run(*given))
+        except Exception as error:  # whatever it is, it is the finding
+            return {**found, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        with jax.default_matmul_precision("highest"):
+            wanted = jax.device_get(passes(mask, "xla", jnp.float32)(*given))
+        for which, pair in wanted.items():
+            found[which] = max(
+                float(np.abs(a - b).max() / np.abs(b).max())
+                for a, b in zip(answers[which], pair, strict=True)
+            )
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(judge, cases)
+
+
+def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
+    """Logits of every layout against those of slots, in float32."""
+    options = Options(
+        "msvit_deit_small_patch16_224", (8,), ("slots", "budget", "rows"), overrides=scale.overrides
+    )
+    work = sides.draw(options, 8)
+    model = work.model
+    shape = (8, model.image_size, model.image_size, 3)
+    images = jax.random.normal(jax.random.key(0), shape)
+    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
+    coarse = jnp.asarray(forced.decisions(work.counts[0], work.coarse.shape[-1], 0))
+    most = int(work.counts.max())
+    forms = {
+        "slots": model,
+        "budget": model.clone(layout="budget", budget=most),
+        "rows": model.clone(layout="rows", rows=8, row_width=512),
+    }
+    answers = {}
+    for name, form in forms.items():
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(lambda v, x, c, form=form: form.apply(v, x, coarse=c))
+            answers[name] = np.asarray(run(variables, images, coarse).logits)
+        apart = np.abs(answers[name] - answers["slots"]).max() / np.abs(answers["slots"]).max()
+        yield {"layout": name, "error": float(apart)}
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def named(options: Options, batch: int, names: dict[str, str]) -> list[sides.Side]:
+    """Sides of a comparison that are wanted, with the names that they get in the table."""
+    made = sides.forward_sides(options, sides.draw(options, batch))
+    return [
+        dataclasses.replace(side, layout=names[side.layout])
+        for side in made
+        if side.layout in names
+    ]
+
+
+def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Records:
+    """Forward passes at one batch size, ours and timm's, in turns."""
+    small = "deit_small_patch16_224"
+
+    def options(model: str, layouts: tuple[str, ...], *overrides: str) -> Options:
+        return Options(
+            model,
+            (batch,),
+            layouts,
+            dtype=scale.dtype,
+            rounds=scale.rounds,
+            spread=30 if batch > 1 else 0,  # one program for all images
+            overrides=(*scale.overrides, *overrides),
+        )
+
+    layouts = ("budget", "rows") if batch > 1 else ("budget",)
+    gated = options(f"msvit_{small}", layouts, "attention_impl=xla")
+    wanted = [
+        (gated, {"dense": "dense", "budget": "budget", "rows": "rows"}),
+        (
+            options(f"msvit_{small}", ("budget",), "attention_impl=fused"),
+            {"dense": "dense, cuDNN", "budget": "budget, cuDNN"},
+        ),
+        (
+            options(f"mergence_{small}", ("reduced",), "attention_impl=xla"),
+            {"reduced": "mergence"},
+        ),
+        (options(small, ("reduced",), *scale.tome, "attention_impl=xla"), {"reduced": "ToMe"}),
+    ]
+    # Compiled side by side: on a GPU it is the processor that takes the time.
+    with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
+        made = list(pool.map(lambda each: named(each[0], batch, each[1]), wanted))
+    return peers.compare(
+        gated, [side for each in made for side in each], peer, ("timm", "timm_compiled")
+    )
+
+
+def compare_exits(scale: Scale, batch: int) -> Records:
+    """A cascade with early exits against its last exit and the dense model."""
+    overrides: dict[str, Any] = {"dtype": jnp.dtype(scale.dtype)}
+    overrides |= {k: int(v) for k, v in (each.split("=") for each in scale.overrides)}
+    stages = len(registry.create_model("dvt_deit_small", **overrides).exit_tokens)
+    shares = (0.5, 0.3, 0.2) if stages == 3 else (0.6, 0.4)
+    return exits.measure(
+        "dvt_deit_small",
+        batch=batch,
+        images=scale.images,
+        shares=shares,
+        rounds=min(scale.rounds, 5),
+        overrides=overrides,
+    )
+
+
+def compare_steps(scale: Scale) -> Records:
+    """Training steps: dense, slots, trimmed."""
+    options = Options(
+        "msvit_deit_small_patch16_224",
+        (scale.train,),
+        ("slots", "trimmed"),
+        train=True,
+        dtype=scale.dtype,
+        rounds=scale.rounds,
+        overrides=scale.overrides,
+    )
+    return report.measure(options, scale.train)
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Sequence[Any]]]:
+    """What is done, by name, in order."""
+    batches = [b for b in scale.batches if b > 1]
+    return {
+        "attention": lambda: list(check_attention(scale)),
+        "layouts": lambda: list(check_layouts(scale)),
+        **{f"forward, {b}": lambda b=b: compare_forward(scale, peer, b) for b in scale.batches},
+        "train": lambda: compare_steps(scale),
+        **{f"exits, {b}": lambda b=b: compare_exits(scale, b) for b in batches},
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    if len(argv) > 1:
+        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    logging.set_verbosity(logging.ERROR)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared
+    begun = time.perf_counter()
+    host.keep_freed_memory()
+    scale = SMALL if _SMALL.value else Scale()
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    peer = peers.start_peer(device, scale.dtype, sys.executable)
+    result: dict[str, Any] = {**machine.describe(), "peer": peer.about if peer else None}
+    out = pathlib.Path(_OUT.value)
+    for name, step in steps(scale, peer).items():
+        if not any(name.startswith(wanted) for wanted in _STEPS.value):
+            continue
+        start = time.perf_counter()
+        if start - begun > 60 * _MINUTES.value:
+            result[name] = {"left out": f"{_MINUTES.value:g} minutes were over"}
+            continue
+        print(f"== {name} ({start - begun:.0f} s so far)", flush=True)
+        try:
+            records = step()
+        except Exception as error:  # the steps after it are worth having all the same
+            result[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
+            print(result[name]["error"], flush=True)
+        else:
+            result[name] = {"seconds": time.perf_counter() - start, "records": records}
+            for record in records:
+                if "layout" in record and "images_per_second" in record:
+                    report.print_row(record)
+                else:
+                    print({k: v for k, v in record.items() if not isinstance(v, list)})
+        stats = jax.devices()[0].memory_stats() or {}
+        result["device_peak_bytes"] = stats.get("peak_bytes_in_use")
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if peer:
+        peer.close()
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
