@@ -1,6 +1,7 @@
 """Settings of the machine that a program runs on."""
 
 import ctypes
+import importlib.util
 import math
 import os
 
@@ -25,9 +26,14 @@ def keep_freed_memory() -> bool:
     each and the kernel fills them with zeros, which is a third of the CPU time of a training step
     of the small models here. Call it before threads start; the process keeps its peak memory.
 
+    Where JAX has an accelerator, nothing is changed: its arrays are elsewhere, and its compiler's
+    many threads would all wait for one heap.
+
     Returns:
-      Whether it took effect; false where the C library is not glibc.
+      Whether it took effect; false where the C library is not glibc, and with an accelerator.
     """
+    if _has_accelerator():
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):  # other systems and C libraries
@@ -38,6 +44,8 @@ def keep_freed_memory() -> bool:
 
 def keep_freed_memory_environment() -> dict[str, str]:
     """Variables that make a program started with them do as `keep_freed_memory` says."""
+    if _has_accelerator():
+        return {}
     names = {
         _MMAP_MAX: "MALLOC_MMAP_MAX_",
         _ARENA_MAX: "MALLOC_ARENA_MAX",
@@ -45,6 +53,13 @@ def keep_freed_memory_environment() -> dict[str, str]:
         _TOP_PAD: "MALLOC_TOP_PAD_",
     }
     return {name: str(_KEEP[parameter]) for parameter, name in names.items()}
+
+
+def _has_accelerator() -> bool:
+    """Whether JAX will compute on something else than the processor; starts no back end."""
+    if platforms := jax.config.jax_platforms:
+        return platforms.split(",")[0] != "cpu"
+    return any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
 
 
 def use_cores(count: int) -> None:

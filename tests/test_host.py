@@ -68,6 +68,14 @@ def test_programs_can_be_started_so(told):
     assert int(subprocess.check_output(command, text=True, env=environment)) < 100
 
 
+def test_beside_an_accelerator_memory_is_left_alone():
+    asked = "host.keep_freed_memory(), host.keep_freed_memory_environment()"
+    code = f"from msvit_jax import host; print({asked})"
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
+    told = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
+    assert told.split() == ["False", "{}"]
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system cannot")
 def test_a_process_keeps_to_its_cores():
     there = os.sched_getaffinity(0)

@@ -137,21 +137,21 @@ class Job:
             self.features = jax.tree.map(
                 lambda x: np.zeros((self._count, *x.shape[1:]), x.dtype), features
             )
-        answered: list[int] = []
-        for place, image in enumerate(call.places):
-            if image == PADDING:
-                continue
-            if fits[place]:
-                self.logits[image], self.tokens[image] = logits[place], tokens[place]
-                if self.merged is not None:
-                    self.merged[image] = merged[place]
-                for kept, x in zip(*map(jax.tree.leaves, (self.features, features)), strict=True):
-                    kept[image] = x[place]
-                del self._images[image]
-                answered.append(image)
-            else:
-                self._put_back(image, call)
-        return answered
+        images = np.asarray(call.places)
+        placed = images != PADDING
+        done, late = placed & fits, images[placed & ~fits]
+        answered = images[done]
+        self.logits[answered], self.tokens[answered] = logits[done], tokens[done]
+        if self.merged is not None:
+            self.merged[answered] = merged[done]
+        for kept, x in zip(*map(jax.tree.leaves, (self.features, features)), strict=True):
+            kept[answered] = x[done]
+        numbers = answered.tolist()
+        for number in numbers:
+            del self._images[number]
+        for number in late.tolist():
+            self._put_back(number, call)
+        return numbers
 
     def _put_back(self, image: int, call: Call) -> None:
         if image in self._again:

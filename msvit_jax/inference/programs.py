@@ -97,14 +97,25 @@ class Programs:
           images: uint8 pixels, which are normalised on the devices, or float32.
           places: of the images in the batch; the others are zero.
         """
-        batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
-        batch[list(places)] = images
-        placed = jax.device_put(batch, self._split)
-        if batch.dtype != np.uint8:
+        placed = jax.device_put(self._batch_of(images, places), self._split)
+        if placed.dtype != np.uint8:
             return placed
         model = self._model
         program = lambda images: normalise(images, model.mean, model.std)  # noqa: E731
         return self._start("normalise", program, placed)
+
+    def _batch_of(
+        self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]
+    ) -> np.ndarray:
+        first = list(places) == list(range(len(places)))
+        if first and len(places) == self.batch and isinstance(images, np.ndarray):
+            return images
+        batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
+        if first:
+            np.stack(images, out=batch[: len(places)])
+        else:
+            batch[list(places)] = images
+        return batch
 
     def decide(self, images: Array, threshold: float | None) -> Decisions:
         """Runs the gate alone.
