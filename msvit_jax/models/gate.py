@@ -132,6 +132,34 @@ def scaled_gradient(x: Array, factor: Array) -> Array:
     return still + factor * (x - still)
 
 
+@jax.custom_vjp
+def hold_level(logits: Array) -> Array:
+    """The logits [B, R], whose gradient is kept from moving the batch's mean probability.
+
+    For a trainer that sets the share of fine regions itself, by the last bias. Losses that want
+    another share would push all weights the same way, step after step, as the bias is pushed back,
+    until the gate tells regions apart by nothing else. So what they want of all regions alike is
+    taken out: with g the gradient and s = p (1 - p) the slope of the probability, g - s sum(g) /
+    sum(s) is passed on, whose sum is zero, the gradient of a loss that charges each fine region the
+    price at which the share stays.
+    """
+    return logits
+
+
+def _hold_level_forward(logits: Array) -> tuple[Array, Array]:
+    return logits, logits
+
+
+def _hold_level_backward(logits: Array, cotangent: Array) -> tuple[Array]:
+    slope = _slope(jax.nn.sigmoid(logits))
+    # Where every region is certain, none moves the share.
+    price = cotangent.sum() / jnp.maximum(slope.sum(), 1e-6)
+    return (cotangent - price * slope,)
+
+
+hold_level.defvjp(_hold_level_forward, _hold_level_backward)
+
+
 @struct.dataclass
 class Decisions:
     """Decisions on the regions of a batch.

@@ -64,6 +64,8 @@ class MSViT(Backboned, nn.Module):
       row_width: tokens of a row, prefix included ("rows").
       row_groups: equal parts of the batch that are packed on their own: a multiple of the devices
         it is spread over, so that no token leaves its device.
+      hold_level: in training, whether the gate learns which regions are fine but not how many, see
+        `gate.hold_level`; set by a trainer that corrects the share itself.
     """
 
     backbone: ViT
@@ -81,6 +83,7 @@ class MSViT(Backboned, nn.Module):
     rows: int | None = None
     row_width: int | None = None
     row_groups: int = 1
+    hold_level: bool = False
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -232,6 +235,8 @@ class MSViT(Backboned, nn.Module):
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
+        if train and self.hold_level:
+            logits = gates.hold_level(logits)
         if coarse is not None and coarse.shape != logits.shape:
             raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
         if coarse is None:

@@ -76,8 +76,10 @@ def make_train_step(
     """
     pieces = config.optimizer.accumulation
     patterns = tuple(config.optimizer.freeze)
-    objective = _make_objective(model, gate_loss, config)
     corrected = gate_target.applies(model, config)
+    if corrected:
+        model = model.clone(hold_level=True)
+    objective = _make_objective(model, gate_loss, config)
 
     def loss_of(params: Any, *rest: Any) -> tuple[Array, StepMetrics]:
         return objective(stop_frozen(params, patterns), *rest)
