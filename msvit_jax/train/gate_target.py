@@ -64,6 +64,11 @@ def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Arra
     }
 
 
+def without_bias(grads: Any) -> Any:
+    """The gradient without the last bias': rounding, which Adam would scale to whole steps."""
+    return map_names(lambda name, leaf: jnp.zeros_like(leaf) if name == BIAS else leaf, grads)
+
+
 def correct(params: Any, measured: dict[str, Array], correction: float) -> Any:
     """Moves the gate's last bias by a share of its offset."""
     move = correction * measured["gate_offset"]

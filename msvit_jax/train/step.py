@@ -94,6 +94,8 @@ def make_train_step(
             (_, reported), grads = gradient(state.params, batch, key, teacher)
         else:
             grads, reported = _accumulate(gradient, state.params, batch, key, teacher, pieces)
+        if corrected:
+            grads = gate_target.without_bias(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if corrected:

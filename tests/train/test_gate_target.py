@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from msvit_jax import config as configs
 from msvit_jax.models import GateOutput
+from msvit_jax.models import gate as gates
 from msvit_jax.train import gate_target
 from tests import tiny_run
+from tests.train.test_step import Setup
 
 
 def measured(logits, threshold=0.5, target=0.25):
@@ -70,6 +72,63 @@ def test_the_target_is_met_whatever_the_gates_scale_and_start(seed, target, spre
 def test_only_a_gate_that_learns_towards_a_target_is_corrected(changes, applies):
     config = configs.resolve(tiny_run.msvit(**changes), 3)
     assert gate_target.applies(configs.build_model(config), config) == applies
+
+
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.1, 3.0, 60.0]), price=st.floats(-5, 5))
+@settings(max_examples=20)
+def test_a_held_level_is_blind_to_any_price_of_fine_regions(seed, spread, price):
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.normal(0, spread, (6, 9)), jnp.float32)
+    wanted = jnp.asarray(rng.normal(size=(6, 9)), jnp.float32)
+
+    @jax.jit
+    def passed_on(logits, price):
+        def loss(logits):
+            held = gates.hold_level(logits)
+            return (held * wanted).sum() + price * jax.nn.sigmoid(held).sum()
+
+        return jax.grad(loss)(logits)
+
+    plain, priced = passed_on(logits, 0.0), passed_on(logits, price)
+    np.testing.assert_allclose(plain, priced, atol=1e-4)
+    if np.abs(np.asarray(logits)).min() < 5:  # not all certain
+        assert abs(float(plain.sum())) < 1e-3
+    np.testing.assert_array_equal(gates.hold_level(logits), logits)
+
+
+def test_what_is_held_back_is_a_multiple_of_the_mean_probabilitys_gradient():
+    config = configs.resolve(tiny_run.msvit(), 3)
+    model = configs.build_model(config)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+
+    def gradient(of, **attributes):
+        def scalar(params):
+            asked = {"train": True, "rngs": {"gate": jax.random.key(2)}}
+            output = model.clone(**attributes).apply({"params": params}, images, **asked)
+            return of(output)
+
+        grads = jax.jit(jax.grad(scalar))(params)
+        return np.concatenate([x.ravel() for x in jax.tree.leaves(grads["gate_mlp"])])
+
+    loss = lambda output: jnp.sin(3 * output.logits).sum()  # noqa: E731
+    level = gradient(lambda output: jax.nn.sigmoid(output.gate.logits).sum())
+    free, held = gradient(loss), gradient(loss, hold_level=True)
+    taken = free - held
+    share = taken @ level / (level @ level)
+    assert np.linalg.norm(taken) > 0.01 * np.linalg.norm(free)
+    np.testing.assert_allclose(taken, share * level, atol=1e-4 * np.abs(free).max())
+
+
+def test_the_trainer_moves_a_gates_bias_by_the_correction_alone():
+    config = tiny_run.msvit(loss__gate__correction=0.25)
+    setup = Setup(config)
+    read = lambda params: float(params["model"]["gate_mlp"]["fc4"]["bias"][0])  # noqa: E731
+    before = read(jax.device_get(setup.state.params))
+    after, (report,) = setup.run(1)
+    moved = -0.25 * float(report.scalars["gate_offset"])
+    assert abs(moved) > 0.01
+    assert read(after.params) - before == pytest.approx(moved, rel=1e-5)
 
 
 def test_dense_models_have_nothing_to_correct():
