@@ -17,8 +17,8 @@ Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same
 layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.
 """
 
-import concurrent.futures
 import dataclasses
+import faulthandler
 import json
 import os
 import pathlib
@@ -45,6 +45,7 @@ _STEPS = flags.DEFINE_list("steps", ["attention", "layouts", "forward", "exits",
 
 TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
 HEADS, CHANNELS = 6, 64
+_STUCK = 60  # seconds after which a step says where it is
 Records = list[dict[str, Any]]
 
 
@@ -62,7 +63,7 @@ class Scale:
       images: that go through the cascades.
     """
 
-    batches: tuple[int, ...] = (256, 32, 1)
+    batches: tuple[int, ...] = (32, 256, 1)
     train: int = 256
     rounds: int = 8
     overrides: tuple[str, ...] = ()
@@ -152,7 +153,7 @@ def check_attention(scale: Scale) -> Iterator[dict[str, Any]]:
         keys = jax.random.split(jax.random.key(length), 4)
         given = [jax.random.normal(key, (batch, length, HEADS, CHANNELS)) for key in keys]
         for name, mask in masks(length, batch).items():
-            for implementation in ("auto", "xla", "fused", "pallas"):
+            for implementation in ("xla", "fused", "pallas"):
                 run = passes(mask, implementation, jnp.bfloat16)
                 cases.append((length, name, implementation, mask, run, given))
             if name == "sizes (ToMe)":
@@ -174,8 +175,7 @@ def check_attention(scale: Scale) -> Iterator[dict[str, Any]]:
             )
         return found
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(judge, cases)
+    yield from map(judge, cases)
 
 
 def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
@@ -246,12 +246,8 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
         ),
         (options(small, ("reduced",), *scale.tome, "attention_impl=xla"), {"reduced": "ToMe"}),
     ]
-    # Compiled side by side: on a GPU it is the processor that takes the time.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        made = list(pool.map(lambda each: named(each[0], batch, each[1]), wanted))
-    return peers.compare(
-        gated, [side for each in made for side in each], peer, ("timm", "timm_compiled")
-    )
+    made = [side for each, names in wanted for side in named(each, batch, names)]
+    return peers.compare(gated, made, peer, ("timm", "timm_compiled"))
 
 
 def compare_exits(scale: Scale, batch: int) -> Records:
@@ -299,6 +295,25 @@ def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Seque
     }
 
 
+def done(step: Callable[[], Sequence[Any]]) -> dict[str, Any]:
+    """Does a step, prints what it found, and returns that or why there is nothing."""
+    start = time.perf_counter()
+    faulthandler.dump_traceback_later(_STUCK, repeat=True)  # what it waits for, should it hang
+    try:
+        records = step()
+    except Exception as error:  # the steps after it are worth having all the same
+        print(f"{type(error).__name__}: {error}", flush=True)
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    for record in records:
+        if "layout" in record and "images_per_second" in record:
+            report.print_row(record)
+        else:
+            print({k: v for k, v in record.items() if not isinstance(v, list)})
+    return {"seconds": time.perf_counter() - start, "records": records}
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
     if len(argv) > 1:
@@ -315,23 +330,12 @@ def main(argv: Sequence[str]) -> None:
     for name, step in steps(scale, peer).items():
         if not any(name.startswith(wanted) for wanted in _STEPS.value):
             continue
-        start = time.perf_counter()
-        if start - begun > 60 * _MINUTES.value:
+        passed = time.perf_counter() - begun
+        if passed > 60 * _MINUTES.value:
             result[name] = {"left out": f"{_MINUTES.value:g} minutes were over"}
-            continue
-        print(f"== {name} ({start - begun:.0f} s so far)", flush=True)
-        try:
-            records = step()
-        except Exception as error:  # the steps after it are worth having all the same
-            result[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
-            print(result[name]["error"], flush=True)
         else:
-            result[name] = {"seconds": time.perf_counter() - start, "records": records}
-            for record in records:
-                if "layout" in record and "images_per_second" in record:
-                    report.print_row(record)
-                else:
-                    print({k: v for k, v in record.items() if not isinstance(v, list)})
+            print(f"== {name} ({passed:.0f} s so far)", flush=True)
+            result[name] = done(step)
         stats = jax.devices()[0].memory_stats() or {}
         result["device_peak_bytes"] = stats.get("peak_bytes_in_use")
         out.write_text(json.dumps(result, indent=1) + "\n")

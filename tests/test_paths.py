@@ -2,10 +2,13 @@ import os
 import pathlib
 
 import pytest
+from PIL import Image
 from tensorboardX import record_writer
 
 from msvit_jax import event_files, paths
+from msvit_jax.data import prepare
 from msvit_jax.errors import UserError
+from msvit_jax.inference.images import find_files
 from tests.bucket import bucket
 
 
@@ -220,3 +223,23 @@ def test_events_that_cannot_be_written_do_not_hold_a_run_up(tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert "No space left on device" in said
+
+
+def test_images_at_an_address_are_copied_first(gs, tmp_path, monkeypatch):
+    monkeypatch.setenv(paths.CACHE, str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        for name in ("a", "b"):
+            folder = tmp_path / "store" / "b" / "photos" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / "x.png")
+    listed = prepare.list_files("gs://b/photos").files
+    assert sorted(str(file.path) for file in listed) == [
+        f"{split}/{name}/x.png" for split in ("train", "validation") for name in ("a", "b")
+    ]
+    found = find_files(["gs://b/photos/train", "gs://b/photos/validation/a/x.png"]).files
+    assert [str(path)[-len("train/a/x.png") :] for path in found[:1]] == ["train/a/x.png"]
+    assert len(found) == 3
+    with pytest.raises(UserError, match="nothing at 'gs://b/none'"):
+        find_files(["gs://b/none"])
+    with pytest.raises(UserError, match=r"http://host/x\.jpg.*there is gs://"):
+        find_files(["http://host/x.jpg"])

@@ -289,10 +289,12 @@ def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
 def list_files(container: str) -> Listing:
     """Lists a folder or zip of split/class/file in order; links to folders are followed.
 
+    What lies at an address (gs://...) is copied first, see `paths.fetch`.
+
     Raises:
         UserError: it is missing, neither a folder nor an archive, or of another layout.
     """
-    place = Path(os.path.expanduser(container))
+    place = paths.fetch(container)
     if not os.path.exists(place):
         raise UserError(f"--source={shown(container)} does not exist.")
     archive = _archive(str(place))

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jax import Array
 
+from msvit_jax import paths
 from msvit_jax.data import image_files
 from msvit_jax.data.image_files import Found, ImageError, shown
 from msvit_jax.errors import UserError
@@ -263,6 +264,12 @@ def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
         raise UserError(f"NaN or infinite pixels: {which} them. Mend or leave out these images.")
 
 
+def _local(pattern: str) -> str:
+    """The pattern; of an address, the file or folder copied here."""
+    address = "://" in pattern and not os.path.exists(pattern)
+    return str(paths.fetch(pattern)) if address else pattern
+
+
 def find_files(patterns: Sequence[str]) -> Found:
     """Image files that are named, lie in a named folder (at any depth), or match a glob.
 
@@ -272,6 +279,6 @@ def find_files(patterns: Sequence[str]) -> Found:
       UserError: a pattern that finds nothing; names it.
     """
     try:
-        return image_files.find(patterns)
+        return image_files.find([_local(pattern) for pattern in patterns])
     except image_files.NoFilesError as error:
         raise UserError(str(error)) from error

@@ -112,7 +112,7 @@ class Programs:
             return images
         batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
         if first:
-            np.stack(images, out=batch[: len(places)])
+            np.stack(list(images), out=batch[: len(places)])
         else:
             batch[list(places)] = images
         return batch

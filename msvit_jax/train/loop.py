@@ -212,8 +212,10 @@ class _Run:
                     logger.say(message)
                 return self._steps(state, start, logger, stop)
             finally:
-                self.checkpoints.close()
-                logger.close()
+                try:
+                    self.checkpoints.close()
+                finally:
+                    logger.close()
 
     def _steps(
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
