@@ -40,7 +40,7 @@ BOTH = {
     "log_images": 0,
     "terminal": "bar",
 }
-DENSE = {**BOTH, "epochs": 2.5, "optimizer.warmup_epochs": 0.5}
+DENSE = {**BOTH, "epochs": 3.5, "optimizer.warmup_epochs": 0.5}
 MSVIT = {**BOTH, "epochs": 1.4, "optimizer.warmup_epochs": 0.2}
 
 
