@@ -362,6 +362,8 @@ def _literal(value: Any) -> Any:
     words = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return words[value.lower()]
+    if value.lower().lstrip("+-") in _NO_NUMBERS:
+        return float(value)  # for the rules to refuse
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -377,8 +379,6 @@ def _coerce(key: str, value: Any, wanted: type) -> Any:
         return read
     if wanted is tuple:
         return _as_tuple(read)
-    if wanted is float and isinstance(read, str) and read.lower().lstrip("+-") in _NO_NUMBERS:
-        return float(read)  # for the rules to refuse
     if wanted is float and isinstance(read, int | float) and not isinstance(read, bool):
         return float(read)
     if wanted is int and isinstance(read, float) and read.is_integer():

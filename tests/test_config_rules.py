@@ -45,6 +45,7 @@ def test_every_rule_of_a_model_is_an_attribute_of_one():
         ("ema_decay=1", "less than 1"),
         ("optimizer.freeze=None", "separated by commas"),
         ("optimizer.gate_learning_rate=nan", "or None"),
+        ("model.layer_scale=nan", "finite number, or None"),
         ("mesh.data=0", "at least 1, or -1"),
         ("dtype=float31", "'bfloat16'"),
         ("data.name=", "not empty"),

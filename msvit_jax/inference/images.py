@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -112,6 +112,11 @@ def open_images(images: Images, how: Reading) -> Source:
 
 
 def _as_list(images: Any) -> list[Any]:
+    if isinstance(images, Mapping):
+        raise UserError(
+            f"Images are arrays, or paths of image files, not a {type(images).__name__} with "
+            f"{', '.join(map(repr, images))}; of a data set's batch give batch['image']."
+        )
     try:
         return list(images)
     except TypeError as error:

@@ -198,7 +198,11 @@ class ViT(nn.Module):
         if self.pos_resize not in grid.RESIZINGS:
             names = ", ".join(grid.RESIZINGS)
             raise ValueError(f"pos_resize={self.pos_resize!r} is none of {names}.")
-        if self.width % self.heads:
+        if not int(self.mlp_ratio * self.width):
+            raise ValueError(
+                f"mlp_ratio={self.mlp_ratio} leaves MLPs of width {self.width} nothing."
+            )
+        if self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
         if self.pool not in ("token", "mean"):
             raise ValueError(f"pool={self.pool!r} is neither 'token' nor 'mean'.")

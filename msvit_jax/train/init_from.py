@@ -141,7 +141,7 @@ def params_for(model: nn.Module, weights: Any, *, pos_resize: str = "timm") -> t
     taken, report = fit(flat_names(weights), shapes, pos_resize=pos_resize)
     if report.fresh:
         heads = all(re.search(r"(^|/)head(_dist)?/", name) for name in report.fresh)
-        remedy = "; num_classes=0 makes a feature extractor of the rest." if heads else ""
+        remedy = "; without a head they give features alone (num_classes=0)." if heads else ""
         raise UserError(
             "The weights lack parameters of the model: " + ", ".join(report.fresh) + remedy
         )

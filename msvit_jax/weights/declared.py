@@ -12,16 +12,19 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, config_rules
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import BACKBONES, create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.weights import files, ours
 
-# Attributes of a model that its arrays do not show; the last two are of its pixels.
-UNSEEN = ("heads", "norm_epsilon", "gelu", "mean", "std")
-PIXELS = ("mean", "std")
+# Attributes of a model that its arrays do not show. A model that is trained on may well have others
+# of the last ones; they are told.
+UNSEEN = ("heads", "norm_epsilon", "gelu", "pool", "mean", "std")
+FREE = ("pool", "mean", "std")
+# Attributes that arrays show and a description may contradict.
+SEEN = ("width", "depth", "patch_size", "num_classes")
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _GELUS = {
     "gelu": "exact",
@@ -36,6 +39,12 @@ _GELUS = {
 _SAVED_AS = ("model", "pytorch_model")
 # Settings of a training program beside the tensors.
 _SETTINGS = ("args.", "hyper_parameters.")
+# Arguments of models among them.
+_ARGUMENTS = (
+    *("num_heads", "embed_dim", "mlp_ratio", "qkv_bias", "init_values", "reg_tokens"),
+    *("class_token", "no_embed_class", "act_layer", "img_size", "patch_size", "global_pool"),
+    "fc_norm",
+)
 # What our exact models cannot be, by the settings that say so.
 _HF_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
 _BICUBIC = (3, "bicubic", None)
@@ -68,11 +77,39 @@ class Declared:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def say(self, where: str, **values: Any) -> None:
-        """Adds attributes of the model; what is None was not said."""
+        """Adds attributes of the model; what is None was not said, and nonsense is a problem."""
         for key, value in values.items():
-            if value is not None:
+            if value is None:
+                continue
+            try:
+                config_rules.check(f"model.{key}", value, _TYPES[key])
+            except UserError as error:
+                self.problems.append(f"{where}: {str(error).removeprefix('model.')}")
+            else:
                 self.model[key] = value
                 self.where[key] = where
+
+    def take(self, where: str, given: Mapping[str, Any], **keys: str) -> None:
+        """Adds attributes that a description has under names of its own.
+
+        Args:
+          where: The place that says so.
+          given: The description.
+          **keys: Their names there, by ours.
+        """
+        for key, theirs in keys.items():
+            value = given.get(theirs)
+            if isinstance(value, float) and _TYPES[key] is int and value.is_integer():
+                value = int(value)  # JSON of programs that know no whole numbers
+            self.say(where if theirs == key else f"{where} ({theirs})", **{key: value})
+
+    def contradictions(self, seen: Mapping[str, Any]) -> list[str]:
+        """What it says of the model that its arrays show to be otherwise."""
+        return [
+            f"{self.where[key]} says {key}={self.model[key]!r}, the arrays have {seen[key]!r}"
+            for key in SEEN
+            if key in self.model and key in seen and not same(self.model[key], seen[key])
+        ]
 
     def differences(self, model: Any, keys: Sequence[str] = UNSEEN) -> dict[str, Any]:
         """Attributes that arrays do not show in which a model is another than this."""
@@ -82,6 +119,9 @@ class Declared:
             for key in keys
             if key in self.model and not same(getattr(trunk, key), self.model[key])
         }
+
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(ViT)}
 
 
 def trunk_of(model: Any) -> Any:
@@ -184,16 +224,25 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
         return
     dino = kind.startswith("dinov2")
     found.complete = True
+    found.take(
+        CONFIG,
+        config,
+        heads="num_attention_heads",
+        norm_epsilon="layer_norm_eps",
+        width="hidden_size",
+        depth="num_hidden_layers",
+        register_tokens="num_register_tokens",
+        qkv_bias="qkv_bias",
+    )
+    hidden, width = config.get("intermediate_size"), config.get("hidden_size")
+    if isinstance(hidden, int) and isinstance(width, int) and width > 0:
+        found.say(CONFIG, mlp_ratio=hidden / width)
     found.say(
         CONFIG,
-        heads=config.get("num_attention_heads"),
-        norm_epsilon=config.get("layer_norm_eps"),
         image_size=_square(found, CONFIG, "image_size", config.get("image_size")),
         patch_size=_square(found, CONFIG, "patch_size", config.get("patch_size")),
         gelu=_gelu(found, CONFIG, config.get("hidden_act")),
         layer_scale=config.get("layerscale_value", 1.0) if dino else None,
-        register_tokens=config.get("num_register_tokens"),
-        qkv_bias=config.get("qkv_bias"),
         # transformers' DINOv2 with registers smooths, too; its others do not.
         pos_resize="timm" if kind == "dinov2_with_registers" else "transformers",
     )
@@ -202,8 +251,18 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
     if config.get("num_channels", 3) != 3:
         found.problems.append(f"{CONFIG}: images of {config['num_channels']} channels, not 3")
     names = config.get("id2label") or {}
-    if isinstance(names, Mapping) and any(str(v) != f"LABEL_{k}" for k, v in names.items()):
-        found.class_names = tuple(str(names[key]) for key in sorted(names, key=_as_number))
+    if _listed(names):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping):
+        found.problems.append(f"{CONFIG}: id2label is no list of names: {names!r}")
+    elif any(str(v) != f"LABEL_{k}" for k, v in names.items()):
+        order = sorted(names, key=_as_number)
+        if list(map(_as_number, order)) != list(range(len(order))):
+            found.problems.append(
+                f"{CONFIG}: id2label has the labels {', '.join(map(str, order[:4]))}, ...; they "
+                "are counted from 0 without a gap"
+            )
+        found.class_names = tuple(str(names[key]) for key in order)
         found.where["class_names"] = CONFIG
 
 
@@ -216,16 +275,22 @@ def _as_number(key: Any) -> int:
 
 def _processor(found: Declared, given: Mapping[str, Any]) -> None:
     """How transformers prepares images, in the terms of our evaluation."""
-    rescaled = given.get("do_rescale", True)
-    scale = 255 * float(given.get("rescale_factor", 1 / 255) if rescaled else 1)
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
+    positive = config_rules.Number(0, above=True)
+    if not positive.fits(factor):
+        found.problems.append(
+            f"{PREPROCESSOR}: rescale_factor={factor!r}: {positive.wanted()} expected"
+        )
+        return
+    scale = 255 * float(factor)
     if given.get("do_normalize", True):
         mean, std = given.get("image_mean"), given.get("image_std")
     else:
         mean, std = [0.0] * 3, [1.0] * 3
     for name, value in (("mean", mean), ("std", std)):
-        if value is not None:
-            colors = [float(x) / scale for x in np.broadcast_to(value, 3)]
-            found.say(PREPROCESSOR, **{name: tuple(colors)})
+        colors = _colors(found, PREPROCESSOR, f"image_{name}", value)
+        if colors is not None:
+            found.say(PREPROCESSOR, **{name: tuple(x / scale for x in colors)})
     crop = given.get("crop_size") if given.get("do_center_crop") else None
     size = given.get("size")
     side = _square(found, PREPROCESSOR, "size", _lengths(crop if crop is not None else size))
@@ -255,6 +320,11 @@ def _timm_config(found: Declared, config: Mapping[str, Any]) -> None:
     pixels = {**config, **(config.get("pretrained_cfg") or {})}
     _timm_pixels(found, pixels, CONFIG)
     _timm_arguments(found, config.get("model_args") or {}, CONFIG)
+    if config.get("num_classes"):
+        found.take(CONFIG, config, num_classes="num_classes")
+    if pixels.get("input_size") and _listed(pixels["input_size"]) and pixels["input_size"][0] != 3:
+        channels = pixels["input_size"][0]
+        found.problems.append(f"{CONFIG}: images of {channels} channels, not 3")
     names = config.get("label_names") or pixels.get("label_names") or ()
     found.class_names = tuple(map(str, names))
     if found.class_names:
@@ -262,11 +332,12 @@ def _timm_config(found: Declared, config: Mapping[str, Any]) -> None:
 
 
 def _timm_pixels(found: Declared, given: Mapping[str, Any], where: str) -> None:
-    size = given.get("input_size")
+    size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
     found.say(
         where,
-        mean=_colors(given.get("mean")),
-        std=_colors(given.get("std")),
+        # A single number is something else, such as the spread of weights that a program starts at.
+        mean=_colors(found, where, "mean", mean if _listed(mean) else None),
+        std=_colors(found, where, "std", std if _listed(std) else None),
         image_size=_square(found, where, "input_size", _last_two(size)),
     )
     crop = given.get("crop_pct")
@@ -283,26 +354,37 @@ def _listed(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple)
 
 
-def _colors(value: Any) -> tuple[float, ...] | None:
-    if not _listed(value) or len(value) not in (1, 3):
+def _colors(found: Declared, where: str, key: str, value: Any) -> tuple[float, ...] | None:
+    """A number for each color; one stands for all."""
+    if value is None:
         return None
-    return tuple(float(x) for x in np.broadcast_to(value, 3))
+    listed = list(value) if _listed(value) else [value]
+    colors = listed * 3 if len(listed) == 1 else listed
+    rule = config_rules.Numbers(config_rules.Number(), 3)
+    if not rule.fits(colors):
+        found.problems.append(f"{where}: {key}={value!r}: {rule.wanted()} expected")
+        return None
+    return tuple(map(float, colors))
 
 
 def _timm_arguments(found: Declared, given: Mapping[str, Any], where: str) -> None:
     """Arguments of timm's `VisionTransformer`."""
     pool = given.get("global_pool")
     prefix = given.get("no_embed_class")
+    found.take(
+        where,
+        given,
+        heads="num_heads",
+        width="embed_dim",
+        depth="depth",
+        mlp_ratio="mlp_ratio",
+        qkv_bias="qkv_bias",
+        layer_scale="init_values",
+        class_token="class_token",
+        register_tokens="reg_tokens",
+    )
     found.say(
         where,
-        heads=given.get("num_heads"),
-        width=given.get("embed_dim"),
-        depth=given.get("depth"),
-        mlp_ratio=given.get("mlp_ratio"),
-        qkv_bias=given.get("qkv_bias"),
-        layer_scale=given.get("init_values"),
-        class_token=given.get("class_token"),
-        register_tokens=given.get("reg_tokens"),
         prefix_positions=None if prefix is None else not prefix,
         pool={"token": "token", "avg": "mean"}.get(str(pool)),
         gelu=_gelu(found, where, given.get("act_layer")),
@@ -324,10 +406,16 @@ def _settings(found: Declared, values: Mapping[str, Any]) -> None:
         where = f"the {prefix.rstrip('.')} beside the tensors"
         _named(found, given.get("model") or given.get("arch"), where)
         _timm_pixels(found, given, where)
-        size = _last_two(given.get("img_size") or given.get("input_size"))
-        found.say(where, image_size=_square(found, where, "img_size", size))
-        patch = given.get("patch_size")
-        found.say(where, patch_size=_square(found, where, "patch_size", patch))
+        # timm's training script hands model_kwargs to the model.
+        for start in ("", "model_kwargs.", "model."):
+            inner = {n.removeprefix(start): x for n, x in given.items() if n.startswith(start)}
+            inner = {n: x for n, x in inner.items() if n in _ARGUMENTS}
+            size = inner.get("img_size")
+            _timm_arguments(found, {**inner, "img_size": _last_two(size)}, where)
+        names = given.get("class_names")
+        if _listed(names) and all(isinstance(name, str) for name in names):
+            found.class_names = tuple(names)
+            found.where["class_names"] = where
 
 
 def _named(found: Declared, name: Any, where: str) -> None:
@@ -360,10 +448,11 @@ def _square(found: Declared, where: str, key: str, value: Any) -> int | None:
 def _gelu(found: Declared, where: str, name: Any) -> str | None:
     if name is None:
         return None
-    if name not in _GELUS:
+    if not isinstance(name, str) or name not in _GELUS:
         known = ", ".join(_GELUS)
         found.problems.append(f"{where}: the activation {name!r} is not known here; {known} are")
-    return _GELUS.get(name)
+        return None
+    return _GELUS[name]
 
 
 def build(found: Declared, seen: Mapping[str, Any]) -> Any:
@@ -379,9 +468,9 @@ def build(found: Declared, seen: Mapping[str, Any]) -> Any:
     if found.name is None and not found.complete:
         raise UserError("The weights file does not name its model; give it with model=.")
     if found.name is not None:
-        return create_model(found.name, **found.model, num_classes=seen["num_classes"])
+        return create_model(found.name, **{**found.model, "num_classes": seen["num_classes"]})
     try:
-        model = ViT(**{**seen, **found.model})
+        model = ViT(**{**seen, **found.model, "num_classes": seen["num_classes"]})
         model.check()
     except (TypeError, ValueError) as error:
         raise UserError(

@@ -28,7 +28,7 @@ from msvit_jax.weights import (
     timm,
     wrappers,
 )
-from msvit_jax.weights.declared import PIXELS, UNSEEN, Declared, same
+from msvit_jax.weights.declared import FREE, UNSEEN, Declared, same
 from msvit_jax.weights.declared import trunk_of as trunk_of_any
 from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
 
@@ -38,9 +38,10 @@ _SCANNED = "blocks/"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _IN_DIRECTORY = (*_WHOLE, *(name + files.INDEX for name in _WHOLE))
 _HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")
+_LISTED = 8  # members of a folder that a message names
 _HEAD_KERNEL = re.compile(r"(^|/)head(_dist)?/kernel$")
 # What a model computes, of the attributes that its arrays do not show.
-FUNCTION = tuple(key for key in UNSEEN if key not in PIXELS)
+FUNCTION = tuple(key for key in UNSEEN if key not in FREE)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ViT)}
 
 
@@ -135,6 +136,15 @@ class _Opened:
             raise UserError(
                 f"{self.path!r} cannot be followed: {'; '.join(self.declared.problems)}."
             )
+        seen = _SEEN[self.format](self.arrays) if self.format in _SEEN else {}
+        if not seen.get("num_classes"):
+            seen.pop("num_classes", None)  # a head that was left out is told elsewhere
+        contradicted = self.declared.contradictions(seen)
+        if contradicted:
+            raise UserError(
+                f"{self.path!r} does not hold what it says: {'; '.join(contradicted)}. The arrays "
+                "are not all there, or the description is another model's."
+            )
         wrong = {} if model is None else self.declared.differences(model, keys)
         if not wrong:
             return
@@ -156,9 +166,10 @@ class _Opened:
         self.check(model, keys)
         notes = list(self.notes) + self.declared.notes
         if model is not None:
-            there = self.declared.differences(model, PIXELS)
+            there = self.declared.differences(model, FREE)
             notes += [
-                f"{key} of the pixels is {value} in {self.declared.where[key]}, another here"
+                f"{key}{'' if key == 'pool' else ' of the pixels'} is {value} in "
+                f"{self.declared.where[key]}, another here"
                 for key, value in there.items()
             ]
         if self.format == ours.NAME:
@@ -360,12 +371,34 @@ def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
     """The weights file that a path names, or that transformers put there; None if there is none.
 
     Of an address it is a local copy, see `paths.fetch`.
+
+    Raises:
+      UserError: a folder that is neither a run's nor has weights.
     """
     path = paths.parse(source)
     if path.is_file():
         return paths.fetch(path)
     found = next((name for name in _IN_DIRECTORY if (path / name).is_file()), None)
+    if found is None and path.is_dir() and not _may_be_run(path):
+        held = sorted(each.name for each in path.iterdir())
+        listed = ", ".join(held[:_LISTED]) + (", ..." if len(held) > _LISTED else "")
+        raise UserError(
+            f"{str(path)!r} is a folder, but neither a run's, with {checkpoint.CONFIG_FILE} and "
+            f"checkpoints, nor one with {' or '.join(_IN_DIRECTORY)}. It holds "
+            f"{listed or 'nothing'}."
+        )
     return None if found is None else paths.fetch(path) / found
+
+
+def _may_be_run(folder: pathlib.Path) -> bool:
+    """Whether a folder is a run's, which may not have saved anything yet."""
+    config = folder / checkpoint.CONFIG_FILE
+    if (folder / "checkpoints").is_dir():
+        return True
+    if not config.is_file():
+        return False
+    # Theirs is called the same.
+    return not {"model_type", "architecture"} & files.read_json(config.read_text(), config).keys()
 
 
 def class_names(source: str | pathlib.Path) -> tuple[str, ...]:

@@ -276,8 +276,18 @@ def flatten(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
                 seen.add(id(value))
                 for key, inner in value.items():
                     visit(inner, f"{name}.{key}" if name else str(key), depth + 1)
+        elif isinstance(value, list | tuple) and depth < _DEEPEST and any(map(_holds, value)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                for index, inner in enumerate(value):
+                    visit(inner, f"{name}.{index}" if name else str(index), depth + 1)
         else:
             others[name] = value
 
     visit(content, "", 0)
     return tensors, others
+
+
+def _holds(value: Any) -> bool:
+    """Whether a member of a list is or may hold tensors."""
+    return isinstance(value, Tensor) or (isinstance(value, Mapping) and bool(value))

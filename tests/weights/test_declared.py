@@ -79,7 +79,7 @@ def test_what_arrays_do_not_show_is_followed_or_refused(tmp_path, config, key, v
     assert getattr(weights.load_model(folder).model, key) == value
     other = model(**{key: value})
     assert weights.load(folder, other).flat.keys() == flat(other).keys()
-    refusal = rf"config\.json says {key}={value!r}.*Make the model with {key}={value!r}"
+    refusal = rf"config\.json( \(\w+\))? says {key}={value!r}.*Make the model with {key}={value!r}"
     for read in (weights.load, weights.load_params, weights.read):
         with pytest.raises(UserError, match=refusal):
             read(folder, model())
@@ -89,7 +89,7 @@ def test_a_module_at_its_default_follows_and_another_is_refused(tmp_path):
     folder = saved(tmp_path, config={"layer_norm_eps": 1e-2})
     loaded = weights.load_model(folder, model())
     assert loaded.model.norm_epsilon == 1e-2
-    assert "norm_epsilon=0.01 as config.json says" in str(loaded.report)
+    assert "norm_epsilon=0.01 as config.json (layer_norm_eps) says" in str(loaded.report)
     with pytest.raises(UserError, match=r"the model has 0\.001"):
         weights.load_model(folder, model(norm_epsilon=1e-3))
     mixed = create_model("msvit_deit_tiny_patch16_224", **OPTIONS, gate="random")
@@ -121,7 +121,7 @@ def test_a_name_follows_and_takes_the_classes_of_the_head(tmp_path, monkeypatch)
 
 
 def test_a_directory_of_transformers_describes_its_model(tmp_path):
-    names = {"id2label": {"10": "c", "2": "b", "0": "a"}}
+    names = {"id2label": {"2": "c", "1": "b", "0": "a"}}
     folder = saved(tmp_path, config={**names, "layer_norm_eps": 1e-12}, processor={})
     for source in (folder, folder / "model.safetensors"):
         predictor = Predictor.load(source, batch_size=8)
@@ -196,7 +196,7 @@ def test_settings_beside_the_tensors_are_followed(tmp_path):
     state = weights.to_theirs("timm", flat(model()), model())
     for size in ([3, 8, 32], [8, 32]):  # a grid of 2 x 8 has as many patches as one of 4 x 4
         path = torch_save(tmp_path / "w.pth", {"model": state, "args": namespace(input_size=size)})
-        with pytest.raises(UserError, match=r"the args beside the tensors: img_size is 8 x 32"):
+        with pytest.raises(UserError, match=r"the args beside the tensors: input_size is 8 x 32"):
             weights.read(path, model())
     args = namespace(model="deit_small_patch16_224", mean=[0.5] * 3, std=None, lr=1e-3)
     path = torch_save(tmp_path / "w.pth", {"model": state, "args": args})
@@ -260,16 +260,106 @@ def test_a_config_that_belongs_to_another_file_is_not_asked(tmp_path):
     assert weights.read(other, model()).keys() == flat(model()).keys()
 
 
+NONSENSE = [
+    ({}, {"image_mean": [0.1] * 4}, r"image_mean=\[0\.1, .*3 numbers"),
+    ({}, {"image_std": [0, 0.5, 0.5]}, "std=.*more than 0"),
+    ({}, {"image_std": "none"}, "image_std='none'"),
+    ({}, {"rescale_factor": 0}, "rescale_factor=0: a finite number of more than 0"),
+    ({}, {"rescale_factor": "large"}, "rescale_factor='large'"),
+    ({"hidden_act": ["gelu"]}, {}, r"activation \['gelu'\] is not known"),
+    ({"num_attention_heads": 0}, {}, r"num_attention_heads\): heads=0.*at least 1"),
+    ({"num_attention_heads": -2}, {}, r"num_attention_heads\): heads=-2"),
+    ({"num_attention_heads": "2"}, {}, r"num_attention_heads\): heads=2 is not a valid value: int"),
+    ({"layer_norm_eps": -1}, {}, r"layer_norm_eps\): norm_epsilon=-1.*more than 0"),
+    ({"layer_norm_eps": float("nan")}, {}, r"layer_norm_eps\): norm_epsilon=nan"),
+    ({"layer_norm_eps": "1e-5"}, {}, r"layer_norm_eps\): norm_epsilon=1e-5 is not"),
+    ({"id2label": {"1": "a", "2": "b", "3": "c"}}, {}, "id2label has the labels 1, 2, 3"),
+    ({"id2label": "abc"}, {}, "id2label is no list of names"),
+]
+
+
+@pytest.mark.parametrize(("config", "processor", "match"), NONSENSE)
+def test_descriptions_that_make_no_sense_are_refused_by_key(tmp_path, config, processor, match):
+    folder = saved(tmp_path, config=config, processor=processor)
+    for given in (None, model(), "deit_tiny_patch16_224"):
+        with pytest.raises(UserError, match=rf"cannot be followed: .*config\.json.*{match}"):
+            weights.load_model(folder, given)
+
+
 @pytest.mark.parametrize(
-    ("config", "processor"),
+    ("config", "match"),
     [
-        ({}, {"image_mean": [0.1] * 4}),
-        ({}, {"rescale_factor": 0}),
-        ({}, {"rescale_factor": "large"}),
-        ({"hidden_act": ["gelu"]}, {}),
-        ({"id2label": {"0": "a"}}, {"size": {"shortest_edge": 20}, "image_std": "none"}),
+        ({"num_hidden_layers": 5}, r"num_hidden_layers\) says depth=5, the arrays have 2"),
+        ({"hidden_size": 32}, r"hidden_size\) says width=32, the arrays have 16"),
+        ({"patch_size": 8}, "patch_size=8, the arrays have 4"),
     ],
 )
-def test_descriptions_that_make_no_sense_end_in_one_message(tmp_path, config, processor):
-    with pytest.raises(UserError, match=r"model\.safetensors' says .* cannot be understood: "):
-        weights.load_model(saved(tmp_path, config=config, processor=processor))
+def test_descriptions_and_arrays_that_contradict_each_other_are_refused(tmp_path, config, match):
+    folder = saved(tmp_path, config=config)
+    for given in (None, model()):
+        with pytest.raises(UserError, match=f"does not hold what it says: .*{match}"):
+            weights.load_model(folder, given)
+
+
+def timm_config(**changes):
+    arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "img_size": 16}
+    return {"architecture": "vit_tiny_patch16_224", "model_args": {**arguments, **changes}}
+
+
+def test_classes_and_channels_of_timm_are_compared(tmp_path):
+    folder = saved(tmp_path, form="timm", config={**timm_config(), "num_classes": 5})
+    with pytest.raises(UserError, match="num_classes=5, the arrays have 3"):
+        weights.load_model(folder)
+    pixels = {"pretrained_cfg": {"input_size": [1, 16, 16]}}
+    folder = saved(tmp_path, form="timm", config={**timm_config(), **pixels})
+    with pytest.raises(UserError, match="images of 1 channels"):
+        weights.load_model(folder)
+
+
+def test_the_pooling_is_followed_or_refused_and_told_in_training(tmp_path):
+    folder = saved(tmp_path, form="timm", config=timm_config(global_pool="avg"))
+    assert weights.load_model(folder).model.pool == "mean"
+    assert weights.load_model(folder, model()).model.pool == "mean"  # left open
+    assert any("pool is mean" in note for note in weights.load(folder, model()).notes)
+    folder = saved(tmp_path, form="timm", config=timm_config(global_pool="token"))
+    with pytest.raises(UserError, match="says pool='token', the model has 'mean'"):
+        weights.load_model(folder, model(pool="mean"))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"args": {"num_heads": 4, "act_layer": "gelu_tanh", "img_size": 16}},
+        {"hyper_parameters": {"num_heads": 4, "act_layer": "gelu_tanh"}},
+        {"args": {"model": "vit_tiny_patch16_224", "model_kwargs": {"num_heads": 4}}},
+    ],
+)
+def test_arguments_of_the_model_beside_the_tensors_are_followed(tmp_path, beside):
+    ((key, given),) = beside.items()
+    state = weights.to_theirs("timm", flat(model()), model())
+    content = {"state_dict": state, key: namespace(**given) if key == "args" else given}
+    path = torch_save(tmp_path / "w.pth", content)
+    with pytest.raises(UserError, match=r"beside the tensors \(num_heads\) says heads=4"):
+        weights.read(path, model())
+    right = model(heads=4, gelu="exact" if "model" in given else "tanh")
+    assert weights.read(path, right).keys() == flat(model()).keys()
+
+
+def test_several_models_in_a_list_are_listed(tmp_path):
+    state = weights.to_theirs("timm", flat(model()), model())
+    path = torch_save(tmp_path / "w.pth", [state, {name: 2 * x for name, x in state.items()}])
+    with pytest.raises(UserError, match="several models"):
+        weights.read(path, model())
+
+
+def test_a_folder_without_weights_says_what_it_holds(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "flax_model.msgpack").write_bytes(b"x")
+    wanted = "neither a run's, .* nor one with .*It holds config.json, flax_model.msgpack"
+    for given in (None, model()):
+        with pytest.raises(UserError, match=wanted):
+            Predictor.load(tmp_path, model=given)
+    folder = tmp_path / "d.pth"
+    folder.mkdir()
+    with pytest.raises(UserError, match="It holds nothing"):
+        weights.load_model(folder, model())
