@@ -83,7 +83,7 @@ def report(results: dict[int, dict[str, digits.Figures]]) -> str:
         top1 = [found[arm]["top1"] for found in results.values()]
         means.append(f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}" if len(top1) > 1 else "")
     lines.append("| mean ± std of top-1 | " + " | ".join(means) + " | |")
-    lines += ["", "Budgets that the schedule chose (step: budgets of a batch's eight parts):", ""]
+    lines += ["", "Budgets that the schedule chose (step: budgets of a batch's parts):", ""]
     for seed, found in results.items():
         told = "; ".join(f"{step}: {b}" for step, b, _ in found["trimmed"]["budgets"])
         lines.append(f"* seed {seed}: {told}")
