@@ -5,7 +5,7 @@
 
 Fine patches of 8 px, coarse ones of 16 px: 16 regions, 16 to 64 tokens an image.
 Cost: 4 epochs, 4 to 6 minutes on one CPU core, after the dense run.
-Expect: 31.1 to 31.7 of 64 tokens, 97 to 98 % of the digit regions fine, top-1 97.1 to 97.5 % from a
+Expect: 31.1 to 31.7 of 64 tokens, 97 to 98 % of the digit regions fine, top-1 97.0 to 97.5 % from a
 dense model of 96.7 % (docs/results/seeds.md).
 """
 
