@@ -101,7 +101,7 @@ def test_a_head_is_left_out_where_the_model_has_none():
         found.params_for(headless)
         back = formats.to_theirs(form, found.flat, headless)
         assert not any("head" in name or "classifier" in name for name in back)
-        with pytest.raises(UserError, match="num_classes=0 makes a feature extractor"):
+        with pytest.raises(UserError, match=r"features alone \(num_classes=0\)"):
             formats.convert(back, with_head).params_for(with_head)
 
 

@@ -289,7 +289,9 @@ def test_a_predictor_of_another_projects_weights(tmp_path):
         Predictor.load(file, model=tiny(num_classes=5))
     with pytest.raises(UserError, match="no model 'vit_tony"):
         Predictor.load(file, model="vit_tony_patch16_224")
-    with pytest.raises(UserError, match="model= is for weights files"):
+    with pytest.raises(
+        UserError, match=r"is a folder, but neither a run.s.*It holds w\.safetensors"
+    ):
         Predictor.load(tmp_path, model=tiny())
 
 
