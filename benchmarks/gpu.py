@@ -7,11 +7,11 @@ out or failed is named in it:
 
 * attention: every implementation and mask, forward and backward, in bfloat16, at 197 and 198
   tokens, against plain XLA in float32
-* layouts: logits of budget, rows and trimmed against slots, in float32, 8 images
+* layouts: logits of budget and rows against slots, in float32, 8 images
 * forward: DeiT-S in bfloat16, our dense model with XLA's attention and with cuDNN's, timm's eager
   and compiled; budget, rows, mergence and ToMe; all in turns, against our dense model with XLA's
-* exits: a cascade of two or three stages through the Predictor
 * train: dense, slots and trimmed training steps
+* exits: a cascade of two or three stages through the Predictor
 
 Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same with a model of two
 layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.

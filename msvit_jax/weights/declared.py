@@ -103,6 +103,10 @@ class Declared:
                 value = int(value)  # JSON of programs that know no whole numbers
             self.say(where if theirs == key else f"{where} ({theirs})", **{key: value})
 
+    def refuse(self, where: str, key: str, value: Any, rule: config_rules.Rule) -> None:
+        """Adds a problem: a value, of no attribute of the model, that means nothing."""
+        self.problems.append(f"{where}: {key}={value!r}: {rule.wanted()} expected")
+
     def contradictions(self, seen: Mapping[str, Any]) -> list[str]:
         """What it says of the model that its arrays show to be otherwise."""
         return [
@@ -248,8 +252,7 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
     )
     if config.get("use_swiglu_ffn"):
         found.problems.append(f"{CONFIG}: use_swiglu_ffn: MLPs with SwiGLU are not known here")
-    if config.get("num_channels", 3) != 3:
-        found.problems.append(f"{CONFIG}: images of {config['num_channels']} channels, not 3")
+    _check_channels(found, config.get("num_channels", 3))
     names = config.get("id2label") or {}
     if _listed(names):
         names = dict(enumerate(names))
@@ -266,6 +269,11 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
         found.where["class_names"] = CONFIG
 
 
+def _check_channels(found: Declared, count: Any) -> None:
+    if count != 3:
+        found.problems.append(f"{CONFIG}: images of {count} channels, not 3")
+
+
 def _as_number(key: Any) -> int:
     try:
         return int(key)
@@ -278,9 +286,7 @@ def _processor(found: Declared, given: Mapping[str, Any]) -> None:
     factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
     positive = config_rules.Number(0, above=True)
     if not positive.fits(factor):
-        found.problems.append(
-            f"{PREPROCESSOR}: rescale_factor={factor!r}: {positive.wanted()} expected"
-        )
+        found.refuse(PREPROCESSOR, "rescale_factor", factor, positive)
         return
     scale = 255 * float(factor)
     if given.get("do_normalize", True):
@@ -322,9 +328,9 @@ def _timm_config(found: Declared, config: Mapping[str, Any]) -> None:
     _timm_arguments(found, config.get("model_args") or {}, CONFIG)
     if config.get("num_classes"):
         found.take(CONFIG, config, num_classes="num_classes")
-    if pixels.get("input_size") and _listed(pixels["input_size"]) and pixels["input_size"][0] != 3:
-        channels = pixels["input_size"][0]
-        found.problems.append(f"{CONFIG}: images of {channels} channels, not 3")
+    size = pixels.get("input_size")
+    if _listed(size) and size:
+        _check_channels(found, size[0])
     names = config.get("label_names") or pixels.get("label_names") or ()
     found.class_names = tuple(map(str, names))
     if found.class_names:
@@ -362,7 +368,7 @@ def _colors(found: Declared, where: str, key: str, value: Any) -> tuple[float, .
     colors = listed * 3 if len(listed) == 1 else listed
     rule = config_rules.Numbers(config_rules.Number(), 3)
     if not rule.fits(colors):
-        found.problems.append(f"{where}: {key}={value!r}: {rule.wanted()} expected")
+        found.refuse(where, key, value, rule)
         return None
     return tuple(map(float, colors))
 
@@ -407,11 +413,14 @@ def _settings(found: Declared, values: Mapping[str, Any]) -> None:
         _named(found, given.get("model") or given.get("arch"), where)
         _timm_pixels(found, given, where)
         # timm's training script hands model_kwargs to the model.
-        for start in ("", "model_kwargs.", "model."):
-            inner = {n.removeprefix(start): x for n, x in given.items() if n.startswith(start)}
-            inner = {n: x for n, x in inner.items() if n in _ARGUMENTS}
-            size = inner.get("img_size")
-            _timm_arguments(found, {**inner, "img_size": _last_two(size)}, where)
+        arguments = {
+            name.removeprefix(start): value
+            for start in ("", "model_kwargs.", "model.")
+            for name, value in given.items()
+            if name.startswith(start) and name.removeprefix(start) in _ARGUMENTS
+        }
+        size = _last_two(arguments.get("img_size"))
+        _timm_arguments(found, {**arguments, "img_size": size}, where)
         names = given.get("class_names")
         if _listed(names) and all(isinstance(name, str) for name in names):
             found.class_names = tuple(names)
