@@ -110,72 +110,61 @@ def masks(length: int, batch: int) -> dict[str, attention.Mask]:
     }
 
 
-def passes(mask: attention.Mask, implementation: str, dtype: Any) -> Callable[..., Any]:
+def passes(attend: Callable[..., jax.Array], mask: attention.Mask, dtype: Any) -> Any:
     """Attention and the gradients of a function of it, where the mask holds tokens."""
     held = 1.0 if mask.segments is None else (mask.segments != NOBODY)[:, :, None, None]
 
     def run(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> Any:
-        def attend(*qkv: jax.Array) -> jax.Array:
-            narrow = [x.astype(dtype) for x in qkv]
-            out = attention.attention(*narrow, mask, implementation=implementation)
-            return out.astype(jnp.float32) * held
+        def narrowed(*qkv: jax.Array) -> jax.Array:
+            return attend(*(x.astype(dtype) for x in qkv)).astype(jnp.float32) * held
 
-        out, back = jax.vjp(attend, query, key, value)
+        out, back = jax.vjp(narrowed, query, key, value)
         return {"forward": (out,), "backward": back(cotangent)}
 
     return jax.jit(run)
 
 
-def raw_cudnn(mask: attention.Mask) -> Callable[..., Any]:
+def ours(mask: attention.Mask, implementation: str) -> Callable[..., jax.Array]:
+    """The library's attention."""
+    return lambda *qkv: attention.attention(*qkv, mask, implementation=implementation)
+
+
+def raw_cudnn(mask: attention.Mask) -> Callable[..., jax.Array]:
     """`jax.nn.dot_product_attention` as it comes, ToMe's sizes as its bias: what it refuses."""
-    assert mask.sizes is not None
     bias = jnp.log(mask.sizes)[:, None, None].astype(jnp.bfloat16)
-
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, cotangent: jax.Array) -> Any:
-        def attend(*qkv: jax.Array) -> jax.Array:
-            narrow = [x.astype(jnp.bfloat16) for x in qkv]
-            fused = "cudnn" if jax.default_backend() == "gpu" else "xla"
-            out = jax.nn.dot_product_attention(*narrow, bias, implementation=fused)
-            return out.astype(jnp.float32)
-
-        out, back = jax.vjp(attend, query, key, value)
-        return {"forward": (out,), "backward": back(cotangent)}
-
-    return jax.jit(run)
+    fused = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return lambda *qkv: jax.nn.dot_product_attention(*qkv, bias, implementation=fused)
 
 
-def check_attention(scale: Scale) -> Iterator[dict[str, Any]]:
+def check_attention() -> Iterator[dict[str, Any]]:
     """Errors of every implementation, as a share of the largest value; or what it says."""
-    del scale
-    batch = 8
-    cases = []
     for length in (197, 198):
         keys = jax.random.split(jax.random.key(length), 4)
-        given = [jax.random.normal(key, (batch, length, HEADS, CHANNELS)) for key in keys]
-        for name, mask in masks(length, batch).items():
-            for implementation in ("xla", "fused", "pallas"):
-                run = passes(mask, implementation, jnp.bfloat16)
-                cases.append((length, name, implementation, mask, run, given))
+        given = [jax.random.normal(key, (8, length, HEADS, CHANNELS)) for key in keys]
+        for name, mask in masks(length, 8).items():
+            with jax.default_matmul_precision("highest"):
+                wanted = jax.device_get(passes(ours(mask, "xla"), mask, jnp.float32)(*given))
+            tried = {kind: ours(mask, kind) for kind in ("xla", "fused", "pallas")}
             if name == "sizes (ToMe)":
-                cases.append((length, name, "jax.nn as it comes", mask, raw_cudnn(mask), given))
+                tried["jax.nn as it comes"] = raw_cudnn(mask)
+            for kind, attend in tried.items():
+                found = {"length": length, "mask": name, "implementation": kind}
+                yield found | judged(passes(attend, mask, jnp.bfloat16), given, wanted)
 
-    def judge(case: Any) -> dict[str, Any]:
-        length, name, implementation, mask, run, given = case
-        found: dict[str, Any] = {"length": length, "mask": name, "implementation": implementation}
-        try:
-            answers = jax.device_get(run(*given))
-        except Exception as error:  # whatever it is, it is the finding
-            return {**found, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-        with jax.default_matmul_precision("highest"):
-            wanted = jax.device_get(passes(mask, "xla", jnp.float32)(*given))
-        for which, pair in wanted.items():
-            found[which] = max(
-                float(np.abs(a - b).max() / np.abs(b).max())
-                for a, b in zip(answers[which], pair, strict=True)
-            )
-        return found
 
-    yield from map(judge, cases)
+def judged(run: Any, given: Sequence[jax.Array], wanted: Any) -> dict[str, Any]:
+    """How far a run is from what is wanted, forward and backward, or what it says."""
+    try:
+        answers = jax.device_get(run(*given))
+    except Exception as error:  # whatever it is, it is the finding
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    return {
+        which: max(
+            float(np.abs(a - b).max() / np.abs(b).max())
+            for a, b in zip(answers[which], pair, strict=True)
+        )
+        for which, pair in wanted.items()
+    }
 
 
 def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
@@ -287,7 +276,7 @@ def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Seque
     """What is done, by name, in order."""
     batches = [b for b in scale.batches if b > 1]
     return {
-        "attention": lambda: list(check_attention(scale)),
+        "attention": lambda: list(check_attention()),
         "layouts": lambda: list(check_layouts(scale)),
         **{f"forward, {b}": lambda b=b: compare_forward(scale, peer, b) for b in scale.batches},
         "train": lambda: compare_steps(scale),
