@@ -26,7 +26,9 @@ def get_config() -> config_dict.ConfigDict:
         "pos_init": "sincos",
         "layout": "trimmed",
     }
-    config.trim.parts = 4  # each is compiled by itself, which a small model does not earn back
+    # Each part and each kind of step is compiled by itself, which a small model does not earn back.
+    config.trim.parts = 4
+    config.trim.alternatives_every = 1
     config.trim.every_steps = 100
     config.data.name = "scattered_digits"
     config.data.image_size = 64

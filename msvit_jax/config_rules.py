@@ -219,6 +219,7 @@ RULES: dict[str, Rule] = {
     "optimizer.freeze": Texts(),
     "trim.parts": _COUNT,
     "trim.room": _NOT_NEGATIVE,
+    "trim.alternatives_every": _COUNT,
     "trim.every_steps": _COUNT,
     "trim.shrink": _SHARE,
     "trim.unfit": _SHARE,

@@ -95,7 +95,9 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
         if what == PREDICT:
             return _forward(program).lower(program.like.params["model"], images)
         batch = {"image": images, "label": labels}
-        return program.jit_step().lower(program.like, batch, _teacher_shapes(config, mesh))
+        return program.jit_step(variant.capacity).lower(
+            program.like, batch, _teacher_shapes(config, mesh)
+        )
 
 
 def batch_of(config: config_dict.ConfigDict, what: str) -> tuple[int, str]:

@@ -13,11 +13,13 @@ from msvit_jax.errors import UserError, nearest
 from msvit_jax.models import registry
 from msvit_jax.models.layout import LAYOUTS
 from msvit_jax.tokens import packing
+from msvit_jax.train.trim import StepCapacity, Trim
 
 DENSE = "dense"
 LADDER = "ladder"
 REDUCED = "reduced"
-KNOWN = (DENSE, REDUCED, *LAYOUTS, LADDER)
+ALTERNATIVES = "alternatives"
+KNOWN = (DENSE, REDUCED, *LAYOUTS, ALTERNATIVES, LADDER)
 _STEPS = 8  # budgets of a ladder
 _TILE = 128  # lanes of a TPU's registers
 _SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
@@ -47,11 +49,13 @@ class Variant:
       name: of `KNOWN`.
       places: what the transformer works on, in words.
       config: the config.
+      capacity: of the training step, where a schedule decides on it.
     """
 
     name: str
     places: str
     config: config_dict.ConfigDict
+    capacity: StepCapacity | None = None
 
 
 def default_names(config: config_dict.ConfigDict) -> list[str]:
@@ -69,7 +73,9 @@ def variant(
     Args:
       config: resolved.
       name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one
-        of `LAYOUTS`, or 'ladder', budgets of several sizes.
+        of `LAYOUTS`, 'alternatives' (the training step in the trimmed layout that carries what a
+        gate learns from, where 'trimmed' is one of the other steps), or 'ladder', budgets of
+        several sizes.
       batch_size: global.
       chips: that the batch is spread over.
       sizes: of the layouts.
@@ -93,14 +99,28 @@ def variant(
     with made.unlocked():
         if name == DENSE:
             return Variant(name, _to_dense(made), made)
-        if name == config.model.get("layout", "slots"):
+        scheduled = name in ("trimmed", ALTERNATIVES) and "budget" not in config.model
+        if name == config.model.get("layout", "slots") and not scheduled:
             return Variant(name, "as configured", made)
         _forget_layout(made)
-        made.model.layout = "budget" if name == LADDER else name
+        made.model.layout = {LADDER: "budget", ALTERNATIVES: "trimmed"}.get(name, name)
         if name != "slots":
             made.model.row_groups = chips
         places = _size(made, name, batch_size // chips, chips, sizes)
-    return Variant(name, places, made if name in ("slots", "trimmed") else with_frozen_gate(made))
+    if name in ("trimmed", ALTERNATIVES):
+        return _scheduled(made, name, sizes)
+    return Variant(name, places, made if name == "slots" else with_frozen_gate(made))
+
+
+def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:
+    """One of the two kinds of steps of a run whose budgets have settled."""
+    rows, columns = configs.build_model(config).gate_grid
+    schedule = Trim.start(config.trim, regions=rows * columns, images=1)
+    schedule.budgets = (sizes.tokens,)
+    every = config.trim.alternatives_every
+    capacity = schedule.at(0 if name == ALTERNATIVES else 1)
+    how_often = "one step" if name == ALTERNATIVES else f"{every - 1} steps"
+    return Variant(name, f"{capacity.budgets[0]} each, {how_often} of {every}", config, capacity)
 
 
 def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -127,7 +147,7 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
     options = config.model
     if name == "slots":
         return "whole grid"
-    if name in ("budget", "trimmed"):
+    if name in ("budget", "trimmed", ALTERNATIVES):
         options.budget = sizes.tokens
         return f"{sizes.tokens} each"
     plain = config.copy_and_resolve_references()

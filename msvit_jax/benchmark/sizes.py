@@ -1,12 +1,12 @@
 """Sizes of layouts for the token counts of a batch: everything fits, with little room left over."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import linen as nn
+from ml_collections import config_dict
 
 from msvit_jax import flops
 from msvit_jax.benchmark import forced
@@ -69,7 +69,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
         return Sizes(attributes, rows.rows * rows.width, active)
     budget = options.budget
     if layout == "trimmed":
-        budget = budget or _scheduled(model, batch, options)
+        budget = budget or schedule(model, batch, options).budgets
     elif not budget:
         multiple = _BUCKET if batch == 1 else _MULTIPLE
         budget = plan.ladder(counts, plan.largest_part(batch, _BUDGETS), multiple, most)
@@ -81,23 +81,19 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     return Sizes({"layout": layout, "budget": budget}, batch * sum(budget) // len(budget), active)
 
 
-def _scheduled(model: nn.Module, batch: int, options: Options) -> tuple[int, ...]:
-    """What the trainer's schedule of budgets arrives at when counts are spread like this."""
+def schedule(model: nn.Module, batch: int, options: Options) -> trim.Trim:
+    """The trainer's schedule of budgets where it arrives when counts are spread like this."""
     most = (model.image_size // model.patch_size) ** 2
     regions = most // grid.REGION**2
     seen = forced.token_counts(
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
     )
     histogram = np.bincount(seen, minlength=most + 1)
-    defaults = trim.default_config()
-    return trim.ladder(
-        histogram,
-        smallest=regions,
-        parts=math.gcd(batch, defaults["parts"]),
-        images=batch,
-        room=round(defaults["room"] * most),
-        most=model.most_places,
-    )
+    defaults = config_dict.ConfigDict(trim.default_config())
+    made = trim.Trim.start(defaults, regions=regions, images=batch)
+    made.observe(histogram, unfit=0)
+    made.look(defaults.every_steps)
+    return made
 
 
 def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPlan:

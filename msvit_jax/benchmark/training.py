@@ -1,7 +1,8 @@
 """Training steps as sides: the step that train.py runs, without its input pipeline."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.benchmark.options import DENSE, Options, make_config
 from msvit_jax.benchmark.sides import Side, Work, compiled, make_side, no_room
-from msvit_jax.benchmark.sizes import size_layout
+from msvit_jax.benchmark.sizes import schedule, size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.train import optimizer
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState
+from msvit_jax.train.trim import StepCapacity
 
 _STEPS, _STEPS_PER_EPOCH = 1000, 100.0  # of the learning rate's schedule: no matter
 
@@ -37,20 +39,30 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Side:
     size = size_layout(layout, work.model, work.counts[0], options)
     config = make_config(options, size.attributes, dense=layout == DENSE)
     config.batch_size = work.counts.shape[1]
-    schedule = optimizer.schedule(config.optimizer, _STEPS, _STEPS_PER_EPOCH)
-    program = Program.of(config, mesh, schedule)
+    rate = optimizer.schedule(config.optimizer, _STEPS, _STEPS_PER_EPOCH)
+    program = Program.of(config, mesh, rate)
     state = program.fresh_state({})
     batch = _batch(options, work, configs.build_model(config).num_classes)
     if layout != DENSE and work.coarse is not None:
         batch["coarse"] = work.coarse[0]
     batch = sharding.shard_batch(mesh, batch)
-    step = compiled(program.jit_step(), state, batch)
-    state, reported = step.run(state, batch)
-    unfit = float(reported.sums.unfit) / batch["label"].size
-    if unfit and (options.budget or layout != "trimmed"):
-        raise no_room(f"{unfit:.0%} of the images", size)
-    call = _stepping(step.run, state, batch)
-    return make_side(layout, options, work, [call], [step], [size], unfit=unfit)
+    capacities: list[StepCapacity | None] = [None]
+    if layout == "trimmed" and not options.budget:
+        trim = schedule(work.model, config.batch_size, options)
+        capacities = [trim.at(step) for step in range(trim.options.alternatives_every)]
+        places = config.batch_size * np.mean([np.mean(c.budgets) for c in capacities if c])
+        size = dataclasses.replace(size, places=round(places))
+    steps = {c: compiled(program.jit_step(c), state, batch) for c in dict.fromkeys(capacities)}
+    cycle = [steps[capacity].run for capacity in capacities]
+    unfit = []
+    for step in cycle:
+        state, reported = step(state, batch)
+        unfit.append(float(reported.sums.unfit) / batch["label"].size)
+    if any(unfit) and (options.budget or layout != "trimmed"):
+        raise no_room(f"{max(unfit):.0%} of the images", size)
+    call = _stepping(cycle, state, batch)
+    programs = list(steps.values())
+    return make_side(layout, options, work, [call], programs, [size], unfit=float(np.mean(unfit)))
 
 
 def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
@@ -62,14 +74,17 @@ def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
     }
 
 
-def _stepping(step: Callable[..., Any], state: TrainState, batch: dict[str, jax.Array]) -> Timed:
-    """A call that takes the next step and returns its seconds."""
+def _stepping(
+    cycle: Sequence[Callable[..., Any]], state: TrainState, batch: dict[str, jax.Array]
+) -> Timed:
+    """A call that takes the next steps, one of each kind, and returns the seconds of one."""
 
     def once() -> float:
         nonlocal state
         start = time.perf_counter()
-        state, reported = step(state, batch)
+        for step in cycle:
+            state, reported = step(state, batch)
         jax.block_until_ready((state, reported))
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / len(cycle)
 
     return once

@@ -66,6 +66,8 @@ class MSViT(Backboned, nn.Module):
         it is spread over, so that no token leaves its device.
       hold_level: in training, whether the gate learns which regions are fine but not how many, see
         `gate.hold_level`; set by a trainer that corrects the share itself.
+      gate_gradient: in training, factor of the task's gradient to the gate. At 0 the tokens that a
+        gate learns from are not carried; set by a trainer that carries them in some steps only.
     """
 
     backbone: ViT
@@ -84,6 +86,7 @@ class MSViT(Backboned, nn.Module):
     row_width: int | None = None
     row_groups: int = 1
     hold_level: bool = False
+    gate_gradient: float = 1.0
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -256,7 +259,7 @@ class MSViT(Backboned, nn.Module):
             if both:
                 room = runs.room.reshape(-1) - lengths
                 carried = self._alternatives(decisions, room)
-                coarse = gates.scaled_gradient(coarse, carried)
+                coarse = gates.scaled_gradient(coarse, self.gate_gradient * carried)
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
         if runs is None:
@@ -307,7 +310,8 @@ class MSViT(Backboned, nn.Module):
 
     def _carries_both(self, train: bool) -> bool:
         """Whether the tokens of both scales are there, because a gate learns from them."""
-        return train and self.gate == "mlp" and self.layout in ("slots", "trimmed")
+        learns = self.gate == "mlp" and self.gate_gradient > 0
+        return train and learns and self.layout in ("slots", "trimmed")
 
     def _layout_of(self, both: bool) -> layouts.Layout:
         """The layout with its prefix; without a gate that learns, trimmed is a budget."""

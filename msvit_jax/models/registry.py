@@ -65,7 +65,7 @@ CASCADES = {
     "dvt_t2t_vit_12": "t2t_vit_12",
     "dvt_t2t_vit_14": "t2t_vit_14",
 }
-_NOT_OPTIONS = {"parent", "name", "backbone", "hold_level"}  # the last is the trainer's
+_NOT_OPTIONS = {"parent", "name", "backbone", "hold_level", "gate_gradient"}  # trainer's: the last
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
 _NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 

@@ -221,7 +221,6 @@ class _Run:
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
     ) -> dict[str, Any]:
         config, plan = self.config, self.plan
-        train_step = self.train_step(start)
         teacher = self.teacher()
         evaluate = Evaluator(
             self.model,
@@ -236,8 +235,7 @@ class _Run:
         for step in range(start + 1, plan.steps + 1):
             if self.fall is not None and self.fall.at(step - 1) != self.fall.at(step - 2):
                 logger.say(f"step {step}: keeps {self.fall.at(step - 1)} of the tokens")
-                train_step = self.train_step(step - 1)
-            state, reported = train_step(state, next(batches), teacher)
+            state, reported = self.train_step(step - 1)(state, next(batches), teacher)
             reporter.add(step, reported)
             last = step == plan.steps
             evaluating = last or step % plan.eval_every == 0
@@ -248,7 +246,6 @@ class _Run:
                 reporter.flush()
             if self.trim is not None and looking and (change := self.trim.look(step)):
                 logger.say(f"step {step}: {change}")
-                train_step = self.train_step(step)
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
@@ -265,11 +262,11 @@ class _Run:
 
     def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
         """The compiled step with the budgets and keep rates of now, each of them compiled once."""
-        budgets = None if self.trim is None else self.trim.budgets
+        capacity = None if self.trim is None else self.trim.at(step)
         rates = None if self.fall is None else self.fall.at(step)
-        if (budgets, rates) not in self._compiled_steps:
-            self._compiled_steps[budgets, rates] = self.program.jit_step(budgets, rates)
-        return self._compiled_steps[budgets, rates]
+        if (capacity, rates) not in self._compiled_steps:
+            self._compiled_steps[capacity, rates] = self.program.jit_step(capacity, rates)
+        return self._compiled_steps[capacity, rates]
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, a few ahead."""

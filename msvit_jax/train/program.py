@@ -22,6 +22,7 @@ from msvit_jax.train import optimizer
 from msvit_jax.train.fall import Rates, with_rates
 from msvit_jax.train.state import Params, TrainState, state_maker
 from msvit_jax.train.step import make_train_step
+from msvit_jax.train.trim import StepCapacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +82,15 @@ class Program:
         return make(jax.random.key(self.config.seed), loaded)
 
     def jit_step(
-        self, budgets: tuple[int, ...] | None = None, rates: Rates | None = None
+        self, capacity: StepCapacity | None = None, rates: Rates | None = None
     ) -> jax.stages.Wrapped:
         """The jitted step (state, batch, teacher) -> (state, metrics); the state is donated.
 
         Args:
-          budgets: of the trimmed layout, instead of the model's own.
+          capacity: budgets of the trimmed layout and what they are for, instead of the model's own.
           rates: keep rates, instead of the model's own.
         """
-        model = self.model if budgets is None else self.model.clone(budget=budgets)
+        model = self.model if capacity is None else self.model.clone(**capacity.attributes)
         model = model if rates is None else with_rates(model, rates)
         return jax.jit(
             make_train_step(model, self.gate_loss, self.optimizer, self.config),

@@ -2,7 +2,8 @@
 
 MSViT trims every batch to its largest count ("adaptive trimming"). Under jit a new length is a new
 program, so here the budgets change rarely, to what the counts of many steps ask for: our
-reconstruction.
+reconstruction. The alternatives that a gate learns from cost places (see `tokens.alternatives`), so
+they are carried in one step of several, whose gradient counts for all of those.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from msvit_jax.tokens.grid import REGION
+from msvit_jax.tokens.plan import round_up
 
 # A part's budget covers the count that this many standard deviations more images than the part's
 # share would need: batches differ.
@@ -25,6 +27,7 @@ def default_config() -> dict[str, Any]:
     return {
         "parts": 8,  # of a device's share of the batch, each with its own budget
         "room": 0.25,  # places for alternatives of an image's regions, as a share of the grid's
+        "alternatives_every": 4,  # steps: one of them carries alternatives, with their gradient
         "every_steps": 200,  # between changes to smaller budgets; to larger ones, an eighth of it
         "shrink": 0.08,  # places that new budgets must save to be worth a compilation
         "unfit": 0.02,  # share of images without places above which budgets grow
@@ -38,8 +41,6 @@ def ladder(
     smallest: int,
     parts: int,
     images: int,
-    room: int = 0,
-    most: int | None = None,
     multiple: int = _STEP,
 ) -> tuple[int, ...]:
     """Budgets for equal parts of a batch, sorted by token count.
@@ -49,20 +50,35 @@ def ladder(
       smallest: tokens that every image has at least.
       parts: how many.
       images: of a batch that is packed together; the fewer, the more batches differ.
-      room: places for alternatives beside them.
-      most: upper bound on every budget; None: N.
-      multiple: what budgets are rounded up to.
+      multiple: what budgets are rounded up to; none is larger than N.
 
     Returns:
       Ascending budgets.
     """
-    most = len(histogram) - 1 if most is None else most
     below = np.cumsum(histogram) / max(histogram.sum(), 1)
     share = np.arange(1, parts + 1) / parts
     share = np.minimum(1.0, share + _DEVIATIONS * np.sqrt(share * (1 - share) / images))
     counts = np.searchsorted(below, share - 1e-9)
-    rounded = -(-(np.maximum(counts, smallest) + room) // multiple) * multiple
-    return tuple(int(b) for b in np.minimum(rounded, most))
+    rounded = [round_up(max(int(count), smallest), multiple) for count in counts]
+    return tuple(min(budget, len(histogram) - 1) for budget in rounded)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCapacity:
+    """What a training step has places for.
+
+    Attributes:
+      budgets: see `MSViT.budget`.
+      gate_gradient: see `MSViT.gate_gradient`.
+    """
+
+    budgets: tuple[int, ...]
+    gate_gradient: float
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The model's attributes."""
+        return {"budget": self.budgets, "gate_gradient": self.gate_gradient}
 
 
 @dataclasses.dataclass
@@ -74,7 +90,7 @@ class Trim:
       regions: of an image; it has at least as many tokens.
       images: of a batch that is packed together.
       parts: of those images, each with its own budget.
-      budgets: in use now.
+      budgets: for active tokens alone, in use now.
       histogram: [N + 1], counts since the last look.
       unfit: images without places since then.
       changes: of the budgets so far.
@@ -108,6 +124,17 @@ class Trim:
     def _everything(self) -> int:
         """Tokens of both scales of an image."""
         return (REGION**2 + 1) * self.regions
+
+    def at(self, step: int) -> StepCapacity:
+        """What step number `step` + 1 has places for."""
+        every = self.options.alternatives_every
+        if self.budgets == (self._everything,):
+            return StepCapacity(self.budgets, 1.0)
+        if step % every:
+            return StepCapacity(self.budgets, 0.0)
+        room = round_up(self.options.room * REGION**2 * self.regions, _STEP)
+        budgets = tuple(min(b + room, self._everything) for b in self.budgets)
+        return StepCapacity(budgets, float(every))
 
     def observe(self, histogram: np.ndarray, unfit: float) -> None:
         """Takes the counts of a step, and how many images found no places."""
@@ -152,8 +179,6 @@ class Trim:
             smallest=self.regions,
             parts=self.parts,
             images=self.images,
-            room=round(self.options.room * REGION**2 * self.regions),
-            most=self._everything,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_every_variant_builds_and_runs_its_layout(name):
     if name == "dense":
         assert made.config.model.name == "vit_tiny_patch16_224"
         return
-    assert model.layout == {"ladder": "budget"}.get(name, name)
+    assert model.layout == {"ladder": "budget", "alternatives": "trimmed"}.get(name, name)
     assert model.row_groups == (1 if name == "slots" else 4)
     images = jax.ShapeDtypeStruct((64, 224, 224, 3), jnp.float32)
     keys = {"params": jax.random.key(0)}

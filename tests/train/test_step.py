@@ -11,12 +11,21 @@ from msvit_jax import losses, sharding
 from msvit_jax.train import optimizer
 from msvit_jax.train.program import Program
 from msvit_jax.train.step import Teacher, normalise, smooth
+from msvit_jax.train.trim import StepCapacity
 from tests import jitted, tiny_run
 
 BATCH = 16
 CASES = {
     "vit": lambda **k: tiny_run.config(**k),
     "msvit": lambda **k: tiny_run.msvit(loss__gate__weight=4.0, **k),
+    # Two images packed together, wherever they are: those on a device of eight.
+    "trimmed": lambda **k: tiny_run.msvit(
+        loss__gate__weight=4.0,
+        model__layout="trimmed",
+        model__budget=(12, 17),
+        model__row_groups=8,
+        **k,
+    ),
     "dvt": lambda **k: tiny_run.dvt(loss__exits__distillation=0.25, **k),
 }
 
@@ -39,7 +48,7 @@ class Setup:
             axis_types=(AxisType.Auto,) * 2,
             devices=jax.devices()[:devices],
         )
-        program = Program.of(config, self.mesh, lambda step: 1e-3)
+        self.program = program = Program.of(config, self.mesh, lambda step: 1e-3)
         self.model = program.model
         with jax.set_mesh(self.mesh):
             self.state = program.fresh_state({})
@@ -110,6 +119,23 @@ def test_every_parameter_of_a_gate_and_its_priors_moves():
     for name, value in optimizer.flat_names(after).items():
         if "gate" in name:
             assert np.any(value != optimizer.flat_names(before)[name]), name
+
+
+def test_steps_without_alternatives_leave_the_gate_to_its_loss_and_the_others_make_up_for_it():
+    """The gate's gradient is a multiple, all others' are the same, whatever places there are."""
+    grads = {}
+    for factor in (0.0, 1.0, 4.0):
+        # No loss of its own: what the gate gets is the task's.
+        setup = Setup(tiny_run.msvit(model__layout="trimmed", loss__gate__kind="none"))
+        capacity = StepCapacity((20,) if factor else (16,), factor)
+        setup.step = setup.program.jit_step(capacity)
+        grads[factor] = _gradients(setup.run(1)[0])
+    for name, once in grads[1.0].items():
+        factor = 4.0 if "gate_mlp" in name else 1.0
+        np.testing.assert_allclose(grads[4.0][name], factor * once, rtol=1e-3, atol=1e-7)
+        expected = np.zeros_like(once) if "gate_mlp" in name else once
+        np.testing.assert_allclose(grads[0.0][name], expected, rtol=1e-3, atol=1e-6)
+    assert max(np.abs(x).max() for n, x in grads[1.0].items() if "gate_mlp" in n) > 1e-5
 
 
 def test_frozen_backbone_stays_bit_for_bit():

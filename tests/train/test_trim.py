@@ -58,7 +58,7 @@ def test_budgets_are_tight_without_spread():
 
 def make(**options):
     section = OPTIONS.copy_and_resolve_references()
-    section.update({"room": 0.0, **options})
+    section.update(options)
     return trim.Trim.start(section, regions=49, images=64)
 
 
@@ -110,14 +110,23 @@ def test_no_more_changes_than_promised_then_places_for_everything():
     assert schedule.budgets == (245,)
 
 
-def test_budgets_have_room_for_alternatives():
-    schedule = make(room=0.25)
+def test_one_step_of_several_carries_alternatives_with_the_gradient_of_all():
+    schedule = make(room=0.25, alternatives_every=4)
+    everything = trim.StepCapacity((245,), 1.0)
+    assert [schedule.at(step) for step in range(5)] == 5 * [everything]  # nothing is known yet
     schedule.observe(counts(120), 0)
-    assert "245 -> 176/" in schedule.look(200)  # 120 and a quarter of 196, in whole eights
-    schedule.observe(counts(190), 500)
-    assert "-> 240/" in schedule.look(225)
+    schedule.look(200)
+    places = [schedule.at(step) for step in range(200, 208)]
+    assert [p.gate_gradient for p in places] == [4, 0, 0, 0, 4, 0, 0, 0]
+    # Of 196 cells a quarter, in whole eights.
+    assert {p.budgets[0]: p.gate_gradient for p in places} == {120 + 56: 4, 120: 0}
     schedule.observe(counts(196), 500)
-    assert "-> 245/" in schedule.look(250)  # never beyond both scales of every region
+    schedule.look(225)
+    assert schedule.at(228).budgets[0] == 245  # never beyond both scales of every region
+    assert schedule.at(229).budgets[0] == 196
+    always = make(alternatives_every=1)
+    always.restore(schedule.to_json())
+    assert {always.at(step).gate_gradient for step in range(8)} == {1}
 
 
 def test_parts_are_equal_parts_of_a_device_s_images():
