@@ -24,6 +24,7 @@ def test_every_rule_of_a_model_is_an_attribute_of_one():
     assert set(config_rules.MODEL_RULES) <= attributes
 
 
+@pytest.mark.field(86, 87, 88, 89)
 @pytest.mark.parametrize(
     ("override", "wanted"),
     [

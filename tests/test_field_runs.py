@@ -85,6 +85,7 @@ def _on(sets, name, **more):
 # Rows 74, 75: classes.
 
 
+@pytest.mark.field(74)
 def test_training_with_another_number_of_classes_than_the_datas(tmp_path, sets):
     config = tiny_run.config(data__name="five", data__data_dir=sets, model__num_classes=3)
     with pytest.raises(UserError, match="model has 3 classes, the data set 5"):
@@ -92,6 +93,7 @@ def test_training_with_another_number_of_classes_than_the_datas(tmp_path, sets):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.field(75)
 def test_evaluating_on_classes_that_are_not_the_runs(run, sets, tmp_path):
     with pytest.raises(UserError, match="3 classes, the data set 5"):
         evaluate.evaluate_run(run, overrides=_on(sets, "five"))
@@ -186,10 +188,11 @@ def test_a_label_beyond_the_classes_stops_a_run_and_names_the_example():
 # Rows 77, 78, 80: paths.
 
 
+@pytest.mark.field(77)
 def test_a_home_is_a_home_everywhere(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    loop.train(tiny_run.config(steps=1, log_images=0), "~/run")
+    loop.train(tiny_run.msvit(steps=2, eval_every_epochs=4.0), "~/run")  # what `run` compiled
     assert (tmp_path / "run" / "config.json").is_file()
     evaluate.evaluate_run("~/run")
     export.write(export.Source.load("~/run"), "safetensors", "~/w.safetensors")
@@ -200,6 +203,7 @@ def test_a_home_is_a_home_everywhere(run, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.field(78)
 def test_a_run_at_an_address_without_a_back_end_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(paths.BACK_ENDS, "gs", "package_that_is_not_there")
@@ -222,6 +226,7 @@ def test_workdirs_at_addresses_that_checkpoints_cannot_be_at(monkeypatch):
         loop.train(tiny_run.config(), "s3://bucket/run")
 
 
+@pytest.mark.field(78)
 def test_a_whole_run_at_an_address(run, tmp_path, monkeypatch):
     monkeypatch.setattr(owner, "_SETTLE", 0.0)
     monkeypatch.setenv(paths.CACHE, str(tmp_path / "cache"))
@@ -255,6 +260,7 @@ def test_a_whole_run_at_an_address(run, tmp_path, monkeypatch):
     assert not (tmp_path / "gs:").exists()
 
 
+@pytest.mark.field(80)
 def test_a_workdir_that_is_a_file(tmp_path):
     file = tmp_path / "run"
     file.write_text("kept")
@@ -266,6 +272,7 @@ def test_a_workdir_that_is_a_file(tmp_path):
 # Row 81: owners.
 
 
+@pytest.mark.field(81)
 def test_a_second_training_in_a_workdir_is_refused_and_changes_nothing(run):
     before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
     with owner.hold(run), pytest.raises(UserError, match="in use by process"):
@@ -311,6 +318,7 @@ def test_batches_that_cannot_be_cut_name_sizes_that_can():
 # Row 96: no images.
 
 
+@pytest.mark.field(96)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -1,6 +1,7 @@
 """The command, from a trained run and files to a table, pictures and one line of JSON."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -97,10 +98,18 @@ def here(predictor, workdir, photos, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.field(11, 12)
 def test_bad_files_are_named_and_the_others_answered(here, tmp_path):
     whole, _ = here("photos")
     good = {row["file"]: row for row in whole["predictions"]}
-    bad = {b"a.png": b"no image", b"z\xe9\n.jpg": b"", b"3.png": b"\x89PNG\r\n\x1a\n"}
+    jpeg = io.BytesIO()
+    Image.open("photos/0.png").save(jpeg, "JPEG")
+    bad = {
+        b"a.png": b"no image",
+        b"z\xe9\n.jpg": b"",
+        b"3.png": b"\x89PNG\r\n\x1a\n",
+        b"cut.jpg": jpeg.getvalue()[:-60],
+    }
     for name, content in bad.items():
         with open(os.path.join(b"photos", name), "wb") as file:
             file.write(content)
@@ -109,6 +118,7 @@ def test_bad_files_are_named_and_the_others_answered(here, tmp_path):
     result, printed = here("photos", out="answers.csv")
     skipped = {os.path.join("photos", os.fsdecode(name)) for name in bad}
     assert set(result["skipped"]) == skipped
+    assert "truncated" in result["skipped"]["photos/cut.jpg"]
     assert result["passed_over"] == {"hidden": 1, ".txt files": 1}
     assert "passed over: 1 .txt files: photos/notes.txt" in printed
     assert "skipped photos/z\\xe9\\n.jpg: it is empty (0 bytes)" in printed
@@ -121,7 +131,7 @@ def test_bad_files_are_named_and_the_others_answered(here, tmp_path):
     assert not good
     with open("answers.csv", encoding="utf-8", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
-    assert len(rows) == 9
+    assert len(rows) == 10
     for row in result["predictions"]:
         assert float(rows[row["file"]]["probability"]) == row["probability"]
         assert rows[row["file"]]["error"] == ""
@@ -162,6 +172,7 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
         assert row["label"] == expected["photos/0.png" if copied else row["file"]]
 
 
+@pytest.mark.field(22)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -211,6 +222,7 @@ def test_calibration_leaves_bad_files_out(here):
     assert result["tokens_mean"] == whole["tokens_mean"]
 
 
+@pytest.mark.field(18, 19)
 def test_linked_folders_and_rarer_suffixes_are_answered(here, tmp_path):
     for name, form in (("a.avif", "AVIF"), ("b.jfif", "JPEG"), ("c.jp2", "JPEG2000")):
         (tmp_path / "disk").mkdir(exist_ok=True)
@@ -220,6 +232,18 @@ def test_linked_folders_and_rarer_suffixes_are_answered(here, tmp_path):
     files = [row["file"] for row in result["predictions"]]
     assert files[-4:-1] == [f"photos/linked/{name}" for name in ("a.avif", "b.jfif", "c.jp2")]
     assert result["images"] == 10
+
+
+@pytest.mark.field(15)
+def test_a_name_that_is_no_text_is_answered(here):
+    """What captures the output encodes strictly, as terminals do."""
+    name = os.fsdecode(b"photos/caf\xe9.png")
+    shutil.copy("photos/0.png", name)
+    result, printed = here("photos")
+    labels = {row["file"]: row["label"] for row in result["predictions"]}
+    assert result["images"] == len(labels) == 8
+    assert labels[name] == labels["photos/0.png"]
+    assert "photos/caf\\xe9.png" in printed
 
 
 @pytest.mark.slow

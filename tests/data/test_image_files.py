@@ -52,6 +52,7 @@ def photo(upright, orientation, form="PNG", **options):
 LOSSLESS = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}}
 
 
+@pytest.mark.field(1)
 @pytest.mark.parametrize("form", LOSSLESS)
 @pytest.mark.parametrize("orientation", AS_STORED)
 def test_photos_are_upright(form, orientation):
@@ -62,6 +63,7 @@ def test_photos_are_upright(form, orientation):
         np.testing.assert_array_equal(stored, AS_STORED[orientation](PIXELS))
 
 
+@pytest.mark.field(1)
 @pytest.mark.parametrize("form", ["JPEG", "MPO", "AVIF"])
 @pytest.mark.parametrize("orientation", AS_STORED)
 def test_crops_of_photos_are_those_of_the_upright_photo(form, orientation):
@@ -96,6 +98,7 @@ def test_an_unknown_orientation_is_none():
 GREY = np.array([[0, 1, 2], [3, 4, 255]])
 
 
+@pytest.mark.field(2)
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize(("low", "step"), [(0, 1), (-70000, 3), (1000, 8000000)])
 def test_integers_and_floats_go_from_their_least_to_their_greatest(dtype, low, step):

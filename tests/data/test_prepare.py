@@ -166,6 +166,7 @@ def make(source, tmp_path, **options):
     return prepare.prepare([str(source)], name="pets", data_dir=str(tmp_path / "sets"), **options)
 
 
+@pytest.mark.field(30)
 def test_linked_classes_on_another_disk_are_followed(files, tmp_path):
     for path, content in files.items():
         split, label, name = path.split("/")
@@ -190,6 +191,7 @@ def test_a_dead_link_stops_it_as_it_may_have_been_a_class(folder, tmp_path):
     assert made.passed_over["hidden"] == [str(folder / ".DS_Store")]
 
 
+@pytest.mark.field(32)
 def test_names_of_any_bytes_are_kept(tmp_path):
     names = [
         b"train/caf\xe9/b\xe9te.png",
@@ -216,6 +218,7 @@ def test_class_names_that_cannot_be_told_apart_are_refused(tmp_path):
         make(tmp_path / "source", tmp_path)
 
 
+@pytest.mark.field(33, 34, 36)
 def test_odd_classes_are_told(tmp_path):
     names = [
         b"train/cat/0.png",
@@ -248,6 +251,7 @@ def zipped(path, files, **options):
     return path
 
 
+@pytest.mark.field(42)
 def test_a_zip_with_backslashes_is_read(files, folder, tmp_path):
     with_backslashes = {name.replace("/", "\\"): content for name, content in files.items()}
     with_backslashes["train\\bird\\"] = b""
@@ -303,6 +307,7 @@ ZIP_FIELDS = {
 }
 
 
+@pytest.mark.field(43, 44)
 @pytest.mark.parametrize("kind", ZIP_FIELDS)
 def test_entries_that_cannot_be_read_are_told_or_skipped(kind, files, tmp_path):
     *field, reason = ZIP_FIELDS[kind]
@@ -316,6 +321,7 @@ def test_entries_that_cannot_be_read_are_told_or_skipped(kind, files, tmp_path):
     assert bad.file.path == "train/cat/0.jpg"
 
 
+@pytest.mark.field(44)
 def test_a_skipped_entry_leaves_the_others(files, tmp_path):
     path = zipped(tmp_path / "a.zip", files)
     changed(path, 6, 2, 1, entry=b"train/cat/0.jpg")
@@ -346,6 +352,7 @@ def test_special_files_are_told_and_never_opened(folder, tmp_path):
         prepare.list_files(str(tmp_path / "pipe.zip"))
 
 
+@pytest.mark.field(47)
 @pytest.mark.parametrize("place", ["file/sets", "/dev/null/sets", "/proc/sets", "file"])
 def test_a_data_dir_that_cannot_be_made_is_told_first(place, folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")

@@ -331,6 +331,32 @@ def test_run_py_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.field(13, 14)
+def test_run_py_answers_a_folder_and_names_its_bad_file(tmp_path, monkeypatch, capsys):
+    images = made.images()[:2]
+    for name, image in zip("ac", images, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    cut = tmp_path / "b.jpg"
+    Image.fromarray(np.tile(images[0], (4, 4, 1))).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-60])
+
+    def classify(pixels, **options):
+        np.testing.assert_array_equal(pixels, images)
+        return {"logits": np.log([[0.7, 0.2, 0.1], [0.2, 0.2, 0.6]])}
+
+    about = {**ABOUT, "class_names": made.NAMES}
+    model = types.SimpleNamespace(about=about, classify=classify)
+    monkeypatch.setattr(runner, "Model", lambda: model)
+    runner.main([str(tmp_path)])
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"{tmp_path}/a.png  ant  0.7000",
+        f"{tmp_path}/c.png  cat  0.6000",
+    ]
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"skipped {cut}: image file is truncated")
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -152,6 +152,13 @@ def test_what_is_wrong_is_told_before_anything_is_read(form, out, options, messa
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.field(99)
+def test_formats_that_are_not_there_are_told_with_those_that_are(tmp_path):
+    for name in ("savedmodel", "tflite"):
+        with pytest.raises(UserError, match=rf"no format '{name}'.* formats are .*compiled, onnx"):
+            check(name, tmp_path / "out")
+
+
 MISFITS = [
     ("t2t_vit_12", {}, "timm", "no T2T-ViT"),
     ("dvt_deit_small", {}, "huggingface", "this model is a cascade"),

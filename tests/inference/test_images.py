@@ -96,6 +96,7 @@ BAD = [
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
+@pytest.mark.field(27, 29)
 @pytest.mark.parametrize(("images", "message"), BAD)
 def test_bad_images_end_in_a_message(images, message):
     with pytest.raises(UserError, match=message):

@@ -73,6 +73,7 @@ DIFFERENT = [
 ]
 
 
+@pytest.mark.field(65, 67)
 @pytest.mark.parametrize(("config", "key", "value"), DIFFERENT)
 def test_what_arrays_do_not_show_is_followed_or_refused(tmp_path, config, key, value):
     folder = saved(tmp_path, config=config)
@@ -120,6 +121,7 @@ def test_a_name_follows_and_takes_the_classes_of_the_head(tmp_path, monkeypatch)
         assert (loaded.class_names, loaded.crop) == (("a", "b", "c"), 0.9)
 
 
+@pytest.mark.field(68)
 def test_a_directory_of_transformers_describes_its_model(tmp_path):
     names = {"id2label": {"2": "c", "1": "b", "0": "a"}}
     folder = saved(tmp_path, config={**names, "layer_norm_eps": 1e-12}, processor={})
@@ -192,6 +194,7 @@ def test_what_no_model_here_can_follow_is_refused(tmp_path, config, match):
         weights.read(folder, model())
 
 
+@pytest.mark.field(64)
 def test_settings_beside_the_tensors_are_followed(tmp_path):
     state = weights.to_theirs("timm", flat(model()), model())
     for size in ([3, 8, 32], [8, 32]):  # a grid of 2 x 8 has as many patches as one of 4 x 4
@@ -235,6 +238,7 @@ def test_patches_that_are_not_square_are_refused():
         source.params_for(model())
 
 
+@pytest.mark.field(26)
 def test_a_predictor_warns_of_a_head_of_zeros(tmp_path):
     zeros = {name: x * (0 if name.startswith("head/") else 1) for name, x in flat(model()).items()}
     weights.save(tmp_path / "w.safetensors", zeros, {})

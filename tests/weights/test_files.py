@@ -243,6 +243,7 @@ def test_a_pytorch_file_that_claims_40_gb(tmp_path):
     refuses(path, "claims more|claims 8,589,934,588 bytes")
 
 
+@pytest.mark.field(70)
 def test_git_lfs_pointers_are_named(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 44136744\n"
     for name in ("w.safetensors", "w.npz", "w.pth", "w.safetensors.index.json"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from msvit_jax import create_model, weights
+from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
 from msvit_jax.train import init_from
 from msvit_jax.train.optimizer import flat_names
@@ -51,6 +51,7 @@ def equal(found, expected):
     jax.tree.map(np.testing.assert_array_equal, dict(found), expected)
 
 
+@pytest.mark.field(51, 53)
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pth", ".ckpt"])
 @pytest.mark.parametrize(
     "prefix",
@@ -91,14 +92,37 @@ def test_our_own_names(prefix):
     equal(formats.convert(prefixed(ours, prefix), mixed).flat, ours)
 
 
+@pytest.mark.field(49, 56)
 @pytest.mark.parametrize(
-    "key", ["state_dict", "model", "model_state_dict", "net", "model_ema", "teacher", "student"]
+    "key",
+    [
+        *("state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema"),
+        *("teacher", "student"),
+    ],
 )
 def test_keys_of_nested_mappings(tmp_path, key):
     content = {key: state(), "epoch": 7, "args": namespace(lr=0.1), "optimizer": {"state": {}}}
     equal(weights.read(torch_save(tmp_path / "w.pth", content), model()), flat())
 
 
+@pytest.mark.field(54)
+def test_a_trainers_whole_checkpoint(tmp_path):
+    content = {
+        "epoch": 7,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": prefixed(state(), "model."),
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_path": "last.ckpt"}},
+        "optimizer_states": [{"state": {0: {"exp_avg": np.ones(2)}}, "param_groups": []}],
+        "lr_schedulers": [],
+        "hyper_parameters": {"lr": 1e-3},
+    }
+    for name in ("w.ckpt", "w.pth"):
+        equal(weights.read(torch_save(tmp_path / name, content), model()), flat())
+
+
+@pytest.mark.field(50, 55)
 @pytest.mark.parametrize(
     ("wins", "loses"),
     [
@@ -176,6 +200,7 @@ def test_what_cannot_be_read_lists_what_the_file_holds(tmp_path):
         weights.read(tmp_path / "r.safetensors", model())
 
 
+@pytest.mark.field(25)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.bias", "head.weight"])
 def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, value):
@@ -183,8 +208,10 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, value):
     broken[name] = broken[name].copy()
     broken[name].flat[1] = value
     path = write(tmp_path / "w.safetensors", broken)
-    with pytest.raises(UserError, match=rf"w\.safetensors.*{name} holds 1 values of \d+ that are"):
-        weights.read(path, model())
+    wanted = rf"w\.safetensors.*{name} holds 1 values of \d+ that are"
+    for read in (weights.read, weights.load_model):
+        with pytest.raises(UserError, match=wanted):
+            read(path, model())
     beyond = state() | {name: state()[name].astype(np.float64) * 1e39}
     with pytest.raises(UserError, match="beyond float32"):
         formats.convert(beyond, model())
@@ -197,6 +224,10 @@ def test_a_head_of_zeros_is_told():
     )
 
 
+@pytest.mark.field(72)
 def test_files_that_are_missing_are_said_to_be():
-    with pytest.raises(UserError, match=r"no weights file or workdir '/nowhere/typo\.safetensors'"):
-        weights.read("/nowhere/typo.safetensors", model())
+    path, missing = "/nowhere/typo.safetensors", r"no weights file or workdir '/nowhere/typo\.safet"
+    with pytest.raises(UserError, match=missing):
+        weights.read(path, model())
+    with pytest.raises(UserError, match=missing):
+        Predictor.load(path, model=model())
