@@ -3,8 +3,8 @@
     python benchmarks/merge.py [--model=deit_small_patch16_224] [--keep=0.7]
 
 For every layer of a model that reduces: milliseconds to merge a batch's removed tokens into their
-hosts, each way compiled alone and warm; the median of all turns and half of the range between their
-quartiles. The library adds by scatter on CPU, by a product elsewhere (`tokens.merging.Merge`).
+targets, each way compiled alone and warm; the median of all turns and half of the range between the
+quartiles. The library adds by scatter on CPU, by a product elsewhere (`reducers.Merge`).
 """
 
 import time
@@ -18,40 +18,40 @@ from absl import app, flags
 import msvit_jax
 from msvit_jax.benchmark import machine
 from msvit_jax.evaluate import table
-from msvit_jax.tokens import merging
+from msvit_jax.reducers import base
 
 _MODEL = flags.DEFINE_string("model", "deit_small_patch16_224", "A plain ViT's name.")
 _KEEP = flags.DEFINE_float("keep", 0.7, "Of the patch tokens, in each layer that reduces.")
 _BATCH = flags.DEFINE_list("batch", ["1", "32"], "Images.")
 _TURNS = flags.DEFINE_integer("turns", 60, "Turns; each way is timed once in each.")
 
-Way = Callable[[merging.Merge, jax.Array], jax.Array]
+Way = Callable[[base.Merge, jax.Array], jax.Array]
 
 
-def _parts(merge: merging.Merge, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the places hold at first, what is added to them, and where."""
-    assert merge.own is not None
-    assert merge.share is not None
-    kept = merge.own[:, :, None] * merging.take(x, merge.kept)
-    return kept, merge.share[:, :, None] * merging.take(x, merge.removed), merge.host
+def _parts(merge: base.Merge, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the positions hold at first, what is added to them, and where."""
+    assert merge.kept_weight is not None
+    assert merge.removed_weight is not None
+    kept = merge.kept_weight[:, :, None] * base.take(x, merge.kept)
+    return kept, merge.removed_weight[:, :, None] * base.take(x, merge.removed), merge.target
 
 
-def product(merge: merging.Merge, x: jax.Array) -> jax.Array:
+def product(merge: base.Merge, x: jax.Array) -> jax.Array:
     """The library's way but on CPU."""
-    return merging.add_by_product(*_parts(merge, x))
+    return base.add_by_product(*_parts(merge, x))
 
 
-def scatter_add(merge: merging.Merge, x: jax.Array) -> jax.Array:
+def scatter_add(merge: base.Merge, x: jax.Array) -> jax.Array:
     """The library's way on CPU."""
-    return merging.add_by_scatter(*_parts(merge, x))
+    return base.add_by_scatter(*_parts(merge, x))
 
 
-def segment_sum(merge: merging.Merge, x: jax.Array) -> jax.Array:
+def segment_sum(merge: base.Merge, x: jax.Array) -> jax.Array:
     """One sum over segments of the flattened batch."""
     batch, places = merge.kept.shape
     kept, moved, _ = _parts(merge, x)
-    host = (merge.host + places * jnp.arange(batch)[:, None]).reshape(-1)
-    sums = jax.ops.segment_sum(moved.reshape(-1, x.shape[2]), host, batch * places)
+    target = (merge.target + places * jnp.arange(batch)[:, None]).reshape(-1)
+    sums = jax.ops.segment_sum(moved.reshape(-1, x.shape[2]), target, batch * places)
     return kept + sums.reshape(kept.shape)
 
 
@@ -67,9 +67,9 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for batch in map(int, _BATCH.value):
         tokens = model.grid_size**2 + model.prefix_length
-        for layer, stage in model.stages.items():
-            plan = stage.plan(tokens - stage.prefix)
-            kept, removed = plan.places(tokens, stage.prefix, 1)
+        for layer, spec in model.reductions.items():
+            counts = spec.make().keep_table(tokens - spec.prefix)
+            kept, removed = counts.capacity(tokens, spec.prefix, 1)
             row = {"batch": batch, "layer": layer + 1, "tokens": tokens, "left": kept}
             rows.append(row | _times(batch, tokens, kept, removed, model.width))
             tokens = kept
@@ -78,15 +78,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _times(batch: int, tokens: int, kept: int, removed: int, width: int) -> dict[str, float]:
-    """Milliseconds of each way for random tokens and hosts."""
+    """Milliseconds of each way for random tokens and targets."""
     rng = np.random.default_rng(0)
     order = np.stack([rng.permutation(tokens) for _ in range(batch)]).astype(np.int32)
-    merge = merging.Merge(
+    merge = base.Merge(
         kept=jnp.asarray(np.sort(order[:, :kept])),
         removed=jnp.asarray(np.sort(order[:, kept:])),
-        host=jnp.asarray(rng.integers(0, kept, (batch, removed)), jnp.int32),
-        own=jnp.ones((batch, kept)),
-        share=jnp.asarray(rng.random((batch, removed)), jnp.float32),
+        target=jnp.asarray(rng.integers(0, kept, (batch, removed)), jnp.int32),
+        kept_weight=jnp.ones((batch, kept)),
+        removed_weight=jnp.asarray(rng.random((batch, removed)), jnp.float32),
     )
     x = jnp.asarray(rng.normal(size=(batch, tokens, width)), jnp.float32)
     programs = [jax.jit(way) for way in WAYS]

@@ -61,7 +61,7 @@ class Variant:
 def default_names(config: config_dict.ConfigDict) -> list[str]:
     """Dense and what the config says."""
     if config.model.name not in registry.MIXED_SCALE:
-        return [DENSE, REDUCED] if configs.build_model(config).stages else [DENSE]
+        return [DENSE, REDUCED] if configs.build_model(config).reductions else [DENSE]
     return [DENSE, config.model.get("layout", "slots")]
 
 
@@ -88,7 +88,7 @@ def variant(
             f"Unknown layout {name!r}.{nearest(name, KNOWN)} There is {', '.join(KNOWN)}."
         )
     mixed = config.model.name in registry.MIXED_SCALE
-    if name == REDUCED and not mixed and configs.build_model(config).stages:
+    if name == REDUCED and not mixed and configs.build_model(config).reductions:
         return Variant(name, "layer by layer fewer", config)
     if not mixed and name != DENSE:
         raise UserError(

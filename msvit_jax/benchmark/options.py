@@ -64,7 +64,7 @@ class Options:
 
     def __post_init__(self) -> None:
         model_options(self.model)
-        if not self.gated and not build(self).stages:
+        if not self.gated and not build(self).reductions:
             raise UserError(
                 f"{self.model!r} is dense: nothing to compare. Give a model with a gate or with "
                 "merging (msvit_..., mergence_...), or --set=reducer=mergence."

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from msvit_jax.models import reduction
 from msvit_jax.models.attention import Mask, attention, scores
-from msvit_jax.models.reduction import Carried, Stage
+from msvit_jax.models.reduction import ReductionSpec, ReductionState
 
 init_weights = nn.initializers.truncated_normal(0.02)
 
@@ -184,7 +184,7 @@ class Block(nn.Module):
     attention_impl: str = "auto"
     dtype: Any = jnp.float32
     gelu: str = "exact"
-    stage: Stage | None = None
+    reduction: ReductionSpec | None = None
 
     def setup(self) -> None:
         """Makes the submodules and parameters."""
@@ -194,20 +194,22 @@ class Block(nn.Module):
         )
         self.norm2 = LayerNorm(epsilon=self.norm_epsilon)
         self.mlp = MLP(self.hidden, self.width, self.dtype, self.gelu)
+        if self.reduction is not None:
+            self.reducer = self.reduction.make()
         if self.layer_scale is not None:
             self.ls1 = LayerScale(self.layer_scale)
             self.ls2 = LayerScale(self.layer_scale)
 
-    def _mix_tokens(
-        self, x: Array, seen: Array, drop_rate: Array | None, mask: Mask | None
+    def _attn_residual(
+        self, x: Array, attn_input: Array, drop_rate: Array | None, mask: Mask | None
     ) -> tuple[Array, Array, Array]:
-        """Attention's half, with its queries and keys; `seen` is the norm of x."""
-        branch, query, key = self.attn(seen, mask)
+        """X plus attention of its norm `attn_input`, with the queries and keys."""
+        branch, query, key = self.attn(attn_input, mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
         return x + self._maybe_dropped(branch, drop_rate, mask), query, key
 
-    def _mix_channels(
+    def _mlp_residual(
         self, x: Array, drop_rate: Array | None, mask: Mask | None, extra: Array | None = None
     ) -> Array:
         seen = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
@@ -229,20 +231,29 @@ class Block(nn.Module):
           drop_rate: scalar, probability of dropping each branch of an image; None: never.
           mask: which tokens see which, and whose they are; None: a row is an image.
         """
-        x, _, _ = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
-        return self._mix_channels(x, drop_rate, mask)
+        x, _, _ = self._attn_residual(x, self.norm1(x), drop_rate, mask)
+        return self._mlp_residual(x, drop_rate, mask)
 
     def reducing(
-        self, x: Array, drop_rate: Array | None, mask: Mask | None, carried: Carried
-    ) -> tuple[Array, Mask, Carried]:
+        self,
+        x: Array,
+        drop_rate: Array | None,
+        mask: Mask | None,
+        state: ReductionState,
+        train: bool,
+    ) -> tuple[Array, Mask, ReductionState]:
         """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
-        assert self.stage is not None
-        seen = self.norm1(x)
-        x, _, key = self._mix_tokens(x, seen, drop_rate, mask)
-        x, shorter, carried = reduction.reduce(
-            x, seen, key, mask, carried, self.stage, self.attn.scores
+        assert self.reduction is not None
+        attn_input = self.norm1(x)
+        x, _, key = self._attn_residual(x, attn_input, drop_rate, mask)
+        x, shorter, state = reduction.reduce(
+            *(x, attn_input, key, mask, state),
+            spec=self.reduction,
+            reducer=self.reducer,
+            scores=self.attn.scores,
+            train=train,
         )
-        return self._mix_channels(x, drop_rate, shorter), shorter, carried
+        return self._mlp_residual(x, drop_rate, shorter), shorter, state
 
     def reusing(
         self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
@@ -259,6 +270,6 @@ class Block(nn.Module):
           [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
         """
         mask = None if relation is None else Mask(bias=relation)
-        x, query, key = self._mix_tokens(x, self.norm1(x), drop_rate, mask)
+        x, query, key = self._attn_residual(x, self.norm1(x), drop_rate, mask)
         # The product that attention makes of them, too: XLA computes it once.
-        return self._mix_channels(x, drop_rate, mask, features), scores(query, key, mask)
+        return self._mlp_residual(x, drop_rate, mask, features), scores(query, key, mask)

@@ -4,7 +4,7 @@ Bian et al. 2023 (arXiv 2306.04897). The paper has no public code and only its a
 tokens are split by importance, unimportant ones merged into important ones by similarity, and
 multi-scale features fused before that; 33 % fewer MACs for 0.1 points on DeiT-S. Everything else
 here is our reconstruction. Merging itself is an attribute of any `ViT` (`reducer`, see
-`tokens.merging`); this module adds the scales.
+`reducers`); this module adds the scales.
 """
 
 import functools
@@ -23,7 +23,7 @@ from msvit_jax.models.backboned import Backboned
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Output, also_empty
-from msvit_jax.models.reduction import Stage
+from msvit_jax.models.reduction import ReductionSpec
 from msvit_jax.models.vit import ViT, check_images
 from msvit_jax.tokens import grid
 
@@ -97,9 +97,9 @@ class Mergence(Backboned, nn.Module):
         return sorted(set(self.scales) - {self.patch_size})
 
     @property
-    def stages(self) -> dict[int, Stage]:
+    def reductions(self) -> dict[int, ReductionSpec]:
         """The backbone's layers that reduce tokens, counted from 0."""
-        return self.backbone.stages
+        return self.backbone.reductions
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
         """Patch tokens that go into each layer's MLP: [...] -> [depth, ...]."""

@@ -265,8 +265,8 @@ class MSViT(Backboned, nn.Module):
         if runs is None:
             encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, vit.prefix_length)
-            x = encoded.spread() if self._all_tokens else encoded.tokens
-            alive, hosts = encoded.alive, encoded.hosts
+            x = encoded.unmerge() if self._all_tokens else encoded.tokens
+            alive, hosts = encoded.alive, encoded.targets
         else:
             x, alive, fits, hosts = self._encode_packed(
                 tokens, weights, layout, runs, carried, train
@@ -367,8 +367,8 @@ class MSViT(Backboned, nn.Module):
         alive = encoded.alive
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]
-        hosts = tuple(packed.named(host) for host in encoded.hosts)
-        return packed.restore(encoded.spread(), count=needed), alive, packed.packing.fits, hosts
+        hosts = tuple(packed.named(host) for host in encoded.targets)
+        return packed.restore(encoded.unmerge(), count=needed), alive, packed.packing.fits, hosts
 
 
 def _only_fitting(logits: Array, fits: Array | None) -> Array:

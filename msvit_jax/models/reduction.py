@@ -1,13 +1,14 @@
-"""Reducing tokens inside a backbone: which layers, how many tokens, and the state they carry.
+"""Reducing tokens inside a backbone: in which layers, how many, and the state they carry.
 
-A layer that reduces does so between its attention and its MLP, in every layout, mask-aware: what a
-mask hides is never kept for its own sake, never a host and never counted.
+A layer that reduces does so between its attention and its MLP, in every layout and aware of masks:
+what a mask hides is never kept for its own sake, never merged into and never counted.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,125 +16,149 @@ from flax import struct
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
+from msvit_jax import reducers
+from msvit_jax.errors import nearest
 from msvit_jax.models.attention import Mask, shelves_apart, shelves_together
-from msvit_jax.tokens import merging
+from msvit_jax.reducers import base
 from msvit_jax.tokens.packing import NOBODY
-
-REDUCERS = ("none", *merging.REDUCERS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class ReductionSpec:
     """How one layer reduces; all static.
 
     Attributes:
-      reducer: one of `merging.REDUCERS`.
-      keep: share of an image's patch tokens that stays, rounded up.
-      remove: for "tome", instead: tokens to merge.
-      weights: of "mergence", see `merging.reduce`.
-      prefix: class, distillation and register tokens of an image.
-      mean_query: importance is the attention of the mean patch query, not the class token's: for
-        mean pooling, where no class token learns to look at what matters, but all patches do.
+      reducer: Name in `reducers.REDUCERS`.
+      options: Names and values of the reducer's attributes.
+      prefix: Number of class, distillation and register tokens of an image.
+      mean_query: Whether importance is the attention of the mean patch query instead of the class
+        token's. For mean pooling, where no class token learns to look at what matters.
     """
 
     reducer: str
-    keep: float = 1.0
-    remove: int = 0
-    weights: str = "similarity"
+    options: tuple[tuple[str, Any], ...] = ()
     prefix: int = 1
     mean_query: bool = False
 
-    @property
-    def keeps_all(self) -> bool:
-        """Whether nothing is to be done."""
-        return self.keep == 1 and not self.remove
-
-    def plan(self, most: int) -> merging.Plan:
-        """The counts that it leaves of up to `most` patch tokens."""
-        return merging.Plan(self.reducer, most, keep=self.keep, remove=self.remove)
-
-    def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """Multiply-accumulates of deciding and merging, for sequences with their prefix.
-
-        Args:
-          before: tokens, any shape.
-          after: likewise.
-          width: channels of a token.
-          heads: of the attention.
-        """
-        if self.keeps_all:
-            return 0 * before
-        removed = before - after
-        # The class token's query, that through the keys' kernel, and its row for every head.
-        scores = 2 * width**2 + before * width * heads
-        merge = removed * after * width
-        similarities = merge  # of each removed token to each that stays
-        if self.reducer == "tome":
-            return before / 2 * before / 2 * (width // heads) + merge
-        parts = {"random": 0 * scores, "topk": scores, "evit": scores + merge}
-        return parts.get(self.reducer, scores + similarities + merge)
+    def make(self) -> base.Reducer:
+        """The reducer, to be made a submodule of the layer or used without parameters."""
+        return reducers.REDUCERS[self.reducer](**dict(self.options), parent=None)
 
 
 @struct.dataclass
-class Carried:
+class ReductionState:
     """What tokens carry from layer to layer where some reduce; shapes as the tokens'.
 
     Attributes:
       size: [B, N] float32, how many of the first tokens each stands for.
-      place: [B, N0] int32, where each of the first tokens is now; -1 if it was dropped.
-      tag: [B, N] uint32, what a token keeps for as long as it is there: its luck for "random", else
-        its place among the first tokens, which tells who is left.
+      place: [B, N0] int32, position of each of the first tokens now; -1 if it was dropped.
+      token_id: [B, N] int32, index of each token among the first ones.
+      random_score: [B, N] uint32, random bits of each token; None unless a reducer is random.
       history: `place` after each reduction.
     """
 
     size: Array
     place: Array
-    tag: Array
+    token_id: Array
+    random_score: Array | None = None
     history: tuple[Array, ...] = ()
 
+    @property
+    def targets(self) -> Array:
+        """[B, N0] int32, index of the first token that each is part of now; -1 if dropped."""
+        found = base.take(self.token_id, jnp.maximum(self.place, 0))
+        return jnp.where(self.place < 0, -1, found)
 
-def stages(
+
+def reduction_specs(
     *,
     reducer: str,
-    layers: tuple[int, ...] | None,
-    keep: float | tuple[float, ...],
-    remove: int,
-    weights: str,
+    layers: Sequence[int] | None,
+    keep: float | Sequence[float],
+    remove: int | Sequence[int],
+    options: Mapping[str, Any],
     depth: int,
     patches: int,
     prefix: int,
     mean_query: bool,
-) -> dict[int, Stage]:
-    """The reducing layers, counted from 0, of a model.
+) -> dict[int, ReductionSpec]:
+    """The reducing layers of a model, counted from 0.
 
     Args:
-      reducer: one of `REDUCERS`.
-      layers: counted from 1, as papers do; None: after each quarter of the depth (4, 7, 10 of 12),
-        for "tome" with `remove` every layer.
-      keep: for all layers, or for each.
-      remove: tokens that "tome" merges in each layer; 0: `keep` says how many.
-      weights: see `Stage`.
-      depth: layers.
-      patches: tokens of a training image on the grid.
-      prefix: see `Stage`.
-      mean_query: see `Stage`.
+      reducer: One of `reducers.NAMES`.
+      layers: Layers counted from 1, as papers do; None takes those after each quarter of the depth
+        (4, 7, 10 of 12), and all layers with `remove`.
+      keep: Share of the tokens that stays, for all layers or for each.
+      remove: Number of tokens merged instead, for all layers or for each; 0 leaves it to `keep`.
+      options: Other attributes of the reducer.
+      depth: Number of layers.
+      patches: Number of patch tokens of a training image.
+      prefix: See `ReductionSpec`.
+      mean_query: See `ReductionSpec`.
 
     Raises:
       ValueError: values that are not possible.
     """
-    if reducer not in REDUCERS:
-        raise ValueError(f"reducer={reducer!r} is none of {', '.join(REDUCERS)}.")
-    if weights not in merging.WEIGHTS:
-        raise ValueError(f"merge_weights={weights!r} is none of {', '.join(merging.WEIGHTS)}.")
+    if reducer not in reducers.NAMES:
+        raise ValueError(f"reducer={reducer!r} is none of {', '.join(reducers.NAMES)}.")
     if reducer == "none":
         return {}
-    if remove < 0 or (remove and reducer != "tome"):
+    kind = reducers.REDUCERS[reducer]
+    _check_options(kind, reducer, options)
+    removing = any(_listed(remove))
+    if min(_listed(remove)) < 0 or (removing and not kind.takes_remove):
+        takers = " or ".join(repr(n) for n, k in reducers.REDUCERS.items() if k.takes_remove)
         raise ValueError(
-            f"remove={remove} is for reducer='tome' and not negative; {reducer!r} takes keep=."
+            f"remove={remove} is for reducer={takers} and not negative; {reducer!r} takes keep=."
         )
     if layers is None:
         quarters = sorted({1 + depth * i // 4 for i in (1, 2, 3)})
-        layers = tuple(range(1, depth + 1)) if remove else tuple(quarters)
+        layers = tuple(range(1, depth + 1)) if removing else tuple(quarters)
+    _check_layers(layers, depth)
+    rates = _for_each("keep", 1.0 if removing else keep, layers)
+    numbers = _for_each("remove", remove, layers)
+    for rate in rates:
+        _check_rate(rate, reducer, kind.least_keep)
+    made = {
+        layer - 1: ReductionSpec(
+            reducer,
+            (("keep", float(rate)), ("remove", int(number)), *sorted(options.items())),
+            prefix,
+            mean_query,
+        )
+        for layer, rate, number in sorted(zip(layers, rates, numbers, strict=True))
+    }
+    _check_numbers(made, patches)
+    return made
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _for_each(name: str, value: Any, layers: Sequence[int]) -> tuple[Any, ...]:
+    """One value for each layer."""
+    values = _listed(value)
+    if not isinstance(value, tuple | list):
+        values = values * len(layers)
+    if len(values) != len(layers):
+        unit = "rates" if name == "keep" else "numbers"
+        raise ValueError(
+            f"{name}={value} has {len(values)} {unit}, but {len(layers)} layers reduce "
+            f"({', '.join(map(str, layers))}); give one for all, or one for each."
+        )
+    return values
+
+
+def _check_options(kind: type[base.Reducer], reducer: str, options: Mapping[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"reducer={reducer!r} has no option {name!r}.{nearest(name, known)}")
+    kind(**options, parent=None).check_options()
+
+
+def _check_layers(layers: Sequence[int], depth: int) -> None:
     if len(layers) > depth or len(set(layers)) < len(layers):
         raise ValueError(
             f"reduce_layers={layers}: {depth} different layers at most can reduce; name each once."
@@ -142,115 +167,114 @@ def stages(
         raise ValueError(
             f"reduce_layers={layers}: the layers are counted from 1 to {depth}; use those."
         )
-    rates = tuple(keep) if isinstance(keep, tuple | list) else (keep,) * len(layers)
-    if len(rates) != len(layers):
+
+
+def _check_rate(rate: float, reducer: str, least: float) -> None:
+    if not 0 < rate <= 1:
         raise ValueError(
-            f"keep={keep} has {len(rates)} rates, but {len(layers)} layers reduce "
-            f"({', '.join(map(str, layers))}); give one rate for all, or one for each."
+            f"keep={rate} is not possible: it is the share of the tokens that a layer keeps, "
+            "above 0 and up to 1."
         )
-    least = 0.5 if reducer == "tome" and not remove else 0.0
-    for rate in rates:
-        if not 0 < rate <= 1:
-            raise ValueError(
-                f"keep={rate} is not possible: it is the share of the tokens that a layer keeps, "
-                "above 0 and up to 1."
-            )
-        if rate < least:
-            raise ValueError(
-                f"keep={rate} is not possible with reducer='tome', which merges half of the "
-                "tokens at most; use 0.5 or more, or more reduce_layers."
-            )
-    made = {
-        layer - 1: Stage(reducer, float(rate), remove, weights, prefix, mean_query)
-        for layer, rate in sorted(zip(layers, rates, strict=True))
-    }
+    if rate < least:
+        raise ValueError(
+            f"keep={rate} is not possible with reducer={reducer!r}, which leaves {least:g} of the "
+            f"tokens at least; use {least:g} or more, or more reduce_layers."
+        )
+
+
+def _check_numbers(made: dict[int, ReductionSpec], patches: int) -> None:
     left = patches
-    for layer, stage in made.items():
-        if remove > left // 2:
+    for layer, spec in made.items():
+        reducer = spec.make()
+        if reducer.remove > left // 2:
             raise ValueError(
-                f"remove={remove} is not possible in layer {layer + 1}: {left} tokens are left "
-                "there, and half of them can be merged. Use less, or fewer reduce_layers."
+                f"remove={reducer.remove} is not possible in layer {layer + 1}: {left} tokens are "
+                "left there, and half of them can be merged. Use less, or fewer reduce_layers."
             )
-        left = int(stage.plan(left).kept[left])
-    return made
+        left = int(reducer.keep_table(left).kept[left])
 
 
-def layer_tokens(made: dict[int, Stage], depth: int, tokens: ArrayLike) -> np.ndarray:
+def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike) -> np.ndarray:
     """Patch tokens that enter each layer, and those after the last: [depth + 1, ...].
 
     Args:
-      made: see `stages`.
-      depth: layers.
-      tokens: active patch tokens of images.
+      specs: See `reduction_specs`.
+      depth: Number of layers.
+      tokens: Active patch tokens of images, any shape.
     """
     left = [np.asarray(tokens, np.float64)]
     for layer in range(depth):
         count = left[-1]
-        if layer in made and count.size:
-            kept = made[layer].plan(math.ceil(np.max(count))).kept
+        if layer in specs and count.size:
+            kept = specs[layer].make().keep_table(math.ceil(np.max(count))).kept
             count = np.interp(count, np.arange(len(kept)), kept)  # means of counts, too
         left.append(count)
     return np.stack(left)
 
 
-def start(x: Array, made: dict[int, Stage]) -> Carried:
+def start(x: Array, specs: dict[int, ReductionSpec]) -> ReductionState:
     """The state before the first layer, for tokens [B, N, D]."""
     batch, count, _ = x.shape
     place = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
-    return Carried(
+    is_random = any(reducers.REDUCERS[spec.reducer].needs_random_score for spec in specs.values())
+    return ReductionState(
         size=jnp.ones((batch, count), jnp.float32),
         place=place,
-        tag=merging.luck_of(x) if by_luck(made) else place.astype(jnp.uint32),
+        token_id=place,
+        random_score=base.random_score(x) if is_random else None,
     )
-
-
-def by_luck(made: dict[int, Stage]) -> bool:
-    """Whether luck decides; then nothing is merged."""
-    return any(stage.reducer == "random" for stage in made.values())
 
 
 def reduce(
     x: Array,
-    seen: Array,
+    attn_input: Array,
     key: Array,
     mask: Mask | None,
-    carried: Carried,
-    stage: Stage,
+    state: ReductionState,
+    *,
+    spec: ReductionSpec,
+    reducer: base.Reducer,
     scores: Callable[[Array, Array], Array],
-) -> tuple[Array, Mask, Carried]:
+    train: bool,
+) -> tuple[Array, Mask, ReductionState]:
     """Reduces tokens in any layout.
 
     Args:
-      x: [B, N, D].
-      seen: [B, N, D], what the layer's attention saw.
-      key: [B, N, H, d] that it made of that.
-      mask: of the layer.
-      carried: so far.
-      stage: how.
-      scores: what a few tokens would see in that attention, before the softmax and up to what is
-        the same for all: [B, M, D], [B, N, D] -> [B, H, M, N].
+      x: [B, N, D], tokens.
+      attn_input: [B, N, D], input of the layer's attention.
+      key: [B, N, H, d], keys of the layer's attention.
+      mask: Mask of the layer.
+      state: State of the tokens.
+      spec: How the layer reduces.
+      reducer: The layer's reducer, bound to its parameters.
+      scores: Pre-softmax scores of M queries, up to a constant for each: [B, M, D], [B, N, D] ->
+        [B, H, M, N].
+      train: Whether the model is training.
 
     Returns:
       Tokens [B, K, D], their mask and their state.
     """
     mask = mask or Mask()
-    if stage.keeps_all:
-        history = (*carried.history, carried.place)
-        return x, mask, dataclasses.replace(carried, history=history)
+    if reducer.keeps_all:
+        return x, mask, dataclasses.replace(state, history=(*state.history, state.place))
+    rows = functools.partial(_reduce_rows, spec=spec, reducer=reducer, scores=scores, train=train)
     if not mask.shelves:
-        return _reduce_rows(x, seen, key, mask, carried, stage, scores)
+        return rows(x, attn_input, key, mask, state)
     groups, first = x.shape[0], 0
     parts, places = [], []
-    apart = shelves_apart(mask, x, seen, key, carried.size, carried.tag)
-    for (rows, _), (own, (part, s, k, size, tag)) in zip(mask.shelves, apart, strict=True):
-        here = dataclasses.replace(start(part, {}), size=size, tag=tag)
-        parts.append(_reduce_rows(part, s, k, own, here, stage, scores))
-        count = parts[-1][0].shape[1]
-        # Places of this shelf's rows within the group.
-        row = jnp.arange(groups * rows, dtype=jnp.int32)[:, None] % rows
+    apart = shelves_apart(mask, x, attn_input, key, state.size, state.token_id, state.random_score)
+    for (count, _), (own, arrays) in zip(mask.shelves, apart, strict=True):
+        part, part_input, part_key, size, token_id, random_score = arrays
+        here = dataclasses.replace(
+            start(part, {}), size=size, token_id=token_id, random_score=random_score
+        )
+        parts.append(rows(part, part_input, part_key, own, here))
+        length = parts[-1][0].shape[1]
+        # Positions of this bucket's rows within the group.
+        row = jnp.arange(groups * count, dtype=jnp.int32)[:, None] % count
         place = parts[-1][2].place
-        places.append(jnp.where(place < 0, -1, first + row * count + place))
-        first += rows * count
+        places.append(jnp.where(place < 0, -1, first + row * length + place))
+        first += count * length
     tokens, masks, states = zip(*parts, strict=True)
     together = functools.partial(shelves_together, groups=groups)
     mask = dataclasses.replace(
@@ -259,66 +283,73 @@ def reduce(
         segments=together([m.segments for m in masks]),
         sizes=together([m.sizes for m in masks]),
         shelves=tuple(
-            (rows, x.shape[1]) for (rows, _), x in zip(mask.shelves, tokens, strict=True)
+            (count, x.shape[1]) for (count, _), x in zip(mask.shelves, tokens, strict=True)
         ),
     )
-    place = merging.compose(carried.place, together(places))
-    after = Carried(
+    place = base.compose(state.place, together(places))
+    after = ReductionState(
         size=together([s.size for s in states]),
         place=place,
-        tag=together([s.tag for s in states]),
-        history=(*carried.history, place),
+        token_id=together([s.token_id for s in states]),
+        random_score=together([s.random_score for s in states]),
+        history=(*state.history, place),
     )
     return together(tokens), mask, after
 
 
 def _reduce_rows(
     x: Array,
-    seen: Array,
+    attn_input: Array,
     key: Array,
     mask: Mask,
-    carried: Carried,
-    stage: Stage,
+    state: ReductionState,
+    *,
+    spec: ReductionSpec,
+    reducer: base.Reducer,
     scores: Callable[[Array, Array], Array],
-) -> tuple[Array, Mask, Carried]:
-    member, prefix = _who(x, mask, stage.prefix)
-    tokens = merging.Tokens(x, member, prefix, carried.size, luck=carried.tag)
-    if stage.reducer == "tome":
+    train: bool,
+) -> tuple[Array, Mask, ReductionState]:
+    member, prefix = _segment_membership(x, mask, spec.prefix)
+    tokens = base.Tokens(x, member, prefix, state.size)
+    if reducer.needs_random_score:
+        tokens = dataclasses.replace(tokens, random_score=state.random_score)
+    if reducer.needs_keys:
         tokens = dataclasses.replace(tokens, keys=key.mean(axis=2))
-    elif stage.reducer != "random":
+    if reducer.needs_importance:
         # The query of a mean of tokens is the mean of their queries.
-        asking = merging.who_asks(seen, tokens, mean=stage.mean_query)
-        importance = merging.attention_received(scores(asking, seen), member)
+        query = base.importance_query(attn_input, tokens, mean=spec.mean_query)
+        importance = base.attention_received(scores(query, attn_input), member)
         tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]
     # A row ends with a run of empty places, which is no image.
     most = images if images == 1 else images - 1
-    plan = stage.plan(length - stage.prefix)
-    places = plan.places(length, stage.prefix, most)
-    merge = merging.reduce(stage.reducer, tokens, plan, places, weights=stage.weights)
-    size = merge.sizes(carried.size)
-    place = merging.compose(carried.place, merge.place(length))
-    after = Carried(
+    table = reducer.keep_table(length - spec.prefix)
+    merge = reducer(tokens, table, table.capacity(length, spec.prefix, most), train=train)
+    size = merge.sizes(state.size)
+    place = base.compose(state.place, merge.positions(length))
+    score = state.random_score
+    after = ReductionState(
         size=size,
         place=place,
-        tag=merging.take(carried.tag, merge.kept),
-        history=(*carried.history, place),
+        token_id=base.take(state.token_id, merge.kept),
+        random_score=None if score is None else base.take(score, merge.kept),
+        history=(*state.history, place),
     )
-    return merge.tokens(x), _kept_mask(mask, merge, size, stage), after
+    return merge.tokens(x), _kept_mask(mask, merge, size if reducer.counts_sizes else None), after
 
 
-def _kept_mask(mask: Mask, merge: merging.Merge, size: Array, stage: Stage) -> Mask:
+def _kept_mask(mask: Mask, merge: base.Merge, sizes: Array | None) -> Mask:
     weights, segments = mask.weights, mask.segments
     return dataclasses.replace(
         mask,
-        weights=None if weights is None else merging.take(weights, merge.kept, fill=1.0),
-        segments=None if segments is None else merging.take(segments, merge.kept, fill=NOBODY),
-        sizes=size if stage.reducer == "tome" else None,
+        weights=None if weights is None else base.take(weights, merge.kept, fill=1.0),
+        segments=None if segments is None else base.take(segments, merge.kept, fill=NOBODY),
+        sizes=sizes,
     )
 
 
-def _who(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array]:
-    """Whose tokens they are [B, N, M] and which of them are prefix tokens [B, N]."""
+def _segment_membership(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array]:
+    """The image of a row that each token belongs to [B, N, M], and its prefix tokens [B, N]."""
     batch, count, _ = x.shape
     place = jnp.arange(count)[None]
     active = jnp.ones((batch, count), bool)

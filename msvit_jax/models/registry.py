@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any
 
 from flax import linen as nn
+from flax.core import FrozenDict
 
+from msvit_jax import reducers
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
@@ -65,8 +67,8 @@ CASCADES = {
     "dvt_t2t_vit_12": "t2t_vit_12",
     "dvt_t2t_vit_14": "t2t_vit_14",
 }
-_NOT_OPTIONS = {"parent", "name", "backbone", "hold_level", "gate_gradient"}  # trainer's: the last
-_REDUCING = {"reducer", "reduce_layers", "keep", "remove", "merge_weights"}
+_NOT_OPTIONS = {"parent", "name", "backbone", "reducer_options", "hold_level", "gate_gradient"}
+_REDUCING = {"reducer", "reduce_layers", "keep", "remove", *reducers.option_types()}
 _NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 
 
@@ -88,7 +90,8 @@ def dense_options(name: str) -> set[str]:
 def _attributes(module: type[nn.Module]) -> dict[str, Any]:
     """Types of a module's own fields."""
     fields = {field.name: field.type for field in dataclasses.fields(module)}
-    return {name: kind for name, kind in fields.items() if name not in _NOT_OPTIONS}
+    options = {name: kind for name, kind in fields.items() if name not in _NOT_OPTIONS}
+    return options | reducers.option_types() if module is ViT else options
 
 
 def model_options(name: str) -> set[str]:
@@ -136,6 +139,8 @@ def create_model(name: str, **overrides: Any) -> Any:
     shape = BACKBONES[dense_model(name)]
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}
+    if chosen := {key: inner.pop(key) for key in reducers.option_types() if key in inner}:
+        inner["reducer_options"] = FrozenDict(chosen)  # hashable, as attributes have to be
     make = T2TViT if dense_model(name) in T2T else ViT
     backbone: Any = make(**{**shape, **inner}, parent=None)
     model = backbone

@@ -4,13 +4,15 @@ ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation 
 (Touvron et al. 2021, CaiT) and register tokens (Darcet et al. 2024), as timm's models have them.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from flax.core import FrozenDict
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
@@ -25,8 +27,9 @@ from msvit_jax.models.embedding import (
     sincos_positions,
 )
 from msvit_jax.models.output import Features, Output, also_empty
-from msvit_jax.models.reduction import Carried, Stage
-from msvit_jax.tokens import grid, merging
+from msvit_jax.models.reduction import ReductionSpec, ReductionState
+from msvit_jax.reducers import base as reducing
+from msvit_jax.tokens import grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,28 +41,25 @@ class Encoded:
 
     Attributes:
       tokens: [B, N, D], fewer than went in if layers reduced them.
-      carried: their state, if layers reduced them.
-      hosts: after each reduction, [B, N] int32: for each token that went in the one of them that
-        holds the place which it is part of; -1 if it was dropped.
+      state: State of the tokens; None if no layer reduces them.
+      targets: After each reduction, [B, N] int32: index of the input token that each input token
+        was merged into, its own if it was not merged; -1 if it was dropped.
     """
 
     tokens: Array
-    carried: Carried | None = None
-    hosts: tuple[Array, ...] = ()
+    state: ReductionState | None = None
+    targets: tuple[Array, ...] = ()
 
-    def spread(self) -> Array:
-        """For each token that went in the one that it became part of; zeros where it was dropped.
-
-        [B, N, D] in the places of the tokens that went in.
-        """
-        if self.carried is None:
+    def unmerge(self) -> Array:
+        """[B, N, D], for each input token the one it became part of; zeros if it was dropped."""
+        if self.state is None:
             return self.tokens
-        return merging.unmerge(self.tokens, self.carried.place)
+        return reducing.unmerge(self.tokens, self.state.place)
 
     @property
     def alive(self) -> Array | None:
-        """[B, N] bool, which of the tokens that went in were not dropped; None: all."""
-        return None if self.carried is None else self.carried.place >= 0
+        """[B, N] bool, input tokens that were not dropped; None if none can be."""
+        return None if self.state is None else self.state.place >= 0
 
 
 class ViT(nn.Module):
@@ -101,12 +101,12 @@ class ViT(nn.Module):
       attention_impl: implementation of attention, see `models.attention`.
       scan_layers: one compiled block scanned over stacked parameters (`blocks`, layers first):
         compiles faster.
-      reducer: how layers reduce tokens, see `tokens.merging`; "none": they do not.
-      reduce_layers: which, counted from 1; None: after each quarter of the depth, or all for "tome"
-        with `remove`.
-      keep: share of the patch tokens that such a layer keeps, for all or for each of them.
-      remove: patch tokens that each such layer merges ("tome"), instead of `keep`.
-      merge_weights: of "mergence", "similarity" or "size".
+      reducer: How layers reduce tokens, a name in `reducers.REDUCERS`, or "none".
+      reduce_layers: Layers that reduce, counted from 1; None takes those after each quarter of the
+        depth, or all with `remove`.
+      keep: Share of the patch tokens that such a layer keeps, for all or for each of them.
+      remove: Number of patch tokens that such a layer merges instead ("tome"), for all or for each.
+      reducer_options: Other attributes of the reducer, by name.
       mean: of the pixels, on the scale of 0 to 1, that images are normalised with.
       std: likewise.
     """
@@ -138,8 +138,8 @@ class ViT(nn.Module):
     reducer: str = "none"
     reduce_layers: tuple[int, ...] | None = None
     keep: float | tuple[float, ...] = 0.7
-    remove: int = 0
-    merge_weights: str = "similarity"
+    remove: int | tuple[int, ...] = 0
+    reducer_options: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -178,8 +178,8 @@ class ViT(nn.Module):
         if self.scan_layers:
             self.blocks = make_block(**block)
         else:
-            stages = self.stages
-            self.blocks = [make_block(**block, stage=stages.get(i)) for i in range(self.depth)]
+            specs = self.reductions
+            self.blocks = [make_block(**block, reduction=specs.get(i)) for i in range(self.depth)]
         self.norm = LayerNorm(epsilon=self.norm_epsilon)
         if not self.num_classes:
             return
@@ -220,13 +220,15 @@ class ViT(nn.Module):
             raise ValueError(f"gelu={self.gelu!r} is none of {', '.join(GELUS)}.")
         if self.distilled and self.pool != "token":
             raise ValueError("distilled=True needs pool='token'.")
-        if self.stages and self.scan_layers:
+        specs = self.reductions
+        if specs and self.scan_layers:
             raise ValueError(
                 f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
             )
-        if self.stages and self.reducer == "tome" and self.attention_impl == "pallas":
+        counts = any(spec.make().counts_sizes for spec in specs.values())
+        if counts and self.attention_impl == "pallas":
             raise ValueError(
-                "reducer='tome' needs attention that counts tokens by their sizes; "
+                f"reducer={self.reducer!r} needs attention that counts tokens by their sizes; "
                 "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
             )
 
@@ -246,18 +248,18 @@ class ViT(nn.Module):
             )
 
     @property
-    def stages(self) -> dict[int, Stage]:
+    def reductions(self) -> dict[int, ReductionSpec]:
         """The layers that reduce tokens, counted from 0.
 
         Raises:
           ValueError: the attributes do not fit together.
         """
-        return reduction.stages(
+        return reduction.reduction_specs(
             reducer=self.reducer,
             layers=self.reduce_layers,
             keep=self.keep,
             remove=self.remove,
-            weights=self.merge_weights,
+            options=self.reducer_options,
             depth=self.depth,
             patches=self.grid_size**2,
             prefix=self.prefix_length,
@@ -266,7 +268,7 @@ class ViT(nn.Module):
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
         """Patch tokens that go into each layer's MLP: [...] -> [depth, ...]."""
-        return reduction.layer_tokens(self.stages, self.depth, tokens)[1:]
+        return reduction.layer_tokens(self.reductions, self.depth, tokens)[1:]
 
     @property
     def grid_size(self) -> int:
@@ -306,13 +308,15 @@ class ViT(nn.Module):
 
         The patch embedding is counted for the whole grid of a training image.
         """
-        left = reduction.layer_tokens(self.stages, self.depth, tokens) + self.prefix_length
+        specs = self.reductions
+        left = reduction.layer_tokens(specs, self.depth, tokens) + self.prefix_length
         blocks = flops.attention(left[:-1], self.width) + flops.mlp(
             left[1:], self.width, self.mlp_hidden
         )
         total = self.embed_macs + blocks.sum(axis=0) + self.head_macs
-        for layer, stage in self.stages.items():
-            total = total + stage.macs(left[layer], left[layer + 1], self.width, self.heads)
+        for layer, spec in specs.items():
+            if not (reducer := spec.make()).keeps_all:
+                total = total + reducer.macs(left[layer], left[layer + 1], self.width, self.heads)
         return total
 
     @property
@@ -372,21 +376,17 @@ class ViT(nn.Module):
         rates = self.drop_rates(train=train)
         if self.scan_layers:
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
-        stages = self.stages
-        carried = reduction.start(x, stages) if stages else None
-        own = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-        hosts: list[Array] = []
+        specs = self.reductions
+        state = reduction.start(x, specs) if specs else None
+        targets: list[Array] = []
         for layer, block in enumerate(self.blocks):
             rate = None if rates is None else rates[layer]
-            if carried is not None and layer in stages:
-                x, mask, carried = block.reducing(x, rate, mask, carried)
-                host = own
-                if not reduction.by_luck(stages):
-                    host = merging.take(carried.tag, jnp.maximum(carried.place, 0))
-                hosts.append(jnp.where(carried.place < 0, -1, host.astype(jnp.int32)))
+            if state is not None and layer in specs:
+                x, mask, state = block.reducing(x, rate, mask, state, train)
+                targets.append(state.targets)
             else:
                 x = block(x, rate, mask)
-        return Encoded(self.norm(x), carried, tuple(hosts))
+        return Encoded(self.norm(x), state, tuple(targets))
 
     def drop_rates(self, *, train: bool) -> Array | None:
         """Stochastic depth's rate in each block, [depth]; None: it is off."""
@@ -489,7 +489,7 @@ class ViT(nn.Module):
         encoded = self.encode(x, train=train)
         areas = None
         if self.pool == "mean" or not self.num_classes:
-            x, alive = encoded.spread(), encoded.alive
+            x, alive = encoded.unmerge(), encoded.alive
             areas = None if alive is None else alive[:, self.prefix_length :].astype(jnp.float32)
         else:
             x = encoded.tokens
@@ -499,16 +499,16 @@ class ViT(nn.Module):
             tokens=jnp.full((batch,), size[0] * size[1], jnp.int32),
             distilled_logits=distilled,
             merged=merged_patches(encoded, self.prefix_length),
-            hosts=host_patches(encoded.hosts, self.prefix_length),
+            hosts=host_patches(encoded.targets, self.prefix_length),
             features=None if self.num_classes else self.features(x, tuple(size)),
         )
 
 
 def merged_patches(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
     """`Output.merged` of images whose tokens are in their own rows."""
-    if encoded.carried is None:
+    if encoded.state is None:
         return None
-    return tuple(place[:, prefix:] for place in encoded.carried.history)
+    return tuple(place[:, prefix:] for place in encoded.state.history)
 
 
 def host_patches(hosts: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:

@@ -53,8 +53,8 @@ class Fall:
         """
         if not options["epochs"] and not options["hold_epochs"]:
             return None
-        stages = getattr(backbone_of(model), "stages", {})
-        if not stages or any(stage.remove for stage in stages.values()):
+        specs = getattr(backbone_of(model), "reductions", {})
+        if not specs or any(spec.make().remove for spec in specs.values()):
             raise UserError(
                 "fall.epochs is for models that keep a share of their tokens (model.reducer and "
                 "model.keep); this one does not. Set fall.epochs=0 and fall.hold_epochs=0."
@@ -66,7 +66,7 @@ class Fall:
                 "least one program."
             )
         return cls(
-            target=tuple(stage.keep for _, stage in sorted(stages.items())),
+            target=tuple(spec.make().keep for _, spec in sorted(specs.items())),
             hold=options["hold_epochs"] * steps_per_epoch,
             steps=options["epochs"] * steps_per_epoch,
             programs=options["programs"],

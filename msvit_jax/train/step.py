@@ -156,6 +156,7 @@ def _make_objective(
         targets = smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
         images, targets = _mixed(mix_key, images, targets, config.data)
         rngs = {"gate": gate_key, "dropout": dropout_key}
+        rngs["reducer"] = jax.random.fold_in(dropout_key, 1)
         # Decisions that come with a batch are used instead of the gate's: msvit_jax.benchmark.
         forced = {"coarse": batch["coarse"]} if "coarse" in batch else {}
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)

@@ -97,9 +97,9 @@ def test_a_model_that_merges_is_compiled_beside_its_plain_model():
     assert variants.default_names(config) == ["dense", "reduced"]
     dense = configs.build_model(_variant("dense", config).config)
     reduced = configs.build_model(_variant("reduced", config).config)
-    assert not dense.stages
+    assert not dense.reductions
     assert dense.width == reduced.backbone.width == 96
-    assert [stage.keep for stage in reduced.stages.values()] == [0.6] * 3
+    assert [spec.make().keep for spec in reduced.reductions.values()] == [0.6] * 3
 
 
 def test_a_dense_model_has_no_reduced_variant():

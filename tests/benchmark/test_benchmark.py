@@ -208,5 +208,5 @@ def test_a_model_that_merges_is_compared_with_its_plain_model():
 
 def test_the_dense_side_never_merges():
     options = _options(overrides=(*_options().overrides, "reducer=topk", "keep=0.5"))
-    assert sides.build(options).backbone.stages
-    assert not sides.build(options, dense=True).stages
+    assert sides.build(options).backbone.reductions
+    assert not sides.build(options, dense=True).reductions

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import msvit_jax
-from msvit_jax.tokens import merging
+from msvit_jax import reducers
 from tests.jitted import apply
 
 SIDE, GRID = 32, 64
@@ -81,7 +81,7 @@ def test_the_hosts_are_the_patches_that_the_class_token_looks_at_most(reducer):
             assert (gone >= 0).all()
 
 
-@pytest.mark.parametrize("reducer", merging.REDUCERS)
+@pytest.mark.parametrize("reducer", reducers.REDUCERS)
 def test_hosts_tell_the_same_groups_as_places(reducer):
     output = _apply("vit_tiny_patch16_224", reducer=reducer)
     for places, hosts in zip(output.merged, output.hosts, strict=True):

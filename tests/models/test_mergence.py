@@ -19,7 +19,7 @@ from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.tokens import packing
 from tests.models.test_vit import TINY, reference_forward, rough
-from tests.tokens.test_merging import loop
+from tests.reducers.test_reducers import loop
 
 DENSE, MIXED, MERGENCE = (f"{kind}deit_tiny_patch16_224" for kind in ("", "msvit_", "mergence_"))
 REDUCERS = ("mergence", "topk", "evit", "tome", "random")
@@ -48,23 +48,25 @@ def logits(model, variables, images):
 
 def reducing(model):
     """What `reference_forward` does between attention and MLP for a model's reducer."""
-    case = (model.reducer, {"remove": model.remove} if model.remove else {}, model.merge_weights)
     prefix = model.prefix_length
+    proportional = model.reducer_options.get("proportional_attention", model.reducer == "tome")
 
     def reduce(layer, x, query, key, size):
-        if layer not in model.stages:
-            return x, size, size if model.reducer == "tome" else np.ones(len(x))
+        if layer not in model.reductions:
+            return x, size, size if proportional else np.ones(len(x))
         asks = query[0]
         if model.pool == "mean":
             asks = np.average(query[prefix:], axis=0, weights=size[prefix:])
         scores = np.einsum("hd,nhd->hn", asks, key) / np.sqrt(key.shape[-1])
         score = softmax(scores, axis=1).mean(axis=0)
-        options = case[1] or {"keep": model.stages[layer].keep}
+        reducer = model.reductions[layer].make()
+        options = {"remove": reducer.remove} if model.remove else {"keep": reducer.keep}
         values = (x, size, score, key.mean(axis=1), np.zeros(len(x), int))
-        _, held, sizes = loop((case[0], options, case[2]), *values, prefix)
+        case = model.reducer, {**options, **model.reducer_options}
+        _, held, sizes = loop(case, *values, prefix)
         x = np.stack([held[host] for host in held])
         size = np.array([sizes[host] for host in held])
-        return x, size, size if model.reducer == "tome" else np.ones(len(x))
+        return x, size, size if proportional else np.ones(len(x))
 
     return reduce
 
@@ -77,7 +79,8 @@ def reducing(model):
         {"reducer": "topk", "distilled": True},
         {"reducer": "evit"},
         {"reducer": "tome", "remove": 3, "layer_scale": 0.5},
-        {"reducer": "tome", "remove": 3, "distilled": True},
+        {"reducer": "tome", "remove": 3, "distilled": True, "proportional_attention": False},
+        {"reducer": "tome", "remove": (5, 2, 0)},
         {"reducer": "tome", "reduce_layers": (2,), "pool": "mean"},
         {"reducer": "tome", "reduce_layers": (1, 2, 3), "pool": "mean", "class_token": False},
         {"reducer": "mergence", "pool": "mean", "class_token": False},
@@ -404,9 +407,11 @@ def test_random_tokens_are_the_images_own():
         ({"reducer": "magic"}, "reducer='magic' is none of none, mergence"),
         ({"merge_weights": "heavy"}, "merge_weights='heavy' is none of similarity, size"),
         ({"remove": 4}, "remove=4 is for reducer='tome'"),
+        ({"proportional_attention": False}, "'mergence' has no option 'proportional_attention'"),
+        ({"reducer": "tome", "remove": (4, 2, 1)}, "has 3 numbers, but 2 layers reduce"),
         ({"reducer": "tome", "remove": -1}, "not negative"),
         ({"reducer": "tome", "remove": 7}, "remove=7 is not possible in layer 2: 9 tokens are"),
-        ({"reducer": "tome", "keep": 0.4}, "merges half of the tokens at most"),
+        ({"reducer": "tome", "keep": 0.4}, "leaves 0.5 of the tokens at least"),
         ({"reducer": "tome", "attention_impl": "pallas"}, "'pallas' cannot. Use 'auto'"),
         ({"scan_layers": True}, "needs scan_layers=False"),
         ({"scales": (5, 8)}, "patches of 5 px do not divide an image of 32 px"),

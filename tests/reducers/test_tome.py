@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from msvit_jax.tokens import merging
+from msvit_jax import reducers
+from msvit_jax.reducers import base
 
 ROWS, PLACES, WIDTH = 4, 28, 6
 MOST = 4  # images in a row
@@ -90,19 +91,20 @@ def whose(kind, prefix, rng):
 
 @functools.cache
 def compiled(**layer):
-    plan = merging.Plan("tome", PLACES, **layer)
+    reducer = reducers.ToMe(**layer)
+    table = reducer.keep_table(PLACES)
 
     @jax.jit
     def run(tokens, where, projection):
         keys = jnp.einsum("bnd,dc->bnc", tokens.x, projection, precision="highest")
-        merge = merging.reduce("tome", tokens.replace(keys=keys), plan, (PLACES, PLACES))
-        tokens = merging.Tokens(
+        merge = reducer.apply({}, tokens.replace(keys=keys), table, (PLACES, PLACES))
+        tokens = reducers.Tokens(
             x=merge.tokens(tokens.x),
-            member=merging.take(tokens.member, merge.kept, fill=False),
-            prefix=merging.take(tokens.prefix, merge.kept, fill=False),
+            member=base.take(tokens.member, merge.kept, fill=False),
+            prefix=base.take(tokens.prefix, merge.kept, fill=False),
             size=merge.sizes(tokens.size),
         )
-        return tokens, merging.compose(where, merge.place(PLACES))
+        return tokens, base.compose(where, merge.positions(PLACES))
 
     return run
 
@@ -125,7 +127,7 @@ def test_layer_after_layer_groups_and_their_order_are_the_published_ones(kind, p
     hypothesis.assume(min(margin for *_, margin in references) > 1e-5)
 
     before = (member & (np.cumsum(member, axis=1) <= prefix)).any(axis=2)
-    tokens = merging.Tokens(x, member, before, np.ones((ROWS, PLACES), np.float32))
+    tokens = reducers.Tokens(x, member, before, np.ones((ROWS, PLACES), np.float32))
     place = np.tile(np.arange(PLACES, dtype=np.int32), (ROWS, 1))
     for layer, projection in zip(LAYERS, projections, strict=True):
         tokens, place = compiled(**layer)(tokens, place, projection)

@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from msvit_jax.tokens import merging
-from tests.tokens.test_tome import published
+from msvit_jax import reducers
+from msvit_jax.reducers import base
+from tests.reducers.test_tome import published
 
 ROWS, PLACES, WIDTH = 3, 14, 5
 PREFIX = {"one image": 1, "several": 2}  # tokens before the patches of an image in each kind of row
 MOST = 4  # images in a row of several: a prefix and one patch each, at least
 
 CASES = {
-    "mergence": ("mergence", {"keep": 0.6}, "similarity"),
-    "mergence, by size": ("mergence", {"keep": 0.35}, "size"),
-    "topk": ("topk", {"keep": 0.5}, ""),
-    "evit": ("evit", {"keep": 0.5}, ""),
-    "tome": ("tome", {"keep": 0.6}, ""),
-    "tome, a fixed number": ("tome", {"remove": 3}, ""),
-    "random": ("random", {"keep": 0.5}, ""),
+    "mergence": ("mergence", {"keep": 0.6}),
+    "mergence, by size": ("mergence", {"keep": 0.35, "merge_weights": "size"}),
+    "topk": ("topk", {"keep": 0.5}),
+    "evit": ("evit", {"keep": 0.5}),
+    "tome": ("tome", {"keep": 0.6}),
+    "tome, a fixed number": ("tome", {"remove": 3}),
+    "random": ("random", {"keep": 0.5}),
 }
 MERGING = [name for name in CASES if name not in ("topk", "random")]
 BY_SCORE = [name for name in CASES if not name.startswith("tome")]
@@ -53,33 +54,34 @@ def batch(seed, kind="one image"):
     x, keys = rng.normal(size=(2, ROWS, PLACES, WIDTH)).astype(np.float32)
     x[empty], keys[empty] = np.nan, np.nan
     importance = rng.random((ROWS, PLACES)).astype(np.float32)
-    return merging.Tokens(
+    return reducers.Tokens(
         x=x,
         member=member,
         prefix=prefix,
         size=np.where(empty, 1, rng.integers(1, 5, (ROWS, PLACES))).astype(np.float32),
         importance=np.where(empty, 9, importance).astype(np.float32),
         keys=keys,
-        luck=rng.integers(0, 2**32, (ROWS, PLACES), dtype=np.uint32),
+        random_score=rng.integers(0, 2**32, (ROWS, PLACES), dtype=np.uint32),
     )
 
 
 @functools.cache
-def compiled(reducer, kind, weights, **options):
-    plan = merging.Plan(reducer, PLACES - PREFIX[kind], **options)
-    places = plan.places(PLACES, PREFIX[kind], 1 if kind == "one image" else MOST)
+def compiled(reducer, kind, **options):
+    reducer = reducers.REDUCERS[reducer](**options)
+    table = reducer.keep_table(PLACES - PREFIX[kind])
+    capacity = table.capacity(PLACES, PREFIX[kind], 1 if kind == "one image" else MOST)
 
     @jax.jit
     def run(tokens):
-        merge = merging.reduce(reducer, tokens, plan, places, weights=weights or "similarity")
-        return merge, merge.tokens(tokens.x), merge.sizes(tokens.size), merge.place(PLACES)
+        merge = reducer.apply({}, tokens, table, capacity)
+        return merge, merge.tokens(tokens.x), merge.sizes(tokens.size), merge.positions(PLACES)
 
     return run
 
 
 def reduced(case, tokens, kind="one image"):
-    reducer, options, weights = CASES[case]
-    return jax.device_get(compiled(reducer, kind, weights, **options)(tokens))
+    reducer, options = CASES[case]
+    return jax.device_get(compiled(reducer, kind, **options)(tokens))
 
 
 def cosine(a, b):
@@ -91,16 +93,16 @@ def softened(tokens, host, guests):
     return {host: math.e} | {g: math.exp(cosine(tokens[g], tokens[host])) for g in guests}
 
 
-def loop(case, x, size, score, keys, luck, prefix):
+def loop(case, x, size, score, keys, random_score, prefix):
     """One image: where each token is, None: dropped; what those that stay hold, and their sizes.
 
     Those that stay are in the order in which they must lie.
     """
-    reducer, options, weights = case
+    reducer, options = case
     patches = list(range(prefix, len(x)))
     stay = math.ceil(round(options.get("keep", 1) * len(patches), 6))
     if reducer == "random":
-        score = luck >> 8
+        score = random_score >> 8
     order = sorted(patches, key=lambda i: (-float(score[i]), i))
     where = {i: i for i in range(len(x))}
     if reducer in ("topk", "random"):
@@ -121,7 +123,7 @@ def loop(case, x, size, score, keys, luck, prefix):
         sizes[host] = sum(size[i] for i in inside)
         if reducer == "evit":
             share = {i: score[i] if host in order[stay:] else 1.0 for i in inside}
-        elif reducer == "mergence" and weights == "similarity":
+        elif reducer == "mergence" and options.get("merge_weights") != "size":
             share = softened(x, host, [i for i in inside if i != host])
             share = {i: s / sum(share.values()) for i, s in share.items()}
         else:
@@ -145,7 +147,7 @@ def test_every_reducer_does_what_a_loop_over_an_images_tokens_does(case, kind, s
     for row in range(ROWS):
         stayed = []
         for image in images_of(tokens, row):
-            values = (tokens.x, tokens.size, tokens.importance, tokens.keys, tokens.luck)
+            values = (tokens.x, tokens.size, tokens.importance, tokens.keys, tokens.random_score)
             where, held, size = loop(CASES[case], *(v[row, image] for v in values), PREFIX[kind])
             stayed += [image[i] for i in held]
             for token, host in where.items():
@@ -172,7 +174,7 @@ def test_what_is_merged_covers_every_token_once(case, seed):
     tokens = batch(seed)
     tokens = tokens.replace(size=np.ones_like(tokens.size))
     _, x, sizes, place = reduced(case, tokens)
-    back = jax.device_get(merging.unmerge(x, place))
+    back = jax.device_get(base.unmerge(x, place))
     for row in range(ROWS):
         active = tokens.member[row, :, 0]
         assert (place[row, active] >= 0).all()
@@ -186,7 +188,7 @@ def test_what_is_merged_covers_every_token_once(case, seed):
 def test_what_is_dropped_is_counted_nowhere_and_comes_back_as_zeros(case):
     tokens = batch(0)
     _, x, sizes, place = reduced(case, tokens)
-    back = jax.device_get(merging.unmerge(x, place))
+    back = jax.device_get(base.unmerge(x, place))
     for row in range(ROWS):
         active = tokens.member[row, :, 0]
         gone = active & (place[row] < 0)
@@ -207,7 +209,7 @@ def test_the_order_of_the_tokens_does_not_matter(case, seed):
     order = np.concatenate([[0], order])
     moved = jax.tree.map(lambda leaf: leaf[:, order], tokens)
     back = [
-        jax.device_get(merging.unmerge(x, place))
+        jax.device_get(base.unmerge(x, place))
         for _, x, _, place in (reduced(case, tokens), reduced(case, moved))
     ]
     active = tokens.member[:, order, 0]
@@ -215,10 +217,10 @@ def test_the_order_of_the_tokens_does_not_matter(case, seed):
 
 
 @pytest.mark.parametrize("kind", PREFIX)
-@pytest.mark.parametrize("reducer", merging.REDUCERS)
+@pytest.mark.parametrize("reducer", reducers.REDUCERS)
 def test_a_keep_rate_of_one_changes_nothing(reducer, kind):
     tokens = batch(3, kind)
-    _, x, sizes, place = jax.device_get(compiled(reducer, kind, "", keep=1.0)(tokens))
+    _, x, sizes, place = jax.device_get(compiled(reducer, kind, keep=1.0)(tokens))
     active = tokens.member.any(axis=2)
     for row in range(ROWS):
         np.testing.assert_array_equal(place[row, active[row]], np.arange(active[row].sum()))
@@ -232,7 +234,7 @@ def test_places_are_composed_merge_by_merge():
     rng = np.random.default_rng(0)
     first, then = rng.integers(-1, 6, (2, 9)), rng.integers(-1, 3, (2, 6))
     expected = [[-1 if p < 0 else then[row, p] for p in first[row]] for row in range(2)]
-    np.testing.assert_array_equal(merging.compose(jnp.asarray(first), jnp.asarray(then)), expected)
+    np.testing.assert_array_equal(base.compose(jnp.asarray(first), jnp.asarray(then)), expected)
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -245,10 +247,10 @@ def test_importance_is_the_attention_of_the_class_token_or_the_mean_patch(kind, 
     query[~tokens.member.any(axis=2)] = key[~tokens.member.any(axis=2)] = np.nan
     # Queries are a linear map of what is seen; here they are what is seen, cut into heads.
     seen = jnp.asarray(query.reshape(ROWS, PLACES, -1))
-    asking = merging.who_asks(seen, jax.tree.map(jnp.asarray, tokens), mean=mean)
+    asking = base.importance_query(seen, jax.tree.map(jnp.asarray, tokens), mean=mean)
     asking = asking.reshape(ROWS, -1, heads, channels) / math.sqrt(channels)
     scores = jnp.einsum("bmhd,bnhd->bhmn", asking, jnp.asarray(key))
-    found = np.asarray(merging.attention_received(scores, jnp.asarray(tokens.member)))
+    found = np.asarray(base.attention_received(scores, jnp.asarray(tokens.member)))
     expected = np.zeros((ROWS, PLACES))
     for row in range(ROWS):
         for image in images_of(tokens, row):
@@ -264,9 +266,9 @@ def test_importance_is_the_attention_of_the_class_token_or_the_mean_patch(kind, 
 
 def test_random_tokens_are_drawn_evenly_and_by_their_own_values_alone():
     x = jax.random.normal(jax.random.key(0), (1, 4000, 8))
-    luck = np.asarray(merging.luck_of(x))[0]
+    luck = np.asarray(base.random_score(x))[0]
     assert len(np.unique(luck)) == 4000
-    np.testing.assert_array_equal(merging.luck_of(x[:, ::-1])[0, ::-1], luck)
+    np.testing.assert_array_equal(base.random_score(x[:, ::-1])[0, ::-1], luck)
     heights, _ = np.histogram(luck, bins=10, range=(0, 2**32))
     assert (np.abs(heights - 400) < 5 * math.sqrt(400)).all()
 
@@ -283,8 +285,8 @@ def test_tokens_into_the_mlps_are_the_published_ones(name):
     reducer, options, layers, published = SCHEDULES[name]
     found = [197]
     for _ in layers:
-        plan = merging.Plan(reducer, found[-1] - 1, **options)
-        kept, removed = plan.places(found[-1], 1, 1)
+        table = reducers.REDUCERS[reducer](**options).keep_table(found[-1] - 1)
+        kept, removed = table.capacity(found[-1], 1, 1)
         assert kept + removed == found[-1]
         found.append(kept)
     assert found == published
@@ -294,16 +296,17 @@ def test_tokens_into_the_mlps_are_the_published_ones(name):
     case=st.sampled_from(list(CASES)), most=st.integers(1, 60), keep=st.floats(1e-6, 1.0)
 )
 @hypothesis.settings(max_examples=60)
-def test_a_plan_keeps_at_least_one_token_and_never_more_than_there_are(case, most, keep):
-    reducer, options, _ = CASES[case]
+def test_a_table_keeps_at_least_one_token_and_never_more_than_there_are(case, most, keep):
+    reducer, options = CASES[case]
     options = options if "remove" in options else {"keep": keep}
-    plan = merging.Plan(reducer, most, **options)
+    kept = reducers.REDUCERS[reducer](**options).keep_table(most).kept
     n = np.arange(most + 1)
-    assert (plan.kept >= np.minimum(n, 1)).all()
-    assert (plan.kept <= n).all()
+    assert (kept >= np.minimum(n, 1)).all()
+    assert (kept <= n).all()
     if "keep" in options and reducer != "tome":
-        np.testing.assert_array_equal(plan.crucial, np.ceil(np.round(keep * n, 9)).clip(n > 0))
-        assert (plan.kept - plan.crucial <= (reducer == "evit")).all()
+        important = np.ceil(np.round(keep * n, 9)).clip(n > 0)
+        fused = (important < n) if reducer == "evit" else 0
+        np.testing.assert_array_equal(kept, important + fused)
 
 
 @hypothesis.given(
@@ -311,17 +314,17 @@ def test_a_plan_keeps_at_least_one_token_and_never_more_than_there_are(case, mos
 )
 @hypothesis.settings(max_examples=60)
 def test_a_row_has_places_for_whatever_images_it_holds(case, lengths):
-    reducer, options, _ = CASES[case]
+    reducer, options = CASES[case]
     prefix, length = 2, 70
-    plan = merging.Plan(reducer, length - prefix, **options)
-    kept, removed = plan.places(length, prefix, 5)
-    assert sum(plan.kept[n] + prefix for n in lengths) <= kept <= length
-    assert sum(n - plan.kept[n] for n in lengths) <= removed
+    table = reducers.REDUCERS[reducer](**options).keep_table(length - prefix)
+    kept, removed = table.capacity(length, prefix, 5)
+    assert sum(table.kept[n] + prefix for n in lengths) <= kept <= length
+    assert sum(n - table.kept[n] for n in lengths) <= removed
 
 
-@pytest.mark.parametrize("add", [merging.add_by_product, merging.add_by_scatter])
+@pytest.mark.parametrize("add", [base.add_by_product, base.add_by_scatter])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_removed_tokens_are_added_to_their_hosts(add, dtype):
+def test_removed_tokens_are_added_to_their_targets(add, dtype):
     rng = np.random.default_rng(0)
     onto = rng.normal(size=(3, 5, 4)).astype(np.float32)
     moved = jnp.asarray(rng.normal(size=(3, 8, 4)), dtype)

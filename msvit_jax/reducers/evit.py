@@ -1,0 +1,51 @@
+"""EViT: the most important tokens stay, all others are fused into one (Liang et al. 2022, 3)."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from msvit_jax.reducers import base
+
+
+class EViT(base.Reducer):
+    """Keeps the most important tokens, and one that is the others' sum weighted by importance.
+
+    As in EViT's own code the weights are not normalized, and the fused token is an ordinary one
+    afterwards.
+    """
+
+    needs_importance: ClassVar[bool] = True
+
+    def keep_table(self, most: int) -> base.KeepTable:
+        """See `Reducer.keep_table`; the fused token is counted."""
+        important = base.kept_by_share(self.keep, most)
+        fused = important < np.arange(most + 1)
+        return base.KeepTable(important + fused.astype(np.int32))
+
+    def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
+        """See `Reducer.macs`."""
+        return base.importance_macs(before, width, heads) + (before - after) * after * width
+
+    def __call__(
+        self,
+        tokens: base.Tokens,
+        table: base.KeepTable,
+        capacity: tuple[int, int],
+        *,
+        train: bool = False,
+    ) -> base.Merge:
+        """See `Reducer.__call__`."""
+        assert tokens.importance is not None
+        score = tokens.importance
+        rank = base.ranks(score, tokens.member & tokens.patch[:, :, None])
+        stay = table.of_tokens(tokens)
+        important = base.KeepTable(base.kept_by_share(self.keep, len(table.kept) - 1))
+        kept, removed, position = base.place(tokens, tokens.patch & (rank >= stay), capacity)
+        # The token that the others are fused into is the most important of them.
+        fuses = tokens.patch & (rank == important.of_tokens(tokens)) & (rank < stay)
+        at = tokens.member & fuses[:, :, None]
+        fused_position = tokens.of_image(jnp.where(at, position[:, :, None], 0).sum(axis=1))
+        target = base.take(fused_position, removed, fill=capacity[0])
+        kept_weight = base.take(jnp.where(fuses, score, 1.0), kept)
+        return base.Merge(kept, removed, target, kept_weight, base.take(score, removed))

@@ -1,0 +1,62 @@
+"""Token Mergence: the most important tokens stay, each other one is merged into the nearest one.
+
+Bian et al. 2023 (arXiv 2306.04897) have no public code and only the abstract was at hand: this is
+our reconstruction.
+"""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from msvit_jax.reducers import base
+
+WEIGHTS = ("similarity", "size")
+
+
+class Mergence(base.Reducer):
+    """Merges every unimportant token into the important one of the most similar features.
+
+    Attributes:
+      merge_weights: Weights of the tokens in a merged one: "similarity" (softmax of the cosine
+        similarities to the token that stays, whose own is 1; after TPS, Wei et al. 2023) or "size"
+        (number of patches that each stands for).
+    """
+
+    merge_weights: str = "similarity"
+
+    needs_importance: ClassVar[bool] = True
+
+    def check_options(self) -> None:
+        """See `Reducer.check_options`."""
+        if self.merge_weights not in WEIGHTS:
+            raise ValueError(
+                f"merge_weights={self.merge_weights!r} is none of {', '.join(WEIGHTS)}."
+            )
+
+    def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
+        """See `Reducer.macs`."""
+        # Similarities of each removed token to each that stays, and merging.
+        return base.importance_macs(before, width, heads) + 2 * (before - after) * after * width
+
+    def __call__(
+        self,
+        tokens: base.Tokens,
+        table: base.KeepTable,
+        capacity: tuple[int, int],
+        *,
+        train: bool = False,
+    ) -> base.Merge:
+        """See `Reducer.__call__`."""
+        assert tokens.importance is not None
+        rank = base.ranks(tokens.importance, tokens.member & tokens.patch[:, :, None])
+        removed = tokens.patch & (rank >= table.of_tokens(tokens))
+        kept, removed, _ = base.place(tokens, removed, capacity)
+        target, similarity = base.nearest(tokens.x, tokens, removed, kept)
+        if self.merge_weights == "size":
+            kept_weight = base.take(tokens.size, kept)
+            removed_weight = base.take(tokens.size, removed)
+        else:
+            kept_weight = jnp.full(kept.shape, jnp.e, jnp.float32)
+            removed_weight = jnp.exp(similarity)
+        return base.Merge(kept, removed, target, kept_weight, removed_weight).normalized()
