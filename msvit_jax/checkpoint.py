@@ -17,20 +17,22 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from ml_collections import config_dict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from msvit_jax import config as configs
-from msvit_jax import paths
+from msvit_jax import extras, paths
 from msvit_jax.errors import UserError, describe
 from msvit_jax.models.layout import in_slots
 from msvit_jax.train.state import TrainState
 
-CONFIG_FILE = "config.json"
+with extras.needed("train"):
+    import orbax.checkpoint as ocp
+    from absl import logging
+    from ml_collections import config_dict
+    from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+CONFIG_FILE = paths.CONFIG_FILE
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
 BEST_BY = "top1"

@@ -8,16 +8,20 @@ import ast
 import dataclasses
 import importlib
 import json
+import pathlib
 import runpy
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from ml_collections import config_dict
 
-from msvit_jax import config_rules, labels, paths
+from msvit_jax import config_rules, extras, labels, paths
 from msvit_jax.errors import UserError, nearest
+
+with extras.needed("train"):
+    from ml_collections import config_dict
 
 # What may differ between a run and its resumption: where things lie and how often things are
 # shown, never what is computed.
@@ -36,6 +40,16 @@ FREE_TO_CHANGE = (
     "data.prefetch",
     "data.cache",
 )
+
+
+def packaged_folder() -> pathlib.Path:
+    """Returns the folder of the configs that come with the library.
+
+    In a wheel it lies in the package, in the repository beside it.
+    """
+    package = pathlib.Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def base() -> config_dict.ConfigDict:
@@ -110,7 +124,9 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
     """Reads a config file and applies overrides.
 
     Args:
-      path: a Python file that defines `get_config()`.
+      path: a Python file that defines `get_config()`. Where there is no such file,
+        'configs/digits_vit.py' and 'digits_vit' name a config that comes with the library, and a
+        line on stderr says so.
       overrides: {'data.mixup': 0.8}, or texts such as 'data.mixup=0.8'.
 
     Raises:
@@ -316,10 +332,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _read(path: str) -> config_dict.ConfigDict:
-    file = paths.parse(path)
-    if not file.is_file():
-        there = [str(p) for p in sorted(file.parent.glob("*.py"))]
-        raise UserError(f"No config file {path!r}.{nearest(path, there)}")
+    file = _find(path)
     try:
         if paths.is_address(file):
             names: dict[str, Any] = {"__file__": str(file), "__name__": "<config>"}
@@ -330,6 +343,29 @@ def _read(path: str) -> config_dict.ConfigDict:
         raise UserError(f"{path} does not define get_config().") from error
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} is not a valid config: {error}") from error
+
+
+def _find(path: str) -> pathlib.Path:
+    """The file that a path names, or the packaged config."""
+    file = paths.parse(path)
+    if file.is_file():
+        return file
+    packaged = _packaged(path)
+    if packaged is not None:
+        print(f"No file {path!r}; using the packaged {packaged}.", file=sys.stderr, flush=True)
+        return packaged
+    there = [str(p) for p in sorted(file.parent.glob("*.py"))]
+    ours = sorted(packaged_folder().rglob("*.py"))
+    there += [f.relative_to(packaged_folder()).with_suffix("").as_posix() for f in ours]
+    raise UserError(f"No config file {path!r}.{nearest(path, there)}")
+
+
+def _packaged(path: str) -> pathlib.Path | None:
+    """The packaged config named by 'configs/imagenet/x.py' or 'imagenet/x'."""
+    name = path.removeprefix("configs/").removesuffix(".py") + ".py"
+    file = packaged_folder() / name
+    inside = not name.startswith("/") and ".." not in file.parts
+    return file if inside and file.is_file() else None
 
 
 def _check_keys(config: config_dict.ConfigDict, known: config_dict.ConfigDict, path: str) -> None:

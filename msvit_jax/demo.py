@@ -24,7 +24,6 @@ from msvit_jax.logging import duration
 from msvit_jax.train import loop
 from msvit_jax.visualize import examples
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 COLUMNS = ("model", "top-1 %", "tokens / image", "GMACs / image", "images / s")
 TIMED_BATCH, TIMED_IMAGES = 128, 2000
 TIMED_CALLS = 7  # of each model
@@ -122,7 +121,7 @@ def _evaluation_images(run: checkpoint.Run) -> np.ndarray:
 
 def _train(name: str, workdir: pathlib.Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Trains or resumes one config and returns the figures of its evaluation at the end."""
-    figures = loop.train(config.load(str(CONFIGS / name), overrides), workdir)
+    figures = loop.train(config.load(str(config.packaged_folder() / name), overrides), workdir)
     if "step" in figures:  # only of a run that was told to stop
         raise errors.UserError("The demo was stopped; the same command goes on from there.")
     return figures

@@ -8,8 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from absl import app
-
 # What to do about an error of the operating system, where its own words do not say it.
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or give another place",
@@ -77,6 +75,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     `python -X dev` shows where such an error comes from. A reader of the output that has gone
     (`| head`) ends it with exit code 1 and no message.
     """
+    from absl import app  # commands need it, models do not
 
     def guarded(argv: Sequence[str]) -> None:
         for stream in (sys.stdout, sys.stderr):

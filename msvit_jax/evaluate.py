@@ -18,9 +18,19 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
-from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, labels, losses, metrics, paths, sharding, weights
+from msvit_jax import (
+    checkpoint,
+    data,
+    extras,
+    flops,
+    labels,
+    losses,
+    metrics,
+    paths,
+    sharding,
+    weights,
+)
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
@@ -28,6 +38,9 @@ from msvit_jax.models.layout import in_slots
 from msvit_jax.models.output import GateOutput
 from msvit_jax.train import init_from
 from msvit_jax.train.step import max_tokens, normalise, smooth
+
+with extras.needed("train"):
+    from ml_collections import config_dict
 
 COLUMNS = (
     "model",
@@ -390,7 +403,8 @@ def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
 
 def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str) -> None:
     """Writes `sweep.csv` and `sweep.png`."""
-    from matplotlib import pyplot  # only a sweep draws
+    with extras.needed("plots"):
+        from matplotlib import pyplot  # only a sweep draws
 
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))

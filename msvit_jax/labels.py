@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from msvit_jax.errors import UserError
-from msvit_jax.train.optimizer import map_names
+from msvit_jax.tree import map_names
 
 EXACTLY, BY_NAME, BY_NUMBER = "exactly", "by_name", "by_number"
 CHOICES = (EXACTLY, BY_NAME, BY_NUMBER)

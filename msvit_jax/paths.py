@@ -19,8 +19,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
-from etils import epath
-
+from msvit_jax import extras
 from msvit_jax.errors import UserError, describe
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -30,6 +29,7 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 # pathlib makes one slash of two.
 _COLLAPSED = re.compile(rf"({'|'.join(BACK_ENDS)}):/([^/].*)", re.DOTALL)
 _REWRITTEN_EVERY = 30.0  # seconds; an object at an address cannot grow
+CONFIG_FILE = "config.json"  # in the workdir of a run
 CACHE = "MSVIT_JAX_CACHE"  # the variable that says where copies of addresses are kept
 
 
@@ -61,6 +61,8 @@ def parse(path: PathLike) -> pathlib.Path:
     if not rest.strip("/") or rest.startswith("/"):
         raise UserError(f"{text!r} names no bucket; write {scheme}://<bucket>/<path>.")
     _require(scheme, text)
+    with extras.needed("gcs"):
+        from etils import epath  # only addresses need it
     return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
 
 

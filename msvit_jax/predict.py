@@ -21,16 +21,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tqdm
-from absl import flags
 
-from msvit_jax import checkpoint, errors, evaluate, flops, host, paths, weights
+from msvit_jax import checkpoint, errors, evaluate, extras, flops, host, paths, weights
 from msvit_jax.data import decode, image_files
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.answer_files import AnswerFile
 from msvit_jax.inference.images import find_files, find_unreadable
+
+with extras.needed("train"):
+    import tqdm
+    from absl import flags
 
 COLUMNS = ("file", "class", "probability", "tokens")
 _CALIBRATED_ON = 1000  # files at most

@@ -22,7 +22,7 @@ import numpy as np
 from msvit_jax import errors
 from msvit_jax.models.msvit import MSViT
 from msvit_jax.tokens import grid
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 
 sys.path.insert(0, str(digits.ROOT))
 from tests.models import flips

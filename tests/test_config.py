@@ -103,6 +103,39 @@ def test_missing_file_names_the_nearest():
         configs.load(DIGITS.replace("digits_vit", "digit_vit"))
 
 
+@pytest.mark.parametrize("name", ["configs/imagenet/deit_tiny.py", "imagenet/deit_tiny"])
+def test_a_packaged_config_is_taken_where_there_is_no_file(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    packaged = ROOT / "configs" / "imagenet" / "deit_tiny.py"
+    assert configs.load(name).to_dict() == configs.load(str(packaged)).to_dict()
+    assert capsys.readouterr().err == f"No file {name!r}; using the packaged {packaged}.\n"
+
+
+def test_a_local_config_comes_before_a_packaged_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    local = pathlib.Path(_file(tmp_path, "config.batch_size = 17"))
+    local.rename(tmp_path / "configs" / "digits_vit.py")
+    assert configs.load("configs/digits_vit.py").batch_size == 17
+    assert configs.load("digits_vit").batch_size != 17
+    assert capsys.readouterr().err.startswith("No file 'digits_vit'; using the packaged ")
+
+
+@pytest.mark.parametrize(
+    "name", ["digit_vit", "configs/digit_vit.py", "../digits_vit", "/digits_vit", "configs/"]
+)
+def test_other_names_are_no_packaged_configs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"No config file"):
+        configs.load(name)
+
+
+def test_a_packaged_config_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"Did you mean 'digits_vit'\?"):
+        configs.load("digit_vit")
+
+
 def test_file_without_get_config_says_so(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("")

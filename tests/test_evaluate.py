@@ -15,8 +15,8 @@ from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
 from msvit_jax.train import loop
-from msvit_jax.train.optimizer import flat_names
 from msvit_jax.train.step import normalise
+from msvit_jax.tree import flat_names
 from tests import jitted, tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]

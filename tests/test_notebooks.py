@@ -33,7 +33,7 @@ def test_a_notebook_opens_in_colab_from_the_projects_own_repository(path):
     title, setup = read(path).cells[:2]
     where = repository().removeprefix("https://github.com/")
     assert f"({COLAB}{where}/blob/main/notebooks/{path.name})" in title.source
-    assert f"%pip install --quiet git+{repository()}\n" in setup.source
+    assert f"%pip install --quiet 'msvit-jax[all] @ git+{repository()}'\n" in setup.source
     assert f"{COLAB}{where}/blob/main/notebooks/{path.name}" in (ROOT / "README.md").read_text()
 
 

@@ -13,7 +13,7 @@ from absl import app, flags
 
 from msvit_jax import checkpoint, config
 from msvit_jax.train import loop
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "tests" / "models" / "trained_gate.npz"

@@ -1,14 +1,17 @@
 """Data sets, augmentation and the input pipeline."""
 
-from msvit_jax.data.pipeline import (
-    class_names,
-    dataset_info,
-    default_config,
-    device_batches,
-    eval_batches,
-    train_iterator,
-)
-from msvit_jax.data.sources import DatasetInfo, open_dataset
+from msvit_jax import extras
+
+with extras.needed("data"):
+    from msvit_jax.data.pipeline import (
+        class_names,
+        dataset_info,
+        default_config,
+        device_batches,
+        eval_batches,
+        train_iterator,
+    )
+    from msvit_jax.data.sources import DatasetInfo, open_dataset
 
 __all__ = [
     "DatasetInfo",

@@ -3,8 +3,11 @@
 On the command line `python -m msvit_jax.export`, in Python `write(Source.load("runs/vit"), ...)`.
 """
 
-from msvit_jax.export.compiled import Options
-from msvit_jax.export.source import Source
-from msvit_jax.export.writing import FORMATS, write
+from msvit_jax import extras
+
+with extras.needed("export"):
+    from msvit_jax.export.compiled import Options
+    from msvit_jax.export.source import Source
+    from msvit_jax.export.writing import FORMATS, write
 
 __all__ = ["FORMATS", "Options", "Source", "write"]

@@ -361,7 +361,8 @@ def _check_flatbuffers() -> None:
         importlib.metadata.version("flatbuffers")
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            "JAX writes exported functions with flatbuffers: pip install flatbuffers"
+            "JAX writes exported functions with flatbuffers, which is not installed: "
+            "pip install 'msvit-jax[export]'"
         ) from error
 
 

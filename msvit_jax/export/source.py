@@ -9,7 +9,7 @@ import numpy as np
 
 from msvit_jax import checkpoint, paths
 from msvit_jax import config as configs
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import ours
 
 

@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, labels, paths, sharding
+from msvit_jax import checkpoint, data, extras, labels, paths, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import thresholds as exits
 from msvit_jax.train.step import normalise
@@ -155,7 +155,8 @@ def _draw(
     title: str,
     paper: dict[float, float] | None,
 ) -> None:
-    from matplotlib import pyplot  # only a curve draws
+    with extras.needed("plots"):
+        from matplotlib import pyplot  # only a curve draws
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for kind, style in (("geometric", "-"), ("search", "o"), ("exit", "s")):

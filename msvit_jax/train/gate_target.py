@@ -24,7 +24,8 @@ from jax.scipy.special import logit
 from ml_collections import config_dict
 
 from msvit_jax.models.output import GateOutput
-from msvit_jax.train.optimizer import frozen, map_names
+from msvit_jax.train.optimizer import frozen
+from msvit_jax.tree import map_names
 
 BIAS = "model/gate_mlp/fc4/bias"
 

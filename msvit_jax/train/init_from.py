@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.tokens import grid
-from msvit_jax.train.optimizer import flat_names, map_names
+from msvit_jax.tree import flat_names, map_names
 
 Flat = dict[str, np.ndarray]
 HEADS = ("head/", "head_dist/")

@@ -13,25 +13,11 @@ import optax
 from jax import Array
 
 from msvit_jax.errors import UserError
+from msvit_jax.tree import flat_names, map_names
 
 Params = Any
 
 FIRST_LAYER = ("patch_embed", "cls_token", "dist_token", "reg_tokens", "pos_embed")
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Writes a key path of `jax.tree_util` as 'model/backbone/blocks_0/attn/qkv/kernel'."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-
-
-def flat_names(tree: Any) -> dict[str, Any]:
-    """Returns {'a/b/c': leaf} of a tree."""
-    return {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def map_names(function: Any, tree: Any) -> Any:
-    """Maps function(name, leaf) over a tree."""
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: function(path_name(p), leaf), tree)
 
 
 def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> optax.Schedule:

@@ -12,7 +12,7 @@ from jax import Array
 
 from msvit_jax.errors import UserError
 from msvit_jax.models.layout import in_slots
-from msvit_jax.train.optimizer import map_names
+from msvit_jax.tree import map_names
 
 Params = Any
 

@@ -1,16 +1,19 @@
 """Drawings of what a model did with an image; `python -m msvit_jax.visualize` writes them."""
 
-from msvit_jax.visualize.maps import (
-    GATE_COLUMNS,
-    MERGE_LEGEND,
-    count_tokens,
-    enlarge,
-    gate_heat_map,
-    gate_strip,
-    merge_map,
-    token_map,
-)
-from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
+from msvit_jax import extras
+
+with extras.needed("plots"):
+    from msvit_jax.visualize.maps import (
+        GATE_COLUMNS,
+        MERGE_LEGEND,
+        count_tokens,
+        enlarge,
+        gate_heat_map,
+        gate_strip,
+        merge_map,
+        token_map,
+    )
+    from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
 
 __all__ = [
     "GATE_COLUMNS",

@@ -12,8 +12,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from msvit_jax import checkpoint, config_rules
-from msvit_jax import config as configs
+from msvit_jax import config_rules, paths
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import BACKBONES, create_model
 from msvit_jax.models.vit import ViT
@@ -144,8 +143,11 @@ def same(one: Any, other: Any) -> bool:
 def of_run(workdir: str | pathlib.Path) -> Declared:
     """What a run's config says."""
     found = Declared()
-    if not (pathlib.Path(workdir) / checkpoint.CONFIG_FILE).is_file():
+    if not (pathlib.Path(workdir) / paths.CONFIG_FILE).is_file():
         return found
+    from msvit_jax import checkpoint  # brings Orbax, which files do not need
+    from msvit_jax import config as configs
+
     config = checkpoint.read_config(workdir)
     if "model" in config:
         _say_all(found, configs.build_model(config), "the run's config")

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from msvit_jax import errors
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.t2t import T2TViT
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import ours, timm
 from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, one, same, squeezed
 
@@ -123,8 +123,7 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     """Converts a file."""
-    # Here: it brings Orbax, which the table does not need.
-    from msvit_jax.train.optimizer import flat_names
+    # Here: formats imports this module.
     from msvit_jax.weights import formats
 
     del argv
@@ -138,6 +137,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    from absl import flags  # only the command needs it
+
     flags.DEFINE_string(
         "model", None, "dvt_deit_small, dvt_t2t_vit_12 or dvt_t2t_vit_14.", required=True
     )

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from msvit_jax import checkpoint, paths
+from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import (
     big_vision,
     declared,
@@ -334,6 +334,8 @@ def _open(source: str | pathlib.Path) -> _Opened:
         raise UserError(f"There is no weights file or workdir {path!r}.")
     if not paths.parse(source).is_dir():
         raise UserError(f"{path!r} is neither a workdir nor a weights file.")
+    from msvit_jax import checkpoint  # brings Orbax, which files do not need
+
     flat = flat_names(checkpoint.load_params(source))
     _check_finite(flat, path)
     return _Opened(path, flat, ours.NAME, declared.of_run(source), {})
@@ -383,7 +385,7 @@ def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
         held = sorted(each.name for each in path.iterdir())
         listed = ", ".join(held[:_LISTED]) + (", ..." if len(held) > _LISTED else "")
         raise UserError(
-            f"{str(path)!r} is a folder, but neither a run's, with {checkpoint.CONFIG_FILE} and "
+            f"{str(path)!r} is a folder, but neither a run's, with {paths.CONFIG_FILE} and "
             f"checkpoints, nor one with {' or '.join(_IN_DIRECTORY)}. It holds "
             f"{listed or 'nothing'}."
         )
@@ -392,7 +394,7 @@ def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
 
 def _may_be_run(folder: pathlib.Path) -> bool:
     """Whether a folder is a run's, which may not have saved anything yet."""
-    config = folder / checkpoint.CONFIG_FILE
+    config = folder / paths.CONFIG_FILE
     if (folder / "checkpoints").is_dir():
         return True
     if not config.is_file():
@@ -409,6 +411,8 @@ def class_names(source: str | pathlib.Path) -> tuple[str, ...]:
     """
     file = file_of(source)
     if file is None:
+        from msvit_jax import checkpoint  # brings Orbax, which files do not need
+
         return tuple(checkpoint.read_about(source).get("class_names") or ())
     return declared.of_file(file, files.read_contents(file)).class_names
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from msvit_jax import create_model
 from msvit_jax.export import Source
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 
 SIDE = 16
 COUNT = 5

@@ -15,8 +15,8 @@ from scipy.stats import spearmanr
 from msvit_jax import config as configs
 from msvit_jax.data import scattered_digits
 from msvit_jax.models import gate as gates
-from msvit_jax.train.optimizer import map_names
 from msvit_jax.train.step import normalise
+from msvit_jax.tree import map_names
 from tests import jitted
 from tests.models.test_vit import rough
 

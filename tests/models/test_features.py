@@ -9,7 +9,7 @@ import pytest
 from msvit_jax import Predictor, create_model
 from msvit_jax.errors import UserError
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import formats
 from tests import jitted
 

@@ -10,7 +10,7 @@ from msvit_jax import create_model
 from msvit_jax import weights as files
 from msvit_jax.errors import UserError
 from msvit_jax.train import init_from, loop
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from tests import tiny_run
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}

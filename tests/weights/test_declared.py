@@ -11,7 +11,7 @@ from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
 from msvit_jax.models import registry
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from tests.weights.saved import namespace, torch_save
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3, "image_size": 16, "patch_size": 4}

@@ -13,7 +13,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.models.registry import CASCADES
 from msvit_jax.tokens import grid
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import formats
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3}

@@ -10,7 +10,7 @@ import pytest
 
 from msvit_jax import create_model, weights
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names, map_names
+from msvit_jax.tree import flat_names, map_names
 from msvit_jax.weights import files
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")

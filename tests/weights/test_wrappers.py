@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
 from msvit_jax.train import init_from
-from msvit_jax.train.optimizer import flat_names
+from msvit_jax.tree import flat_names
 from msvit_jax.weights import formats, wrappers
 from tests.weights.saved import namespace, torch_save
 

@@ -1,0 +1,104 @@
+"""Evaluates a run, or a weights file of any format that the library reads.
+
+    msvit eval --workdir=DIR [--sweep] [--budget_curve]
+    msvit eval --weights=FILE --config=FILE
+
+Prints a table, then one JSON object as the last line. --model.key=value and --data.key=value change
+the model or the data it is evaluated with: --model.gate=random --model.fine_share=0.3.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from msvit_jax import config, errors, evaluate, launch
+from msvit_jax.inference.thresholds import CRITERIA
+
+
+def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
+    """Evaluates.
+
+    Args:
+      argv: The command line without flags.
+      overrides: Config keys and their values, 'key=value'.
+    """
+    launch.start(argv)
+    given = flags.FLAGS
+    options = {"split": given.split, "batch_size": given.batch_size, "overrides": overrides}
+    if given.weights:
+        _check_weights_flags()
+        result = evaluate.evaluate_weights(given.weights, given.config, **options)
+    elif given.workdir:
+        result = _evaluate_run(options)
+    else:
+        raise errors.UserError("Give --workdir=DIR, or --weights=FILE and --config=FILE.")
+    if jax.process_index() == 0:
+        print(json.dumps(result))
+
+
+def _check_weights_flags() -> None:
+    given = flags.FLAGS
+    if not given.config:
+        raise errors.UserError("--weights needs --config=FILE, which names the model and the data.")
+    if given.workdir or given.sweep or given.budget_curve:
+        raise errors.UserError("--workdir, --sweep and --budget_curve are for runs, not --weights.")
+
+
+def _evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
+    given = flags.FLAGS
+    curve = {
+        "budgets": errors.numbers("budgets", given.budgets),
+        "criterion": given.criterion,
+        "fit_examples": given.fit_examples,
+    }
+    return evaluate.evaluate_run(
+        given.workdir,
+        which=given.which,
+        thresholds=errors.numbers("thresholds", given.thresholds) if given.sweep else (),
+        curve=curve if given.budget_curve else None,
+        **options,
+    )
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "The run's workdir.")
+    flags.DEFINE_string("config", None, "Config of the model and data for --weights.")
+    flags.DEFINE_string("weights", None, "Weights file to evaluate instead of a checkpoint.")
+    flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
+    flags.DEFINE_string("split", None, "Split to evaluate; the config's eval_split if unset.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Global batch size; the config's if unset.", lower_bound=1
+    )
+    flags.DEFINE_bool("sweep", False, "Also draw the curve over gate thresholds.")
+    flags.DEFINE_list(
+        "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds of --sweep."
+    )
+    flags.DEFINE_bool(
+        "budget_curve", False, "Also draw a cascade's accuracy over compute, exits chosen by image."
+    )
+    flags.DEFINE_list(
+        "budgets",
+        [],
+        "Mean GMACs per image of --budget_curve; ten from first to last exit if unset.",
+    )
+    flags.DEFINE_enum(
+        "criterion", "confidence", CRITERIA, "What says how sure an exit is, for --budget_curve."
+    )
+    flags.DEFINE_integer(
+        "fit_examples",
+        20_000,
+        "Training images that --budget_curve fits thresholds on.",
+        lower_bound=1,
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()  # here, because flags are global and other commands have some of these names
+    overrides = config.take_overrides(sys.argv, ("model", "data", "config"))
+    errors.run(functools.partial(main, overrides=overrides))
