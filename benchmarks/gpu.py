@@ -196,7 +196,7 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def named(options: Options, batch: int, names: dict[str, str]) -> list[sides.Side]:
+def named(options: Options, batch: int, names: dict[str, str]) -> list[sides.Case]:
     """Sides of a comparison that are wanted, with the names that they get in the table."""
     made = sides.forward_sides(options, sides.draw(options, batch))
     return [

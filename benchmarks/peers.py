@@ -117,7 +117,7 @@ def measure(options: Options, batch: int, peer: Peer | None, kinds: Sequence[str
 
 
 def compare(
-    options: Options, ours: Sequence[sides.Side], peer: Peer | None, kinds: Sequence[str]
+    options: Options, ours: Sequence[sides.Case], peer: Peer | None, kinds: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Measures sides of ours and timm's model in turns.
 
@@ -143,7 +143,7 @@ def compare(
             print(f"{kind} is not measured: {made[kind]['error']}")
         else:
             timed.append([lambda kind=kind: _rested(lambda: _seconds(peer, kind, calls))])
-    seconds = turns.take_turns(timed, options.rounds)
+    seconds = turns.time_interleaved(timed, options.rounds)
     records = [
         report.record(options, side, ours[0], column, seconds[:, 0])
         for side, column in zip(ours, seconds.T, strict=False)

@@ -6,7 +6,7 @@
 Features of 2 px patches beside those of 4 px; 70 % of the patch tokens stay in each of layers 3, 5
 and 7 of 9. The recipe is ours, after EViT's. From scratch instead: leave init_from out, take the
 epochs and learning rate of cifar10_vit.py, and let the keep rate fall, e.g.
---config.fall.hold_epochs=10 --config.fall.epochs=60.
+--config.keep_rate.hold_epochs=10 --config.keep_rate.epochs=60.
 Cost: not yet measured.
 Expect: not yet measured.
 """

@@ -27,9 +27,9 @@ def get_config() -> config_dict.ConfigDict:
         "layout": "trimmed",
     }
     # Each part and each kind of step is compiled by itself, which a small model does not earn back.
-    config.trim.parts = 4
-    config.trim.alternatives_every = 1
-    config.trim.every_steps = 100
+    config.capacity.num_buckets = 4
+    config.capacity.alternatives_every = 1
+    config.capacity.every_steps = 100
     config.data.name = "scattered_digits"
     config.data.image_size = 64
     config.data.pad_shift = 4

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from msvit_jax import config as configs
 from msvit_jax import extras, paths
 from msvit_jax.errors import UserError, describe
-from msvit_jax.models.layout import in_slots
+from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.train.state import TrainState
 
 with extras.needed("train"):
@@ -310,7 +310,7 @@ def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
     config = read_config(workdir)
     step = str(find_step(workdir, which))  # once: a run may go on and get a better one
     params = load_params(workdir, step)
-    model = in_slots(configs.build_model(config))
+    model = with_dense_layout(configs.build_model(config))
     names = tuple(read_about(workdir, step).get("class_names") or ())
     return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)}, names)
 

@@ -17,7 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from msvit_jax import config_rules, extras, labels, paths
+from msvit_jax import config_aliases, config_rules, extras, labels, paths
 from msvit_jax.errors import UserError, nearest
 
 with extras.needed("train"):
@@ -84,14 +84,16 @@ def base() -> config_dict.ConfigDict:
         "b2": 0.999,
         "layer_decay": 1.0,  # factor per layer counted from the head down
         "clip_norm": 1.0,  # of backbone, gate and priors each; 0: no clipping
-        "accumulation": 1,  # pieces a batch is computed in
+        "accum_steps": 1,  # pieces a batch is computed in
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
     # of the model's layout "trimmed", where model.budget is not given
-    config.trim = importlib.import_module("msvit_jax.train.trim").default_config()
+    config.capacity = importlib.import_module("msvit_jax.train.capacity_schedule").default_config()
     # of the keep rate of models that reduce tokens, in training from scratch
-    config.fall = importlib.import_module("msvit_jax.train.fall").default_config()
+    config.keep_rate = importlib.import_module(
+        "msvit_jax.train.keep_rate_schedule"
+    ).default_config()
     config.loss = {
         "label_smoothing": 0.0,
         # correction: share by which the gate's bias moves, every step, to where the batch has just
@@ -192,6 +194,7 @@ def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
     Raises:
       UserError: the key does not exist, or the value does not fit its type.
     """
+    key = config_aliases.current_key(key)
     *parents, leaf = key.split(".")
     known = list(flatten(config))
     section = config
@@ -310,8 +313,8 @@ def to_json(config: Mapping[str, Any]) -> str:
 
 
 def from_json(text: str) -> config_dict.ConfigDict:
-    """Reads what `to_json` wrote; lists become tuples, as in the config files."""
-    return config_dict.ConfigDict(_tuples(json.loads(text)))
+    """Reads what `to_json` wrote, by any version; lists become tuples, as in the config files."""
+    return config_dict.ConfigDict(_tuples(config_aliases.current(json.loads(text))))
 
 
 def with_defaults(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -342,7 +345,8 @@ def _read(path: str) -> config_dict.ConfigDict:
     except KeyError as error:
         raise UserError(f"{path} does not define get_config().") from error
     except (AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a valid config: {error}") from error
+        hint = config_aliases.hint(str(error))
+        raise UserError(f"{path} is not a valid config: {error}{hint}") from error
 
 
 def _find(path: str) -> pathlib.Path:

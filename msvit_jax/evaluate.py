@@ -34,7 +34,7 @@ from msvit_jax import (
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
-from msvit_jax.models.layout import in_slots
+from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import GateOutput
 from msvit_jax.train import init_from
 from msvit_jax.train.step import max_tokens, normalise, smooth
@@ -114,7 +114,7 @@ class Evaluator:
           split: None: the config's `eval_split`.
           samples: images to keep for pictures.
         """
-        model = in_slots(model)  # where every image has an answer
+        model = with_dense_layout(model)  # where every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
         size = -(-batch_size // mesh.size) * mesh.size
         labels.check_count(model.num_classes, len(data.class_names(data_config)))
@@ -124,7 +124,7 @@ class Evaluator:
         counts = np.arange(max_tokens(model) + 1)
         self._macs = flops.macs_per_image(model, counts)
         self._layer_tokens = _layer_tokens(model, counts)
-        self.takes_threshold = "threshold" in inspect.signature(type(model).__call__).parameters
+        self.has_threshold = "threshold" in inspect.signature(type(model).__call__).parameters
         whole = sharding.replicated(mesh)
         self._step = jax.jit(self._sums, out_shardings=(whole, sharding.batch_sharding(mesh)))
 
@@ -154,9 +154,9 @@ class Evaluator:
           params: the model's parameters.
           threshold: of the gate, instead of the model's own; does not recompile.
         """
-        if threshold is None and self.takes_threshold:
+        if threshold is None and self.has_threshold:
             threshold = self._model.threshold
-        traced = jnp.float32(threshold) if self.takes_threshold else None
+        traced = jnp.float32(threshold) if self.has_threshold else None
         total, samples, last = None, None, None
         with jax.set_mesh(self._mesh):
             for host_batch in self._batches:
@@ -386,7 +386,7 @@ def _sweep(
     title: str,
 ) -> list[dict[str, Any]]:
     """Runs, prints and writes the curve over thresholds."""
-    if not evaluator.takes_threshold:
+    if not evaluator.has_threshold:
         raise UserError(f"{title!r} has no gate, so there is no threshold to sweep.")
     rows = [{"threshold": float(t), **evaluator(params, t).figures} for t in thresholds]
     _print(rows, ("threshold", *COLUMNS))

@@ -36,7 +36,7 @@ ARMS = ("slots", "trimmed", "slots, frozen gate", "rows, frozen gate")
 def arms(study: digits.Study, dense: str) -> dict[str, digits.Figures]:
     """Trains one seed's arms."""
     tuned = {"init_from": dense, "epochs": TUNED, "model.layout": "slots"}
-    trimmed = {"model.layout": "trimmed", "trim.every_steps": LOOK}
+    trimmed = {"model.layout": "trimmed", "capacity.every_steps": LOOK}
     frozen = {
         "model.layout": "slots",
         "init_from": study.workdir("slots"),

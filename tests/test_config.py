@@ -1,8 +1,10 @@
+import json
 import pathlib
 
 import pytest
 
 from msvit_jax import config as configs
+from msvit_jax import config_aliases
 from msvit_jax.errors import UserError
 from tests import tiny_run
 
@@ -170,3 +172,34 @@ def test_config_survives_json_and_differences_skip_what_changes_nothing():
         "model.depth: 2 here, '(not set)' in the workdir",
         "optimizer.b1: 0.9 here, 0.5 in the workdir",
     ]
+
+
+def test_keys_of_before_are_read_everywhere(tmp_path):
+    config = configs.load("configs/digits_msvit.py", ["trim.parts=2", "optimizer.accumulation=4"])
+    assert (config.capacity.num_buckets, config.optimizer.accum_steps) == (2, 4)
+    stored = json.loads(configs.to_json(config))
+    stored["trim"] = {"parts": 2, "room": 0.25, "every_steps": 50, "changes": 3}
+    stored["fall"] = {"hold_epochs": 1.0, "epochs": 2.0, "programs": 5}
+    stored["optimizer"]["accumulation"] = stored["optimizer"].pop("accum_steps")
+    del stored["capacity"], stored["keep_rate"]
+    read = configs.with_defaults(configs.from_json(json.dumps(stored)))
+    assert (read.capacity.every_steps, read.capacity.max_recompiles) == (50, 3)
+    assert (read.capacity.max_overflow, read.keep_rate.num_rates) == (0.02, 5)
+    assert read.optimizer.accum_steps == 4
+    assert "trim" not in read
+    old = tmp_path / "old.py"
+    old.write_text(
+        "from msvit_jax.config import base\n"
+        "def get_config():\n"
+        "    config = base()\n"
+        "    config.trim.parts = 4\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match=r"config.trim is config.capacity now"):
+        configs.load(str(old))
+
+
+def test_names_of_before_are_names_of_keys_that_are_there():
+    known = configs.flatten(configs.base())
+    assert set(config_aliases.RENAMED.values()) <= set(known)
+    assert not set(config_aliases.RENAMED) & set(known)

@@ -85,7 +85,7 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     )
     program = Program.of(config, mesh, schedule)
     size, name = batch_of(config, what)
-    pieces = config.optimizer.accumulation if what == TRAIN else 1
+    pieces = config.optimizer.accum_steps if what == TRAIN else 1
     sharding.check_batch(size, mesh, name, pieces)
     place = sharding.batch_sharding(mesh)
     side = config.data.image_size

@@ -23,7 +23,7 @@ COLUMNS = (
     "compile s",
 )
 _SMALLER = {
-    "train": "a smaller batch_size, optimizer.accumulation, model.remat=True, mesh.data=1 with "
+    "train": "a smaller batch_size, optimizer.accum_steps, model.remat=True, mesh.data=1 with "
     "mesh.fsdp=-1, or more chips",
     "predict": "a smaller eval_batch_size, or more chips",
 }
@@ -85,7 +85,7 @@ def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
     if any(r.get("loops") for r in records):
         notes.append(
             "Loops: cycles are times their trips; GMACs, GB and collectives count a body once, as "
-            "XLA does. Without model.scan_layers and optimizer.accumulation they are whole."
+            "XLA does. Without model.scan_layers and optimizer.accum_steps they are whole."
         )
     if any(r.get("loops_of_unknown_length") for r in records):
         notes.append("Some loops do not say how often they run: their cycles are counted once.")

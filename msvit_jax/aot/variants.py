@@ -13,7 +13,7 @@ from msvit_jax.errors import UserError, nearest
 from msvit_jax.models import registry
 from msvit_jax.models.layout import LAYOUTS
 from msvit_jax.tokens import packing
-from msvit_jax.train.trim import StepCapacity, Trim
+from msvit_jax.train.capacity_schedule import CapacitySchedule, StepCapacity
 
 DENSE = "dense"
 LADDER = "ladder"
@@ -115,9 +115,9 @@ def variant(
 def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:
     """One of the two kinds of steps of a run whose budgets have settled."""
     rows, columns = configs.build_model(config).gate_grid
-    schedule = Trim.start(config.trim, regions=rows * columns, images=1)
+    schedule = CapacitySchedule.start(config.capacity, regions=rows * columns, images=1)
     schedule.budgets = (sizes.tokens,)
-    every = config.trim.alternatives_every
+    every = config.capacity.alternatives_every
     capacity = schedule.at(0 if name == ALTERNATIVES else 1)
     how_often = "one step" if name == ALTERNATIVES else f"{every - 1} steps"
     return Variant(name, f"{capacity.budgets[0]} each, {how_often} of {every}", config, capacity)

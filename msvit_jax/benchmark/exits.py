@@ -22,7 +22,7 @@ from absl import flags, logging
 from msvit_jax import config as configs
 from msvit_jax import evaluate, flops, host
 from msvit_jax.benchmark import machine
-from msvit_jax.benchmark.turns import spread, take_turns
+from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, run
 from msvit_jax.inference import Predictor
 from msvit_jax.inference import thresholds as exits
@@ -85,7 +85,9 @@ def measure(
         float(flops.macs_per_image(predictor.model, answer.tokens).mean())
         for predictor, answer in zip((early, last, plain), answers, strict=True)
     ]
-    seconds = take_turns([[_timed(p, pixels)] for p in (early, last, plain)], rounds, warmup=1)
+    seconds = time_interleaved(
+        [[_timed(p, pixels)] for p in (early, last, plain)], rounds, warmup=1
+    )
     records = [
         {
             "side": name,

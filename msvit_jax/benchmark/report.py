@@ -7,9 +7,9 @@ import numpy as np
 
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.options import Options
-from msvit_jax.benchmark.sides import Side, draw, forward_sides
+from msvit_jax.benchmark.sides import Case, draw, forward_sides
 from msvit_jax.benchmark.training import train_sides
-from msvit_jax.benchmark.turns import spread, take_turns
+from msvit_jax.benchmark.turns import spread, time_interleaved
 
 # What a table for people shows: heading, width, key in the record, and how it is written.
 _COLUMNS = (
@@ -53,7 +53,7 @@ def measure(options: Options, batch: int) -> list[dict[str, Any]]:
     """Measures one batch size in all layouts."""
     work = draw(options, batch)
     sides = train_sides(options, work) if options.train else forward_sides(options, work)
-    seconds = take_turns([side.calls for side in sides], options.rounds)
+    seconds = time_interleaved([side.calls for side in sides], options.rounds)
     return [
         record(options, side, sides[0], seconds[:, index], seconds[:, 0])
         for index, side in enumerate(sides)
@@ -61,7 +61,7 @@ def measure(options: Options, batch: int) -> list[dict[str, Any]]:
 
 
 def record(
-    options: Options, side: Side, dense: Side, seconds: np.ndarray, dense_seconds: np.ndarray
+    options: Options, side: Case, dense: Case, seconds: np.ndarray, dense_seconds: np.ndarray
 ) -> dict[str, Any]:
     """What was measured of a side.
 
@@ -101,7 +101,7 @@ def record(
     }
 
 
-def _distinct(side: Side) -> list[dict[str, Any]]:
+def _distinct(side: Case) -> list[dict[str, Any]]:
     """The sizes that a side's programs were compiled for; none for dense and slots."""
     given = {tuple(size.attributes.items()) for size in side.sizes}
     plain = [{k: v for k, v in sorted(each) if k != "layout"} for each in sorted(given)]

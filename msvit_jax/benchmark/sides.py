@@ -36,7 +36,7 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class Case:
     """One side of a comparison.
 
     Attributes:
@@ -124,7 +124,7 @@ def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
     return once
 
 
-def forward_sides(options: Options, work: Work) -> list[Side]:
+def forward_sides(options: Options, work: Work) -> list[Case]:
     """The dense model's and each layout's forward passes, with the same weights and images."""
     key = jax.random.key(options.seed)
     shape = (work.model.image_size, work.model.image_size, 3)
@@ -145,7 +145,7 @@ def forward_sides(options: Options, work: Work) -> list[Side]:
 
 def _forward_side(
     layout: str, options: Options, work: Work, variables: Any, images: list[jax.Array]
-) -> Side:
+) -> Case:
     programs: dict[Any, Program] = {}
     calls, sizes = [], []
     for index, (counts, pixels) in enumerate(zip(work.counts, images, strict=True)):
@@ -208,11 +208,11 @@ def make_side(
     programs: list[Program],
     sizes: list[Sizes],
     unfit: float = 0.0,
-) -> Side:
+) -> Case:
     """Puts a side together and counts its multiply-accumulates."""
     name, model, tokens = side_name(layout, options), work.model, work.counts
     if layout == DENSE:
         model = work.dense
         tokens = np.full_like(tokens, model.grid_size**2)
     macs = flops.macs_per_image(model, tokens)
-    return Side(layout, name, calls, programs, sizes, tokens, macs, unfit)
+    return Case(layout, name, calls, programs, sizes, tokens, macs, unfit)

@@ -13,7 +13,7 @@ from msvit_jax.benchmark import forced
 from msvit_jax.benchmark.options import DENSE, REDUCED, Options
 from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid, plan
-from msvit_jax.train import trim
+from msvit_jax.train import capacity_schedule
 
 _BUDGETS = 8  # different ones in a batch, at most
 _MULTIPLE = 8  # budgets and widths of rows are multiples of this,
@@ -72,7 +72,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
         budget = budget or schedule(model, batch, options).budgets
     elif not budget:
         multiple = _BUCKET if batch == 1 else _MULTIPLE
-        budget = plan.ladder(counts, plan.largest_part(batch, _BUDGETS), multiple, most)
+        budget = plan.fitting_capacities(counts, plan.largest_part(batch, _BUDGETS), multiple, most)
     if batch % len(budget):
         raise UserError(
             f"A batch of {batch} cannot be cut into {len(budget)} equal parts, one for each of "
@@ -81,7 +81,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     return Sizes({"layout": layout, "budget": budget}, batch * sum(budget) // len(budget), active)
 
 
-def schedule(model: nn.Module, batch: int, options: Options) -> trim.Trim:
+def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedule.CapacitySchedule:
     """The trainer's schedule of budgets where it arrives when counts are spread like this."""
     most = (model.image_size // model.patch_size) ** 2
     regions = most // grid.REGION**2
@@ -89,8 +89,8 @@ def schedule(model: nn.Module, batch: int, options: Options) -> trim.Trim:
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
     )
     histogram = np.bincount(seen, minlength=most + 1)
-    defaults = config_dict.ConfigDict(trim.default_config())
-    made = trim.Trim.start(defaults, regions=regions, images=batch)
+    defaults = config_dict.ConfigDict(capacity_schedule.default_config())
+    made = capacity_schedule.CapacitySchedule.start(defaults, regions=regions, images=batch)
     made.observe(histogram, unfit=0)
     made.look(defaults.every_steps)
     return made

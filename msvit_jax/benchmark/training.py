@@ -12,18 +12,18 @@ from jax.sharding import AxisType, Mesh
 from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.benchmark.options import DENSE, Options, make_config
-from msvit_jax.benchmark.sides import Side, Work, compiled, make_side, no_room
+from msvit_jax.benchmark.sides import Case, Work, compiled, make_side, no_room
 from msvit_jax.benchmark.sizes import schedule, size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.train import optimizer
+from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState
-from msvit_jax.train.trim import StepCapacity
 
 _STEPS, _STEPS_PER_EPOCH = 1000, 100.0  # of the learning rate's schedule: no matter
 
 
-def train_sides(options: Options, work: Work) -> list[Side]:
+def train_sides(options: Options, work: Work) -> list[Case]:
     """The dense model's and each layout's training steps, on the same images and one device."""
     mesh = jax.make_mesh(
         (1, 1),
@@ -35,7 +35,7 @@ def train_sides(options: Options, work: Work) -> list[Side]:
         return [_train_side(layout, options, work, mesh) for layout in (DENSE, *options.layouts)]
 
 
-def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Side:
+def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
     size = size_layout(layout, work.model, work.counts[0], options)
     config = make_config(options, size.attributes, dense=layout == DENSE)
     config.batch_size = work.counts.shape[1]
@@ -48,8 +48,8 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Side:
     batch = sharding.shard_batch(mesh, batch)
     capacities: list[StepCapacity | None] = [None]
     if layout == "trimmed" and not options.budget:
-        trim = schedule(work.model, config.batch_size, options)
-        capacities = [trim.at(step) for step in range(trim.options.alternatives_every)]
+        trainers = schedule(work.model, config.batch_size, options)
+        capacities = [trainers.at(step) for step in range(trainers.options.alternatives_every)]
         places = config.batch_size * np.mean([np.mean(c.budgets) for c in capacities if c])
         size = dataclasses.replace(size, places=round(places))
     steps = {c: compiled(program.jit_step(c), state, batch) for c in dict.fromkeys(capacities)}

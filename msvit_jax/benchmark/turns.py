@@ -8,7 +8,7 @@ import numpy as np
 Timed = Callable[[], float]  # runs once and returns its seconds
 
 
-def take_turns(sides: Sequence[Sequence[Timed]], rounds: int, warmup: int = 2) -> np.ndarray:
+def time_interleaved(sides: Sequence[Sequence[Timed]], rounds: int, warmup: int = 2) -> np.ndarray:
     """Runs all sides in alternation, so that what the machine does besides meets all alike.
 
     A side is a list of calls, one for each batch; all sides have as many. Each call of one side is

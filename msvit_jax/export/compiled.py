@@ -30,8 +30,8 @@ from msvit_jax.inference import thresholds as exits
 from msvit_jax.inference.budgets import fitted_thresholds
 from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.inference.shapes import has_gate
-from msvit_jax.models.dvt import Handed
-from msvit_jax.models.layout import in_slots
+from msvit_jax.models.dvt import StageCarry
+from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.train.step import normalise
 from msvit_jax.weights import ours
 
@@ -177,7 +177,7 @@ def portable(model: Any) -> Any:
         model = model.clone(backbone=model.backbone.clone(attention_impl="xla"))
     else:
         model = model.clone(attention_impl="xla")
-    return in_slots(model)
+    return with_dense_layout(model)
 
 
 def resolve_settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
@@ -323,7 +323,7 @@ def _stages(model: Any, source: Source, images: Any) -> list[Function]:
 def _stage(model: Any, stage: int) -> Callable[..., dict[str, Any]]:
     def run_stage(params: Any, images: Array, handed: Any = None) -> dict[str, Any]:
         images = normalise(images, model.mean, model.std)
-        before = None if stage == 0 else Handed(**handed)
+        before = None if stage == 0 else StageCarry(**handed)
         done = model.apply(_variables(params), images, before, stage=stage, method="run_stage")
         if done.handed is None:
             return {"logits": done.logits}

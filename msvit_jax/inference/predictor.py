@@ -24,7 +24,7 @@ from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.images import Images, Reading, Source, open_images
 from msvit_jax.inference.job import Job, decide
 from msvit_jax.inference.programs import Programs, carry_name, stage_name
-from msvit_jax.models.layout import in_slots
+from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
 
@@ -178,7 +178,7 @@ class Predictor:
             raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
         self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
         gated = shapes.has_gate(model)
-        self.model: Any = in_slots(model)
+        self.model: Any = with_dense_layout(model)
         self._threshold = model.threshold if gated and model.fine_share is None else None
         if threshold is not None:
             self.threshold = threshold

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from msvit_jax.tokens.packing import NOBODY
 
-Marks = tuple[Array, Array]
+BiasFactors = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
 _FAR = 30_000.0  # no two scores of a row lie so far apart
@@ -50,7 +50,7 @@ class Mask:
     segments: Array | None = None
     sizes: Array | None = None
     bias: Array | None = None
-    shelves: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
+    length_buckets: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     alone: bool = struct.field(pytree_node=False, default=False)
     most: int = struct.field(pytree_node=False, default=2)
     images: int = struct.field(pytree_node=False, default=0)
@@ -90,36 +90,36 @@ def attention(
         names = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention_impl={implementation!r} is none of {names}.")
     mask = mask or Mask()
-    if mask.shelves and mask.bias is not None:
+    if mask.length_buckets and mask.bias is not None:
         raise ValueError("A bias of attention has no meaning for rows that are laid end to end.")
-    if not mask.shelves:
+    if not mask.length_buckets:
         return _attend(query, key, value, mask, implementation)
     parts = [
         _attend(q, k, v, own, implementation)
-        for own, (q, k, v) in shelves_apart(mask, query, key, value)
+        for own, (q, k, v) in split_buckets(mask, query, key, value)
     ]
-    return shelves_together(parts, query.shape[0])
+    return join_buckets(parts, query.shape[0])
 
 
-def shelves_apart(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
+def split_buckets(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
     """Cuts a mask and arrays [G, T, ...] into those of each shelf, [G * rows, length, ...]."""
-    ends = list(itertools.accumulate(rows * length for rows, length in mask.shelves))[:-1]
+    ends = list(itertools.accumulate(rows * length for rows, length in mask.length_buckets))[:-1]
     parts = []
     # Split, not sliced: the gradient of slices is a sum of arrays as large as the whole.
     split = lambda x: (  # noqa: E731
-        [None] * len(mask.shelves) if x is None else jnp.split(x, ends, axis=1)
+        [None] * len(mask.length_buckets) if x is None else jnp.split(x, ends, axis=1)
     )
     names = ("weights", "segments", "sizes")
     everything = (*(getattr(mask, name) for name in names), *arrays)
-    for (_, length), *part in zip(mask.shelves, *map(split, everything), strict=True):
+    for (_, length), *part in zip(mask.length_buckets, *map(split, everything), strict=True):
         cut = [None if x is None else x.reshape(-1, length, *x.shape[2:]) for x in part]
         fields: dict[str, Any] = dict(zip(names, cut, strict=False))
-        own = dataclasses.replace(mask, shelves=(), **fields)
+        own = dataclasses.replace(mask, length_buckets=(), **fields)
         parts.append((own, cut[len(names) :]))
     return parts
 
 
-def shelves_together(parts: Sequence[Any], groups: int) -> Any:
+def join_buckets(parts: Sequence[Any], groups: int) -> Any:
     """Lays the arrays of shelves end to end again: each [G * rows, length, ...] -> [G, T, ...]."""
     if parts[0] is None:
         return None
@@ -135,7 +135,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
                 "and trimmed layouts; use 'xla' or 'auto' with them."
             )
         weights = mask.weights.astype(jnp.float32)
-        return _plain(query, key, value, weights, mask.bias, _counting(mask.sizes))
+        return _plain(query, key, value, weights, mask.bias, _size_bias(mask.sizes))
     if mask.segments is not None:
         # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
         empty = (mask.segments == NOBODY)[:, :, None, None]
@@ -166,10 +166,10 @@ def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
 def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     marks = None
     if mask.segments is not None and mask.alone:
-        marks = _hiding(mask.segments != mask.segments[:, :1])
+        marks = _key_bias(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
-        marks = _parting(mask.segments, mask.most)
-    return _plain(query, key, value, None, mask.bias, _joined(marks, _counting(mask.sizes)))
+        marks = _segment_bias(mask.segments, mask.most)
+    return _plain(query, key, value, None, mask.bias, _joined(marks, _size_bias(mask.sizes)))
 
 
 def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
@@ -187,7 +187,7 @@ def _plain(
     value: Array,
     weights: Array | None,
     bias: Array | None,
-    marks: Marks | None,
+    marks: BiasFactors | None,
 ) -> Array:
     """Attention in plain products, with a backward pass that keeps no scores.
 
@@ -214,9 +214,9 @@ def _forward(
     value: Array,
     weights: Array | None,
     bias: Array | None,
-    marks: Marks | None,
+    marks: BiasFactors | None,
 ) -> tuple[Array, tuple[Any, ...]]:
-    hidden = None if weights is None else _hiding(weights < 0.5)
+    hidden = None if weights is None else _key_bias(weights < 0.5)
     score = _scores(query, key, bias, _joined(marks, hidden))
     # The largest score only steadies the exponential: the quotient does not depend on it.
     largest = score.max(axis=-1)
@@ -267,19 +267,19 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 # A mask as further channels of queries and keys, whose product is 0 where a key is seen and -_FAR
 # where not, exactly: the product of queries and keys then is the masked scores. A mask applied to
 # the scores would cut one pass over them into three, on a TPU nearly a third of a block.
-def _hiding(hidden: Array) -> Marks:
+def _key_bias(hidden: Array) -> BiasFactors:
     """Marks that hide keys from all queries: [B, N] bool -> two of [B, N, 1]."""
     return jnp.ones((*hidden.shape, 1), jnp.float32), jnp.where(hidden, -_FAR, 0.0)[:, :, None]
 
 
-def _parting(segments: Array, most: int) -> Marks:
+def _segment_bias(segments: Array, most: int) -> BiasFactors:
     """Marks that hide runs of equal segments from each other: [B, N] -> two of [B, N, most]."""
     new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     run = jax.nn.one_hot(jnp.cumsum(new, axis=1), most, dtype=jnp.float32)
     return run - 1, _FAR * run
 
 
-def _counting(sizes: Array | None) -> Marks | None:
+def _size_bias(sizes: Array | None) -> BiasFactors | None:
     """Marks that add log(size) to the scores of a key: [B, N] -> two of [B, N, 1]."""
     if sizes is None:
         return None
@@ -287,7 +287,7 @@ def _counting(sizes: Array | None) -> Marks | None:
     return jnp.ones_like(log), log
 
 
-def _joined(*marks: Marks | None) -> Marks | None:
+def _joined(*marks: BiasFactors | None) -> BiasFactors | None:
     there = [m for m in marks if m is not None]
     if len(there) < 2:
         return there[0] if there else None
@@ -299,7 +299,7 @@ def _heads_first(x: Array) -> Array:
     return x.transpose(0, 2, 1, 3)
 
 
-def _scores(query: Array, key: Array, bias: Array | None, marks: Marks | None) -> Array:
+def _scores(query: Array, key: Array, bias: Array | None, marks: BiasFactors | None) -> Array:
     """[B, N, H, d] twice, bias [B, H, N, N], marks [B, N, C] -> [B, H, N, N] float32."""
     pair = [query * query.shape[-1] ** -0.5, key]
     if marks is not None:

@@ -17,7 +17,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
-from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import LayerNorm, gelu, init_weights
 from msvit_jax.models.output import Output, also_empty
 from msvit_jax.models.vit import ViT
@@ -29,7 +29,7 @@ PUBLISHED_NORM_COST = 5.0
 
 
 @struct.dataclass
-class Handed:
+class StageCarry:
     """What a stage hands on to the next.
 
     Attributes:
@@ -52,7 +52,7 @@ class Exit:
     """
 
     logits: Array
-    handed: Handed | None = None
+    handed: StageCarry | None = None
 
 
 def upsample_tokens(x: Array, axis: int, prefix: int, old: int, new: int) -> Array:
@@ -154,7 +154,7 @@ class Reuse(nn.Module):
         if self.relation_ratio:
             self.relation = RelationReuse(self.relation_ratio, vit.dtype)
 
-    def mixed_scores(self, handed: Handed) -> Array | None:
+    def mixed_scores(self, handed: StageCarry) -> Array | None:
         """The scores for all layers, still on the grid of the stage before."""
         if not self.relation_ratio or handed.scores is None:
             return None
@@ -169,7 +169,7 @@ class Reuse(nn.Module):
         sides = vit.prefix_length, self.old, vit.grid_size
         return upsample_tokens(upsample_tokens(own, 3, *sides), 2, *sides)
 
-    def features_of(self, layer: int, handed: Handed) -> Array | None:
+    def features_of(self, layer: int, handed: StageCarry) -> Array | None:
         """E of a layer, zeros for the prefix: [B, P + N, C]."""
         if not self.features or handed.tokens is None:
             return None
@@ -179,7 +179,7 @@ class Reuse(nn.Module):
         return jnp.pad(context, ((0, 0), (prefix, 0), (0, 0)))
 
 
-class DVT(Backboned, nn.Module):
+class DVT(BackboneMixin, nn.Module):
     """A cascade of transformers over finer and finer grids.
 
     Parameters are `stage_<i>`, each exactly a ViT's (but that norm2 and fc1 of later stages see
@@ -279,7 +279,9 @@ class DVT(Backboned, nn.Module):
         block = float(flops.block(length, width, vit.mlp_hidden))
         block += float(flops.dense(length, extra, vit.mlp_hidden))
         macs = vit.embed_macs + vit.depth * block + float(vit.head_macs)
-        normed = vit.embed_norms + length * ((2 * vit.depth + 1) * width + vit.depth * extra)
+        normed = vit.embed_norm_elements + length * (
+            (2 * vit.depth + 1) * width + vit.depth * extra
+        )
         if old is None:
             return macs, normed
         context = (width + self.feature_width) * self.feature_hidden
@@ -321,7 +323,7 @@ class DVT(Backboned, nn.Module):
         return Output(logits=exits[-1], tokens=tokens, exits=jnp.stack(exits, axis=1))
 
     def run_stage(
-        self, images: Array, handed: Handed | None = None, *, stage: int, train: bool = False
+        self, images: Array, handed: StageCarry | None = None, *, stage: int, train: bool = False
     ) -> Exit:
         """Computes one stage, given what the stage before handed on.
 
@@ -343,11 +345,11 @@ class DVT(Backboned, nn.Module):
             rate = None if rates is None else rates[layer]
             x, own = block.reusing(x, rate, *reused(layer))
             scores.append(own)
-        logits, _ = vit.classify(vit.norm(x), train=train)
+        logits, _ = vit.forward_head(vit.norm(x), train=train)
         return Exit(logits, None if stage == len(self.grids) - 1 else self._handed(x, scores))
 
     def _reused(
-        self, stage: int, handed: Handed | None
+        self, stage: int, handed: StageCarry | None
     ) -> Callable[[int], tuple[Array | None, Array | None]]:
         """A function of the layer that gives its relation and its features, made when asked for.
 
@@ -361,8 +363,8 @@ class DVT(Backboned, nn.Module):
         mixed = reuse.mixed_scores(there)
         return lambda layer: (reuse.relation_of(layer, mixed), reuse.features_of(layer, there))
 
-    def _handed(self, x: Array, scores: list[Array]) -> Handed:
+    def _handed(self, x: Array, scores: list[Array]) -> StageCarry:
         joined = None
         if self.relation_reuse:
             joined = jnp.concatenate([s.astype(x.dtype) for s in scores], axis=1)
-        return Handed(tokens=x if self.feature_reuse else None, scores=joined)
+        return StageCarry(tokens=x if self.feature_reuse else None, scores=joined)

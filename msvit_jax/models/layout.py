@@ -87,7 +87,7 @@ class Layout:
             raise ValueError(f"rows={self.rows} cannot be cut into row_groups={self.groups}.")
 
 
-def in_slots(model: nn.Module) -> nn.Module:
+def with_dense_layout(model: nn.Module) -> nn.Module:
     """The same model where every image has its places; a model without layouts as it is."""
     return model.clone(layout="slots") if hasattr(model, "layout") else model
 
@@ -157,7 +157,7 @@ def make_runs(lengths: Array, layout: Layout) -> packing.Runs:
     lengths = lengths.reshape(layout.groups, images)
     if layout.kind == "rows":
         return packing.rows(lengths, layout.rows // layout.groups, layout.row_width)
-    return packing.ladder(lengths, layout.budget)
+    return packing.assign_buckets(lengths, layout.budget)
 
 
 def pack(
@@ -182,12 +182,12 @@ def pack(
       extra: [B, N] bool, inactive tokens that are carried for their gradient.
     """
     images = images_per_group(active.shape[0], layout)
-    shelves: tuple[tuple[int, int], ...]
+    length_buckets: tuple[tuple[int, int], ...]
     if layout.kind == "rows":
-        shelves = ((layout.rows // layout.groups, layout.row_width),)
+        length_buckets = ((layout.rows // layout.groups, layout.row_width),)
     else:
         part = images // len(layout.budget)
-        shelves = tuple((part, width) for width in sorted(layout.budget, reverse=True))
+        length_buckets = tuple((part, width) for width in sorted(layout.budget, reverse=True))
     packed = packing.pack(active, runs, extra)
     first = jnp.arange(layout.groups, dtype=jnp.int32)[:, None] * images
     if weights is not None:
@@ -197,7 +197,7 @@ def pack(
     mask = Mask(
         weights=weights,
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
-        shelves=shelves,
+        length_buckets=length_buckets,
         alone=layout.kind != "rows",
         most=layout.row_width // shortest + 1,  # and the empty places behind them
         images=images * layout.groups,
@@ -208,14 +208,14 @@ def pack(
 def _in_tiles(packed: Packed) -> Packed:
     """Rows apart where they are whole tiles of a TPU; else end to end, which pads less."""
     mask = packed.mask
-    length = mask.shelves[0][1]
-    if len(mask.shelves) > 1 or length % _TILE:
+    length = mask.length_buckets[0][1]
+    if len(mask.length_buckets) > 1 or length % _TILE:
         return packed
     apart = lambda x: x.reshape(-1, length, *x.shape[2:])  # noqa: E731
     own = dataclasses.replace(
         mask,
         weights=None if mask.weights is None else apart(mask.weights),
         segments=None if mask.segments is None else apart(mask.segments),
-        shelves=(),
+        length_buckets=(),
     )
     return Packed(apart(packed.tokens), own, packed.packing)

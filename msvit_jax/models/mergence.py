@@ -19,7 +19,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
-from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Output, also_empty
@@ -56,7 +56,7 @@ class ScaleFeatures(nn.Module):
         return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
-class Mergence(Backboned, nn.Module):
+class Mergence(BackboneMixin, nn.Module):
     """A `ViT` that sees several patch sizes, and reduces tokens as its own attributes say.
 
     Attributes:
@@ -127,4 +127,4 @@ class Mergence(Backboned, nn.Module):
         x = self.backbone.embed(images)
         for features in self.features:
             x = x + features(images)
-        return self.backbone.answer(x, train=train)
+        return self.backbone.forward_tokens(x, train=train)

@@ -18,7 +18,7 @@ from msvit_jax import flops
 from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
-from msvit_jax.models.backboned import Backboned
+from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Features, GateOutput, Output, also_empty
 from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
@@ -39,7 +39,7 @@ class CoarseResidual(nn.Module):
         return nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(mixed)
 
 
-class MSViT(Backboned, nn.Module):
+class MSViT(BackboneMixin, nn.Module):
     """A mixed-scale vision transformer over any `ViT`.
 
     Attributes:
@@ -263,7 +263,7 @@ class MSViT(Backboned, nn.Module):
         tokens, weights, areas = self._tokens(images, coarse, both)
         merged, fits = None, None
         if runs is None:
-            encoded = vit.encode(tokens, train=train, mask=Mask(weights=weights))
+            encoded = vit.forward_features(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, vit.prefix_length)
             x = encoded.unmerge() if self._all_tokens else encoded.tokens
             alive, hosts = encoded.alive, encoded.targets
@@ -275,7 +275,7 @@ class MSViT(Backboned, nn.Module):
         hosts = tuple(jnp.where(active, host, -1) for host in hosts)
         if alive is not None and vit.pool == "mean":
             areas = areas * alive[:, vit.prefix_length :].astype(areas.dtype)
-        class_logits, distilled = vit.classify(x, train=train, areas=areas)
+        class_logits, distilled = vit.forward_head(x, train=train, areas=areas)
         counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - vit.prefix_length
         return Output(
             logits=_only_fitting(class_logits, fits),
@@ -351,8 +351,8 @@ class MSViT(Backboned, nn.Module):
     ) -> tuple[Array, Array | None, Array, tuple[Array, ...]]:
         """Encodes in a packed layout.
 
-        Returns what `ViT.classify` needs, which of its tokens were not dropped, which images fit
-        [B], and hosts among the tokens [B, P + N].
+        Returns what `ViT.forward_head` needs, which of its tokens were not dropped, which images
+        fit [B], and merge targets among the tokens [B, P + N].
         """
         prefix, active = self.backbone.prefix_length, weights > 0.5
         gated: dict[str, Any] = {}
@@ -362,7 +362,7 @@ class MSViT(Backboned, nn.Module):
             gated = {"weights": weights, "extra": extra}
         shortest = prefix + self.gate_grid[0] * self.gate_grid[1]
         packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
-        encoded = self.backbone.encode(packed.tokens, train=train, mask=packed.mask)
+        encoded = self.backbone.forward_features(packed.tokens, train=train, mask=packed.mask)
         needed = None if self._all_tokens else prefix
         alive = encoded.alive
         if alive is not None:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import reducers
 from msvit_jax.errors import nearest
-from msvit_jax.models.attention import Mask, shelves_apart, shelves_together
+from msvit_jax.models.attention import Mask, join_buckets, split_buckets
 from msvit_jax.reducers import base
 from msvit_jax.tokens.packing import NOBODY
 
@@ -258,12 +258,12 @@ def reduce(
     if reducer.keeps_all:
         return x, mask, dataclasses.replace(state, history=(*state.history, state.place))
     rows = functools.partial(_reduce_rows, spec=spec, reducer=reducer, scores=scores, train=train)
-    if not mask.shelves:
+    if not mask.length_buckets:
         return rows(x, attn_input, key, mask, state)
     groups, first = x.shape[0], 0
     parts, places = [], []
-    apart = shelves_apart(mask, x, attn_input, key, state.size, state.token_id, state.random_score)
-    for (count, _), (own, arrays) in zip(mask.shelves, apart, strict=True):
+    apart = split_buckets(mask, x, attn_input, key, state.size, state.token_id, state.random_score)
+    for (count, _), (own, arrays) in zip(mask.length_buckets, apart, strict=True):
         part, part_input, part_key, size, token_id, random_score = arrays
         here = dataclasses.replace(
             start(part, {}), size=size, token_id=token_id, random_score=random_score
@@ -276,14 +276,14 @@ def reduce(
         places.append(jnp.where(place < 0, -1, first + row * length + place))
         first += count * length
     tokens, masks, states = zip(*parts, strict=True)
-    together = functools.partial(shelves_together, groups=groups)
+    together = functools.partial(join_buckets, groups=groups)
     mask = dataclasses.replace(
         mask,
         weights=together([m.weights for m in masks]),
         segments=together([m.segments for m in masks]),
         sizes=together([m.sizes for m in masks]),
-        shelves=tuple(
-            (count, x.shape[1]) for (count, _), x in zip(mask.shelves, tokens, strict=True)
+        length_buckets=tuple(
+            (count, x.shape[1]) for (count, _), x in zip(mask.length_buckets, tokens, strict=True)
         ),
     )
     place = base.compose(state.place, together(places))

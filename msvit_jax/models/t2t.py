@@ -190,7 +190,7 @@ class T2TViT(ViT):
         )
 
     @property
-    def embed_norms(self) -> float:
+    def embed_norm_elements(self) -> float:
         """Numbers that the tokeniser's layer norms put out."""
         first = self.split
         normed = first.side**2 * (3 * first.window**2 + TOKEN_WIDTH)

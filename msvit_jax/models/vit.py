@@ -325,7 +325,7 @@ class ViT(nn.Module):
         return flops.dense(self.grid_size**2, 3 * self.cell**2, self.width)
 
     @property
-    def embed_norms(self) -> float:
+    def embed_norm_elements(self) -> float:
         """Numbers that layer norms before the first block put out."""
         return 0.0
 
@@ -365,7 +365,7 @@ class ViT(nn.Module):
         """Puts the prefix before patch tokens: [B, N, D] -> [B, P + N, D]."""
         return jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
 
-    def encode(self, x: Array, *, train: bool, mask: Mask | None = None) -> Encoded:
+    def forward_features(self, x: Array, *, train: bool, mask: Mask | None = None) -> Encoded:
         """Runs all blocks and the last norm.
 
         Args:
@@ -406,7 +406,7 @@ class ViT(nn.Module):
         )
         return scan(self.blocks, x, rates)[0]
 
-    def classify(
+    def forward_head(
         self, x: Array, *, train: bool, areas: Array | None = None
     ) -> tuple[Array, Array | None]:
         """Logits from encoded tokens.
@@ -470,7 +470,7 @@ class ViT(nn.Module):
           train: turns stochastic depth on (rng stream "dropout").
         """
         self.check_shape(images)
-        return self.answer(self.embed(images, train=train), train=train)
+        return self.forward_tokens(self.embed(images, train=train), train=train)
 
     def check_shape(self, images: Array) -> None:
         """Raises ValueError unless the model takes images of that shape."""
@@ -482,18 +482,18 @@ class ViT(nn.Module):
                 f"{images.shape[1]} x {images.shape[2]}; resize them."
             )
 
-    def answer(self, grid_tokens: Array, *, train: bool) -> Output:
+    def forward_tokens(self, grid_tokens: Array, *, train: bool) -> Output:
         """Classifies images by their embedded patches [B, h, w, D]."""
         batch, *size, width = grid_tokens.shape
         x = self.with_prefix(grid_tokens.reshape(batch, -1, width))
-        encoded = self.encode(x, train=train)
+        encoded = self.forward_features(x, train=train)
         areas = None
         if self.pool == "mean" or not self.num_classes:
             x, alive = encoded.unmerge(), encoded.alive
             areas = None if alive is None else alive[:, self.prefix_length :].astype(jnp.float32)
         else:
             x = encoded.tokens
-        logits, distilled = self.classify(x, train=train, areas=areas)
+        logits, distilled = self.forward_head(x, train=train, areas=areas)
         return Output(
             logits=logits,
             tokens=jnp.full((batch,), size[0] * size[1], jnp.int32),

@@ -83,7 +83,7 @@ def _take(values: Array, index: Array, fill: float) -> Array:
     return jax.vmap(take)(values, index)
 
 
-def ladder(lengths: Array, widths: Sequence[int]) -> Runs:
+def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
     """Gives equal parts of each group runs of the given widths, sorted images to sorted runs.
 
     As many images get a run as is possible at all: longest first, each takes the longest run left.

@@ -35,7 +35,7 @@ def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def ladder(
+def fitting_capacities(
     counts: ArrayLike, parts: int, multiple: int = 1, most: int | None = None
 ) -> tuple[int, ...]:
     """The smallest budgets that hold these counts: one for each of equal parts of the sorted batch.

@@ -28,12 +28,12 @@ from msvit_jax.evaluate import Evaluator
 from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
 from msvit_jax.train import optimizer, owner
-from msvit_jax.train.fall import Fall
+from msvit_jax.train.capacity_schedule import CapacitySchedule
 from msvit_jax.train.health import Health
+from msvit_jax.train.keep_rate_schedule import KeepRateSchedule
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
-from msvit_jax.train.trim import Trim
 from msvit_jax.weights.declared import UNSEEN
 
 LAG = 2
@@ -103,7 +103,7 @@ class _Run:
         config, followed = _following(config, workdir)
         self.config, self.workdir = config, workdir
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accumulation)
+        sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accum_steps)
         self.plan = Plan.of(config, self.info.train_examples)
         self.schedule: optax.Schedule = optimizer.schedule(
             config.optimizer, self.plan.schedule_steps, self.plan.steps_per_epoch
@@ -111,8 +111,10 @@ class _Run:
         self.program = Program.of(config, self.mesh, self.schedule)
         self.model: nn.Module = self.program.model
         self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
-        self.trim = self._schedule_of_budgets()
-        self.fall = Fall.of(config.fall, self.model, self.plan.steps_per_epoch)
+        self.capacity = self._capacity_schedule()
+        self.keep_rate = KeepRateSchedule.of(
+            config.keep_rate, self.model, self.plan.steps_per_epoch
+        )
         self._compiled_steps: dict[Any, Any] = {}
         self.messages: list[str] = [
             f"{key}={value!r} as {config.init_from} says" for key, value in followed.items()
@@ -130,15 +132,15 @@ class _Run:
             },
         )
 
-    def _schedule_of_budgets(self) -> Trim | None:
+    def _capacity_schedule(self) -> CapacitySchedule | None:
         """The trimmed layout's schedule, unless the config itself gives the budgets."""
         model, config = self.model, self.config
         if getattr(model, "layout", None) != "trimmed" or model.budget is not None:
             return None
-        batch = config.batch_size // config.optimizer.accumulation
+        batch = config.batch_size // config.optimizer.accum_steps
         images = images_per_group(batch, model.packing_layout)
         rows, columns = model.gate_grid
-        return Trim.start(config.trim, regions=rows * columns, images=images)
+        return CapacitySchedule.start(config.capacity, regions=rows * columns, images=images)
 
     def start_state(self) -> TrainState:
         """The newest checkpoint's state, or a fresh one."""
@@ -147,8 +149,9 @@ class _Run:
         if state is not None:
             self._check_classes(int(state.step))
             self.messages.append(f"resumed at step {int(state.step)}")
-            if self.trim is not None:
-                self.trim.restore(self.checkpoints.about(int(state.step))["trim"])
+            if self.capacity is not None:
+                about = self.checkpoints.about(int(state.step))
+                self.capacity.restore(about.get("capacity") or about["trim"])  # its name before
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
@@ -233,18 +236,20 @@ class _Run:
         figures: dict[str, Any] = {}
         batches = self.batches(start)
         for step in range(start + 1, plan.steps + 1):
-            if self.fall is not None and self.fall.at(step - 1) != self.fall.at(step - 2):
-                logger.say(f"step {step}: keeps {self.fall.at(step - 1)} of the tokens")
+            if self.keep_rate is not None and self.keep_rate.at(step - 1) != self.keep_rate.at(
+                step - 2
+            ):
+                logger.say(f"step {step}: keeps {self.keep_rate.at(step - 1)} of the tokens")
             state, reported = self.train_step(step - 1)(state, next(batches), teacher)
             reporter.add(step, reported)
             last = step == plan.steps
             evaluating = last or step % plan.eval_every == 0
             periodic = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             stopping = self._stopping(step, stop)
-            looking = self.trim is not None and self.trim.due(step) and not last
+            looking = self.capacity is not None and self.capacity.due(step) and not last
             if evaluating or periodic or stopping or looking:
                 reporter.flush()
-            if self.trim is not None and looking and (change := self.trim.look(step)):
+            if self.capacity is not None and looking and (change := self.capacity.look(step)):
                 logger.say(f"step {step}: {change}")
             if evaluating:
                 result = evaluate(_weights(state))
@@ -252,7 +257,7 @@ class _Run:
                 logger.evaluation(step, step / plan.steps_per_epoch, result, self.grid)
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
-                extra = {} if self.trim is None else {"trim": self.trim.to_json()}
+                extra = {} if self.capacity is None else {"capacity": self.capacity.to_json()}
                 self.checkpoints.save(state, step, figures if evaluating else None, extra)
             if stopping and not last:
                 self.checkpoints.wait()
@@ -262,11 +267,11 @@ class _Run:
 
     def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
         """The compiled step with the budgets and keep rates of now, each of them compiled once."""
-        capacity = None if self.trim is None else self.trim.at(step)
-        rates = None if self.fall is None else self.fall.at(step)
-        if (capacity, rates) not in self._compiled_steps:
-            self._compiled_steps[capacity, rates] = self.program.jit_step(capacity, rates)
-        return self._compiled_steps[capacity, rates]
+        step_capacity = None if self.capacity is None else self.capacity.at(step)
+        rates = None if self.keep_rate is None else self.keep_rate.at(step)
+        if (step_capacity, rates) not in self._compiled_steps:
+            self._compiled_steps[step_capacity, rates] = self.program.jit_step(step_capacity, rates)
+        return self._compiled_steps[step_capacity, rates]
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Global batches on the devices, a few ahead."""
@@ -362,8 +367,8 @@ class Reporter:
         for warning in self._health.observe(scalars, 100 * float(sums.top1) / answered):
             self._logger.say(f"step {step}: warning: {warning}")
         self._sums = sums if self._sums is None else self._sums + sums
-        if self._run.trim is not None:
-            self._run.trim.observe(sums.tokens, sums.unfit)
+        if self._run.capacity is not None:
+            self._run.capacity.observe(sums.tokens, sums.unfit)
         self._scalars.append(scalars)
         self._logger.advance()
         if step % self._run.config.log_every_steps == 0 or step == self._run.plan.steps:

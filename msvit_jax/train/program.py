@@ -19,10 +19,10 @@ from msvit_jax import sharding
 from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
 from msvit_jax.train import optimizer
-from msvit_jax.train.fall import Rates, with_rates
+from msvit_jax.train.capacity_schedule import StepCapacity
+from msvit_jax.train.keep_rate_schedule import Rates, with_rates
 from msvit_jax.train.state import Params, TrainState, state_maker
 from msvit_jax.train.step import make_train_step
-from msvit_jax.train.trim import StepCapacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _grouped(model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh) -> nn
             "model.layout=slots or trimmed, or freeze it: optimizer.freeze=gate"
         )
     model = model if model.row_groups > 1 else model.clone(row_groups=mesh.size)
-    images = config.batch_size // config.optimizer.accumulation
+    images = config.batch_size // config.optimizer.accum_steps
     try:
         model.check_layout()
         layouts.images_per_group(images, model.packing_layout)

@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 
 from msvit_jax.errors import UserError
-from msvit_jax.models.layout import in_slots
+from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.tree import map_names
 
 Params = Any
@@ -48,7 +48,7 @@ def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
     keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
     images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
     try:
-        output, variables = in_slots(model).init_with_output(keys, images, train=False)
+        output, variables = with_dense_layout(model).init_with_output(keys, images, train=False)
     except ValueError as error:
         raise UserError(f"The model cannot be built: {error}") from error
     params = {"model": variables["params"], "gate_loss": {}}

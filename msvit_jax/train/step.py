@@ -70,11 +70,11 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Builds step(state, batch, teacher) -> (state, metrics).
 
-    With `optimizer.accumulation` = k the gradient is the mean over k pieces of the batch, each
+    With `optimizer.accum_steps` = k the gradient is the mean over k pieces of the batch, each
     computed after the other: less memory, the same step. A gate's loss then sees the order
     statistics of a piece, not of the whole batch.
     """
-    pieces = config.optimizer.accumulation
+    pieces = config.optimizer.accum_steps
     patterns = tuple(config.optimizer.freeze)
     corrected = gate_target.applies(model, config)
     if corrected:

@@ -78,7 +78,7 @@ def test_rows_and_ladders_hold_the_batch_and_no_more_than_needed():
     assert _variant("rows", sizes=Sizes(128, 30.0)).config.model.row_width == 256
     ladder = _variant("ladder", sizes=sizes).config.model.budget
     widths = tuple(b + 1 for b in ladder)
-    assert jax.jit(packing.ladder, static_argnums=1)(lengths, widths).fits.all()
+    assert jax.jit(packing.assign_buckets, static_argnums=1)(lengths, widths).fits.all()
     assert max(ladder) == counts.max()
 
 

@@ -136,7 +136,7 @@ def test_sides_take_turns():
 
     first = [call("a0", 1.0), call("a1", 2.0)]
     second = [call("b0", 10.0), call("b1", 20.0)]
-    times = turns.take_turns([first, second], rounds=2, warmup=1)
+    times = turns.time_interleaved([first, second], rounds=2, warmup=1)
     np.testing.assert_array_equal(times, [[3, 30], [3, 30]])
     assert order[:8] == ["a0", "b0", "a1", "b1", "b0", "a0", "b1", "a1"]
     assert len(order) == 12

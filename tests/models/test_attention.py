@@ -139,7 +139,7 @@ def test_a_hidden_key_is_passed_back_what_switching_it_on_changes(dtype, counted
 
 @pytest.mark.parametrize("masked", ["weights", "segments", "nothing"])
 def test_shelves_equal_their_rows_one_by_one(masked):
-    shelves = ((2, 5), (3, 2))  # places of one group: 2 rows of 5, then 3 rows of 2
+    length_buckets = ((2, 5), (3, 2))  # places of one group: 2 rows of 5, then 3 rows of 2
     query, key, value = random_qkv(4, 2, 16)
     rng = np.random.default_rng(0)
     fields = {
@@ -147,9 +147,9 @@ def test_shelves_equal_their_rows_one_by_one(masked):
         "segments": {"segments": jnp.asarray(np.sort(rng.integers(0, 2, (2, 16))), jnp.int32)},
         "nothing": {},
     }[masked]
-    found = attention(query, key, value, Mask(**fields, shelves=shelves))
+    found = attention(query, key, value, Mask(**fields, length_buckets=length_buckets))
     offset = 0
-    for rows, length in shelves:
+    for rows, length in length_buckets:
         for _ in range(rows):
             cut = slice(offset, offset + length)
             own = {name: x[:, cut] for name, x in fields.items()}
@@ -267,4 +267,4 @@ def test_a_bias_that_is_not_possible_is_told():
     with pytest.raises(ValueError, match="adds nothing to the scores"):
         attention(query, key, value, Mask(bias=bias), implementation="pallas")
     with pytest.raises(ValueError, match="end to end"):
-        attention(query, key, value, Mask(bias=bias, shelves=((2, 2),)))
+        attention(query, key, value, Mask(bias=bias, length_buckets=((2, 2),)))

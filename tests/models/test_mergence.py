@@ -179,7 +179,7 @@ def test_features_of_other_scales_are_added_cell_by_cell():
         ]
     )
     cells = dense.embed(images) + jnp.asarray(added, jnp.float32)
-    expected = jax.jit(lambda x: dense.answer(x, train=False).logits)(cells)
+    expected = jax.jit(lambda x: dense.forward_tokens(x, train=False).logits)(cells)
     np.testing.assert_allclose(logits(model, variables, images), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -83,7 +83,7 @@ def check(groups, active, packed):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def ladder(active, groups, widths):
-    runs = packing.ladder(active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), widths)
+    runs = packing.assign_buckets(active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), widths)
     return runs, packing.pack(active, runs)
 
 
@@ -95,7 +95,9 @@ def rows_of(active, groups, rows, width):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def filled(active, extra, groups, budget):
-    runs = packing.ladder(active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), (budget,))
+    runs = packing.assign_buckets(
+        active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), (budget,)
+    )
     return packing.pack(active, runs, extra)
 
 
@@ -145,4 +147,4 @@ def test_extra_tokens_lie_behind_the_active_ones_as_far_as_there_is_room(batch, 
 
 def test_unequal_parts_are_refused():
     with pytest.raises(ValueError, match="5 images cannot be cut into 2 equal parts"):
-        packing.ladder(jnp.ones((1, 5), jnp.int32), (4, 8))
+        packing.assign_buckets(jnp.ones((1, 5), jnp.int32), (4, 8))

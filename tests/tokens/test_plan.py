@@ -17,7 +17,7 @@ counts_of = st.lists(st.integers(4, 16), min_size=1, max_size=12)
 @given(counts_of, st.data(), st.sampled_from([1, 4, 8]))
 def test_ladder_holds_each_part_and_nothing_smaller_does(counts, data, multiple):
     parts = data.draw(st.sampled_from([p for p in range(1, 13) if len(counts) % p == 0]))
-    budgets = plan.ladder(counts, parts, multiple, most=16)
+    budgets = plan.fitting_capacities(counts, parts, multiple, most=16)
     assert len(budgets) == parts
     assert list(budgets) == sorted(budgets)
     need = [max(part) for part in np.split(np.sort(counts), parts)]
@@ -27,8 +27,8 @@ def test_ladder_holds_each_part_and_nothing_smaller_does(counts, data, multiple)
 
 
 def test_a_part_of_a_ladder_is_not_beyond_the_grid():
-    assert plan.ladder([190, 196], 2, 24, most=196) == (192, 196)
-    assert plan.ladder([190, 196], 2, 24) == (192, 216)
+    assert plan.fitting_capacities([190, 196], 2, 24, most=196) == (192, 196)
+    assert plan.fitting_capacities([190, 196], 2, 24) == (192, 216)
 
 
 @hypothesis.settings(max_examples=15)
@@ -58,6 +58,6 @@ def test_parts_of_a_batch(batch, parts):
 
 def test_impossible_plans_are_refused():
     with pytest.raises(ValueError, match="7 images cannot be cut into 2"):
-        plan.ladder([5] * 7, 2)
+        plan.fitting_capacities([5] * 7, 2)
     with pytest.raises(ValueError, match="21 tokens does not fit a row of 20"):
         plan.first_fit([3, 21], 20)

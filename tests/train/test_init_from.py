@@ -185,7 +185,7 @@ def test_a_merging_run_starts_from_and_is_taught_by_a_dense_run(tmp_path, capsys
         loss__distillation__weight=1.0,
         model__scales=(2, 4),
         model__keep=0.5,
-        fall__hold_epochs=1 / 3,  # the first step, with all tokens
+        keep_rate__hold_epochs=1 / 3,  # the first step, with all tokens
         log_every_steps=1,
         steps=2,
     )

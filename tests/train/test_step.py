@@ -9,9 +9,9 @@ from jax.sharding import AxisType
 from msvit_jax import config as configs
 from msvit_jax import losses, sharding
 from msvit_jax.train import optimizer
+from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import Program
 from msvit_jax.train.step import Teacher, normalise, smooth
-from msvit_jax.train.trim import StepCapacity
 from tests import jitted, tiny_run
 
 BATCH = 16
@@ -106,7 +106,7 @@ def test_parameters_are_cut_along_fsdp():
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
     whole, reports = Setup(CASES["vit"]()).run(1)
-    pieces, more_reports = Setup(CASES["vit"](optimizer__accumulation=4), 4).run(1)
+    pieces, more_reports = Setup(CASES["vit"](optimizer__accum_steps=4), 4).run(1)
     # Without random parts and with equal pieces the mean of means is the mean.
     _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
     _assert_close(_gradients(whole), _gradients(pieces), rtol=1e-4, atol=1e-7)

@@ -23,19 +23,19 @@ _STEP = 8  # budgets are multiples of this, or the whole grid
 
 
 def default_config() -> dict[str, Any]:
-    """The config's `trim` section."""
+    """The config's `capacity` section."""
     return {
-        "parts": 8,  # of a device's share of the batch, each with its own budget
-        "room": 0.25,  # places for alternatives of an image's regions, as a share of the grid's
+        "num_buckets": 8,  # of a device's share of the batch, each with its own budget
+        "alternatives": 0.25,  # places for alternatives of regions, as a share of the grid's
         "alternatives_every": 4,  # steps: one of them carries alternatives, with their gradient
         "every_steps": 200,  # between changes to smaller budgets; to larger ones, an eighth of it
-        "shrink": 0.08,  # places that new budgets must save to be worth a compilation
-        "unfit": 0.02,  # share of images without places above which budgets grow
-        "changes": 8,  # of the budgets in a run, each a compilation; then the whole grid
+        "min_saving": 0.08,  # places that new budgets must save to be worth a compilation
+        "max_overflow": 0.02,  # share of images without places above which budgets grow
+        "max_recompiles": 8,  # of the budgets in a run, each a compilation; then the whole grid
     }
 
 
-def ladder(
+def bucket_capacities(
     histogram: np.ndarray,
     *,
     smallest: int,
@@ -82,7 +82,7 @@ class StepCapacity:
 
 
 @dataclasses.dataclass
-class Trim:
+class CapacitySchedule:
     """Budgets of a run and the counts that decide on the next ones.
 
     Attributes:
@@ -106,7 +106,9 @@ class Trim:
     changes: int = 0
 
     @classmethod
-    def start(cls, options: config_dict.ConfigDict, *, regions: int, images: int) -> "Trim":
+    def start(
+        cls, options: config_dict.ConfigDict, *, regions: int, images: int
+    ) -> "CapacitySchedule":
         """Starts with places for all tokens of both scales.
 
         Args:
@@ -114,7 +116,7 @@ class Trim:
           regions: of an image.
           images: of a batch that is packed together.
         """
-        parts = math.gcd(images, options.parts)  # equal ones
+        parts = math.gcd(images, options.num_buckets)  # equal ones
         counts = np.zeros(REGION**2 * regions + 1)
         made = cls(options, regions, images, parts, (), counts)
         made.budgets = (made._everything,)
@@ -132,7 +134,7 @@ class Trim:
             return StepCapacity(self.budgets, 1.0)
         if step % every:
             return StepCapacity(self.budgets, 0.0)
-        room = round_up(self.options.room * REGION**2 * self.regions, _STEP)
+        room = round_up(self.options.alternatives * REGION**2 * self.regions, _STEP)
         budgets = tuple(min(b + room, self._everything) for b in self.budgets)
         return StepCapacity(budgets, float(every))
 
@@ -160,21 +162,23 @@ class Trim:
         share = unfit / seen
         saves = 1 - np.mean(wanted) / np.mean(self.budgets)
         may_shrink = step % self.options.every_steps == 0
-        if share <= self.options.unfit and not (may_shrink and saves >= self.options.shrink):
+        if share <= self.options.max_overflow and not (
+            may_shrink and saves >= self.options.min_saving
+        ):
             return None
         old, self.budgets, self.changes = self.budgets, wanted, self.changes + 1
         return (
             f"budgets {_text(old)} -> {_text(wanted)} tokens, {np.mean(wanted):.4g} on average "
-            f"(change {self.changes} of {self.options.changes}; {share:.2%} of the images had no "
-            "places): compiling"
+            f"(change {self.changes} of {self.options.max_recompiles}; {share:.2%} of the images "
+            "had no places): compiling"
         )
 
     def _wanted(self) -> tuple[int, ...]:
-        if self.changes >= self.options.changes:
+        if self.changes >= self.options.max_recompiles:
             # No more compilations than promised: stay, or give every image its places.
-            enough = self.unfit <= self.options.unfit * self.histogram.sum()
+            enough = self.unfit <= self.options.max_overflow * self.histogram.sum()
             return self.budgets if enough else (self._everything,)
-        return ladder(
+        return bucket_capacities(
             self.histogram,
             smallest=self.regions,
             parts=self.parts,

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from msvit_jax.models.vit import ViT
 
 
-class Backboned:
+class BackboneMixin:
     """Passes on what others ask every model: attributes of its `backbone`."""
 
     if TYPE_CHECKING:

@@ -18,34 +18,34 @@ Rates = tuple[float, ...]
 
 
 def default_config() -> dict[str, Any]:
-    """The config's `fall` section."""
+    """The config's `keep_rate` section."""
     return {
         "hold_epochs": 0.0,  # with all tokens
         "epochs": 0.0,  # over which the keep rate then falls to the model's; 0: no schedule
-        "programs": 5,  # different rates on the way, each a compilation
+        "num_rates": 5,  # different rates on the way, each a compilation
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class Fall:
+class KeepRateSchedule:
     """Keep rates by training step.
 
     Attributes:
       target: of each reducing layer, at the end.
       hold: steps with all tokens.
       steps: over which the rates fall.
-      programs: different rates.
+      num_rates: different rates.
     """
 
     target: Rates
     hold: float
     steps: float
-    programs: int
+    num_rates: int
 
     @classmethod
     def of(
         cls, options: Mapping[str, Any], model: nn.Module, steps_per_epoch: float
-    ) -> "Fall | None":
+    ) -> "KeepRateSchedule | None":
         """The schedule that a config asks for, or None.
 
         Raises:
@@ -56,26 +56,28 @@ class Fall:
         specs = getattr(backbone_of(model), "reductions", {})
         if not specs or any(spec.make().remove for spec in specs.values()):
             raise UserError(
-                "fall.epochs is for models that keep a share of their tokens (model.reducer and "
-                "model.keep); this one does not. Set fall.epochs=0 and fall.hold_epochs=0."
+                "keep_rate.epochs is for models that keep a share of their tokens (model.reducer "
+                "and model.keep); this one does not. Set keep_rate.epochs=0 and "
+                "keep_rate.hold_epochs=0."
             )
-        if options["hold_epochs"] < 0 or options["epochs"] < 0 or options["programs"] < 1:
+        if options["hold_epochs"] < 0 or options["epochs"] < 0 or options["num_rates"] < 1:
             raise UserError(
-                f"fall.hold_epochs={options['hold_epochs']}, fall.epochs={options['epochs']} and "
-                f"fall.programs={options['programs']}: epochs are not negative, and there is at "
-                "least one program."
+                f"keep_rate.hold_epochs={options['hold_epochs']}, "
+                f"keep_rate.epochs={options['epochs']} and "
+                f"keep_rate.num_rates={options['num_rates']}: epochs are not negative, and there is "
+                "at least one rate."
             )
         return cls(
             target=tuple(spec.make().keep for _, spec in sorted(specs.items())),
             hold=options["hold_epochs"] * steps_per_epoch,
             steps=options["epochs"] * steps_per_epoch,
-            programs=options["programs"],
+            num_rates=options["num_rates"],
         )
 
     def at(self, step: int) -> Rates:
         """The rates of a step, counted from 0: 1 at first, `target` at last."""
         done = (step - self.hold) / self.steps if self.steps else float(step >= self.hold)
-        part = min(max(math.floor(done * self.programs), 0), self.programs) / self.programs
+        part = min(max(math.floor(done * self.num_rates), 0), self.num_rates) / self.num_rates
         left = (1 + math.cos(math.pi * part)) / 2
         return tuple(round(rate + (1 - rate) * left, 6) for rate in self.target)
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from msvit_jax import checkpoint
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.train import loop, trim
+from msvit_jax.train import capacity_schedule, loop
 from msvit_jax.train.program import Program
 from tests import tiny_run
 from tests.train.test_loop import _records, _saved
 
-OPTIONS = configs.base().trim
+OPTIONS = configs.base().capacity
 
 
 @hypothesis.given(
@@ -34,7 +34,9 @@ def test_budgets_give_nearly_every_image_of_the_next_batches_its_places(seed, pa
         return 49 + 3 * np.clip(np.round((rng.normal(mean, spread, n) - 49) / 3), 0, 49).astype(int)
 
     seen = draw(6400)
-    budgets = trim.ladder(np.bincount(seen, minlength=197), smallest=49, parts=parts, images=64)
+    budgets = capacity_schedule.bucket_capacities(
+        np.bincount(seen, minlength=197), smallest=49, parts=parts, images=64
+    )
     assert len(budgets) == parts
     assert list(budgets) == sorted(budgets)
     assert budgets[-1] >= min(seen.max(), 196)
@@ -53,13 +55,18 @@ def test_budgets_give_nearly_every_image_of_the_next_batches_its_places(seed, pa
 def test_budgets_are_tight_without_spread():
     histogram = np.zeros(197)
     histogram[127] = 1000
-    assert trim.ladder(histogram, smallest=49, parts=4, images=8) == (128, 128, 128, 128)
+    assert capacity_schedule.bucket_capacities(histogram, smallest=49, parts=4, images=8) == (
+        128,
+        128,
+        128,
+        128,
+    )
 
 
 def make(**options):
     section = OPTIONS.copy_and_resolve_references()
     section.update(options)
-    return trim.Trim.start(section, regions=49, images=64)
+    return capacity_schedule.CapacitySchedule.start(section, regions=49, images=64)
 
 
 def counts(at, images=1000):
@@ -100,7 +107,7 @@ def test_budgets_grow_within_an_interval_but_do_not_shrink():
 
 
 def test_no_more_changes_than_promised_then_places_for_everything():
-    schedule = make(changes=1)
+    schedule = make(max_recompiles=1)
     schedule.observe(counts(120), 0)
     assert schedule.look(200)
     schedule.observe(counts(60), 0)
@@ -111,8 +118,8 @@ def test_no_more_changes_than_promised_then_places_for_everything():
 
 
 def test_one_step_of_several_carries_alternatives_with_the_gradient_of_all():
-    schedule = make(room=0.25, alternatives_every=4)
-    everything = trim.StepCapacity((245,), 1.0)
+    schedule = make(alternatives=0.25, alternatives_every=4)
+    everything = capacity_schedule.StepCapacity((245,), 1.0)
     assert [schedule.at(step) for step in range(5)] == 5 * [everything]  # nothing is known yet
     schedule.observe(counts(120), 0)
     schedule.look(200)
@@ -131,11 +138,11 @@ def test_one_step_of_several_carries_alternatives_with_the_gradient_of_all():
 
 def test_parts_are_equal_parts_of_a_device_s_images():
     section = OPTIONS.copy_and_resolve_references()
-    assert trim.Trim.start(section, regions=4, images=12).parts == 4
+    assert capacity_schedule.CapacitySchedule.start(section, regions=4, images=12).parts == 4
 
 
 def trimmed(**changes):
-    options = {"model__layout": "trimmed", "trim__every_steps": 3, "mesh__data": 8}
+    options = {"model__layout": "trimmed", "capacity__every_steps": 3, "mesh__data": 8}
     return tiny_run.msvit(**{**options, **changes})
 
 
@@ -165,7 +172,7 @@ def test_a_resumed_trimmed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
     loop.train(trimmed(steps=5), tmp_path)  # between two looks
     assert loop.train(trimmed(), tmp_path) == figures
     jax.tree.map(np.testing.assert_array_equal, _saved(tmp_path, 12), _saved(workdir, 12))
-    kept = [checkpoint.Checkpoints(w).about(12)["trim"] for w in (tmp_path, workdir)]
+    kept = [checkpoint.Checkpoints(w).about(12)["capacity"] for w in (tmp_path, workdir)]
     assert kept[0] == kept[1]
 
 

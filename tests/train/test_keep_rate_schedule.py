@@ -6,22 +6,22 @@ import pytest
 
 import msvit_jax
 from msvit_jax.errors import UserError
-from msvit_jax.train.fall import Fall, backbone_of, with_rates
+from msvit_jax.train.keep_rate_schedule import KeepRateSchedule, backbone_of, with_rates
 from msvit_jax.train.loop import train
 from tests import tiny_run
 
 TINY = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 4, "heads": 2, "num_classes": 3}
 
 
-def _fall(model="mergence_tiny_patch16_224", hold=10.0, epochs=100.0, programs=5, **overrides):
+def _schedule(model="mergence_tiny_patch16_224", hold=10.0, epochs=100.0, programs=5, **overrides):
     made = msvit_jax.create_model(model, **TINY, **overrides)
     options = {"hold_epochs": hold, "epochs": epochs, "programs": programs}
-    return Fall.of(options, made, steps_per_epoch=2.0)
+    return KeepRateSchedule.of(options, made, steps_per_epoch=2.0)
 
 
 def test_rates_fall_from_one_to_the_models_along_evits_cosine():
-    fall = _fall(keep=(0.9, 0.6, 0.5), scales=(4,))
-    rates = np.array([fall.at(step) for step in range(300)])
+    schedule = _schedule(keep=(0.9, 0.6, 0.5), scales=(4,))
+    rates = np.array([schedule.at(step) for step in range(300)])
     assert (rates[:20] == 1).all()
     np.testing.assert_allclose(rates[220:], [[0.9, 0.6, 0.5]] * 80)
     assert (np.diff(rates, axis=0) <= 0).all()
@@ -52,20 +52,20 @@ def test_other_rates_are_the_same_model_for_the_same_parameters():
 )
 def test_impossible_schedules_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        _fall(**arguments)
+        _schedule(**arguments)
 
 
 def test_no_schedule_without_epochs():
-    assert _fall(hold=0.0, epochs=0.0) is None
+    assert _schedule(hold=0.0, epochs=0.0) is None
 
 
 def test_a_run_from_scratch_falls_resumes_and_reports_its_layers(tmp_path, capsys):
     options = {
         "model__scales": (2, 4),
         "model__keep": 0.5,
-        "fall__hold_epochs": 1.0,
-        "fall__epochs": 2.0,
-        "fall__programs": 2,
+        "keep_rate__hold_epochs": 1.0,
+        "keep_rate__epochs": 2.0,
+        "keep_rate__num_rates": 2,
     }
     config = lambda **more: tiny_run.config("mergence_tiny_patch16_224", **options, **more)  # noqa: E731
     whole = train(config(), tmp_path / "whole")

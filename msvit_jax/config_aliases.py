@@ -1,0 +1,59 @@
+"""Names that config keys had before: files, command lines and runs that say them go on working."""
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "optimizer.accumulation": "optimizer.accum_steps",
+    "trim.parts": "capacity.num_buckets",
+    "trim.room": "capacity.alternatives",
+    "trim.alternatives_every": "capacity.alternatives_every",
+    "trim.every_steps": "capacity.every_steps",
+    "trim.shrink": "capacity.min_saving",
+    "trim.unfit": "capacity.max_overflow",
+    "trim.changes": "capacity.max_recompiles",
+    "fall.hold_epochs": "keep_rate.hold_epochs",
+    "fall.epochs": "keep_rate.epochs",
+    "fall.programs": "keep_rate.num_rates",
+}
+
+
+def current_key(key: str) -> str:
+    """The name that a dotted config key has now."""
+    return RENAMED.get(key, key)
+
+
+def current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested config, as JSON has it, with the names of now."""
+    renamed: dict[str, Any] = {}
+    for key, value in _leaves(config):
+        *parents, leaf = current_key(key).split(".")
+        section = renamed
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return renamed
+
+
+def hint(message: str) -> str:
+    """What an error that names a section or key of before should say besides; else nothing."""
+    for old, new in RENAMED.items():
+        section, leaf = old.split(".")
+        gone = section not in {name.split(".")[0] for name in RENAMED.values()}
+        if (
+            repr(section if gone else leaf) in message
+            or f'"{section if gone else leaf}"' in message
+        ):
+            return f" (config.{section} is config.{new.split('.')[0]} now; e.g. {old} is {new})"
+    return ""
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values; an empty section is a value."""
+    found: list[tuple[str, Any]] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
