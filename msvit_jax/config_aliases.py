@@ -37,13 +37,11 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def hint(message: str) -> str:
     """What an error that names a section or key of before should say besides; else nothing."""
+    sections = {name.split(".")[0] for name in RENAMED.values()}
+    quoted = message.replace('"', "'").split("'")[1::2]
     for old, new in RENAMED.items():
         section, leaf = old.split(".")
-        gone = section not in {name.split(".")[0] for name in RENAMED.values()}
-        if (
-            repr(section if gone else leaf) in message
-            or f'"{section if gone else leaf}"' in message
-        ):
+        if (leaf if section in sections else section) in quoted:
             return f" (config.{section} is config.{new.split('.')[0]} now; e.g. {old} is {new})"
     return ""
 

@@ -64,8 +64,8 @@ class KeepRateSchedule:
             raise UserError(
                 f"keep_rate.hold_epochs={options['hold_epochs']}, "
                 f"keep_rate.epochs={options['epochs']} and "
-                f"keep_rate.num_rates={options['num_rates']}: epochs are not negative, and there is "
-                "at least one rate."
+                f"keep_rate.num_rates={options['num_rates']}: epochs are not negative, and there "
+                "is at least one rate."
             )
         return cls(
             target=tuple(spec.make().keep for _, spec in sorted(specs.items())),
