@@ -1,4 +1,4 @@
-"""Running trained models: any number of images in, answers in the same order out."""
+"""Runs trained models on any number of images; answers keep the order of the images."""
 
 from msvit_jax import extras
 

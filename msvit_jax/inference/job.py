@@ -1,4 +1,4 @@
-"""One call of a Predictor: images in, calls of compiled shapes, answers at their images' places."""
+"""One call of a Predictor: runs images in compiled shapes and collects answers in their order."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ _ON_THE_WAY = 2  # calls given to the devices before the answers of the first ar
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """Some images and what the gate says of them, for the whole batch that they were padded to."""
+    """Some images and the gate's decisions for the whole batch that they were padded to."""
 
     numbers: Sequence[int]
     images: np.ndarray
@@ -28,12 +28,12 @@ class Decided:
 
 
 def decide(programs: Programs, source: Source, threshold: float | None) -> Iterator[Decided]:
-    """Reads images batch by batch and runs the gate, if any, on them, a batch ahead of its use.
+    """Reads images batch by batch and runs the gate, if any, one batch ahead of its use.
 
     Args:
-      programs: of the model.
-      source: of the images.
-      threshold: of the gate; None for a model without one.
+      programs: Programs of the model.
+      source: Source of the images.
+      threshold: Threshold of the gate; None for a model without one.
     """
 
     def start(chunk: tuple[Sequence[int], np.ndarray]) -> Decided:
@@ -47,15 +47,15 @@ def decide(programs: Programs, source: Source, threshold: float | None) -> Itera
 
 
 class Job:
-    """The images of one call: those that wait, those on their way, and the answers."""
+    """The images of one call: waiting ones, running ones, and the answers."""
 
     def __init__(self, programs: Programs, policy: Policy, count: int) -> None:
         """Starts without images.
 
         Args:
-          programs: of the model.
-          policy: decides which images run together.
-          count: of images that will come.
+          programs: Programs of the model.
+          policy: Policy that decides which images run together.
+          count: Total number of images.
         """
         self._programs, self._queue = programs, Queue(policy)
         self._grid = policy.shapes[-1].tokens
@@ -74,8 +74,8 @@ class Job:
         """Answers all images.
 
         Args:
-          decided: batches of images, in order.
-          answered: told which images have their answers now.
+          decided: Batches of images, in order.
+          answered: Callback that gets the indices of newly answered images.
         """
         more = True
         while True:
@@ -96,7 +96,7 @@ class Job:
                 return
 
     def _take_in(self, batch: Decided) -> None:
-        """Lets images wait with the number of their tokens."""
+        """Queues images by their number of tokens."""
         tokens = np.full(len(batch.numbers), self._grid)
         if batch.decisions is not None:
             tokens = self._keep(batch.numbers, jax.device_get(batch.decisions))
@@ -105,7 +105,7 @@ class Job:
             self._queue.add(number, int(count))
 
     def _keep(self, numbers: Sequence[int], decisions: Decisions) -> np.ndarray:
-        """Writes down decisions; returns tokens."""
+        """Stores decisions; returns the number of tokens of each image."""
         own = list(numbers)
         coarse = np.asarray(decisions.coarse)[: len(numbers)]
         if self.coarse is None or self.probability is None:
@@ -116,7 +116,7 @@ class Job:
         return np.where(coarse > 0.5, 1, grid.REGION**2).sum(axis=1)
 
     def _start(self, call: Call) -> None:
-        """Gives the devices a call; its answers are read later."""
+        """Starts a call on the devices; its answers are read later."""
         places = [place for place, image in enumerate(call.places) if image != PADDING]
         images = self._programs.put([self._images[number] for number in call.images], places)
         coarse = None
@@ -126,7 +126,7 @@ class Job:
         self._on_the_way.append((call, self._programs.answer(call.shape, images, coarse)))
 
     def _finish(self) -> list[int]:
-        """Reads the answers of the oldest call; returns the images that have them."""
+        """Reads the answers of the oldest call; returns the indices of the answered images."""
         call, answers = self._on_the_way.popleft()
         logits, tokens, fits, merged, features = jax.device_get(
             (answers.logits, answers.tokens, answers.fits, answers.merged, answers.features)

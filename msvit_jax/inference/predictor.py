@@ -1,4 +1,4 @@
-"""Running a trained model on any number of images: static shapes inside, plain arrays outside."""
+"""Runs a trained model on any number of images: static shapes inside, plain arrays outside."""
 
 import concurrent.futures
 import dataclasses
@@ -28,7 +28,7 @@ from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
 
-_PREPARATION = ("normalise", "gate")  # programs beside those of the shapes
+_PREPARATION = ("normalise", "gate")  # programs in addition to those of the shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +37,23 @@ class Predictions:
 
     Attributes:
       logits: [N, classes] float32.
-      tokens: [N] int32, active patch tokens that were spent on each image.
-      coarse: [N, rows, columns] bool, the regions that got one coarse token instead of four fine
-        ones; None of a model without a gate.
-      coarse_probability: [N, rows, columns] float32, the gate's, of staying coarse; or None.
-      exits: [N] int32, the exit of a cascade, from 0, that each image left at; None of others.
-      merged: [N, stages, rows, columns] int16, after each reduction of a model that reduces tokens
-        the patch, counted row by row, that holds the token which each patch of the grid is part
-        of: itself for those that nobody took in; -1 for those that were dropped. A coarse token is
-        held by the first of its four patches. The same in every layout. None of other models.
-      class_names: of the classes; empty where they are not known.
-      failed: why files were skipped, by their number. Their logits are NaN, their label -1 and
-        their name empty.
-      features: Class token and patches of a model without a head, as NumPy arrays; None of others.
-        Such a model has no logits, labels and probabilities.
+      logits: [N, classes] float32, NaN for files that were skipped.
+      tokens: [N] int32, number of active patch tokens computed for each image.
+      coarse: [N, rows, columns] bool, True for regions with one coarse token instead of four fine
+        ones; None for a model without a gate.
+      coarse_probability: [N, rows, columns] float32, the gate's probability that a region stays
+        coarse; None for a model without a gate.
+      exits: [N] int32, the exit (from 0) at which each image left a cascade; None for other models.
+      merged: [N, stages, rows, columns] int16, the merge target of each patch after each reduction:
+        the index, row by row, of the patch that represents the token this patch is part of. It is
+        the patch itself if it was not merged into another, and -1 if it was dropped. A coarse token
+        is represented by the first of its four patches. The same in every layout; None for models
+        that do not reduce tokens.
+      class_names: Names of the classes; empty if they are not known.
+      failed: The reason why each skipped file could not be read, by the file's index. Its logits
+        are NaN, its label is -1 and its name empty.
+      features: Class token and patches of a model without a head, as NumPy arrays; None for models
+        with one. A model without a head has no logits, labels or probabilities.
     """
 
     logits: np.ndarray
@@ -75,7 +78,7 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
-        """[N], the most probable class of each image; -1 of a file that was skipped."""
+        """[N], the most probable class of each image; -1 for a file that was skipped."""
         self._check_head()
         labels = self.logits.argmax(axis=1)
         labels[list(self.failed)] = -1
@@ -87,20 +90,20 @@ class Predictions:
 
     @property
     def names(self) -> list[str]:
-        """Names of the labels; their numbers where the classes have no names."""
+        """Class names of the labels; class numbers if the classes have no names."""
         return [self.class_name(label) for label in self.labels]
 
     def class_name(self, label: int) -> str:
-        """A class by its number; empty for -1, of a file that was skipped."""
+        """The name of a class by its number; empty for -1, the label of a skipped file."""
         if label < 0:
             return ""
         return self.class_names[label] if self.class_names else str(label)
 
     def take(self, numbers: Sequence[int]) -> "Predictions":
-        """The answers for some of the images, which must not have been skipped.
+        """Selects the answers for some of the images, none of which may have been skipped.
 
         Args:
-          numbers: of the images.
+          numbers: Indices of the images.
         """
         index = np.asarray(numbers, int)
         arrays = ("logits", "tokens", "coarse", "coarse_probability", "exits", "merged")
@@ -111,22 +114,22 @@ class Predictions:
 
 
 class Predictor:
-    """Runs a model on any number of images and spends time only on the tokens that its gate keeps.
+    """Runs a model on any number of images and computes only the tokens that its gate keeps.
 
-    A gated model runs in two steps. Its gate looks at batches as they come; then images wait with
-    the number of their tokens until enough of them can share a static shape (see `schedule`).
-    What does not fit is run again where everything fits, until all images have their answers.
-    A cascade runs stage by stage, each image until an exit is sure enough of it (see `cascade`).
-    Answers depend neither on the batch size nor on devices, layout and order, up to rounding.
+    A gated model runs in two steps. The gate runs on batches in the order of the images. Images
+    then wait, each with its token count, until enough can share a static shape (see `schedule`).
+    An image that does not fit a shape is run again in one that holds any image.
+    A cascade runs stage by stage, each image until an exit is certain enough (see `cascade`).
+    Answers do not depend on batch size, devices, layout or order, up to rounding.
 
     Calls may come from several threads; each has its own queue.
 
     Attributes:
-      model: in the slots layout.
-      class_names: of its classes, if they are known.
-      crop: see `__init__`.
-      exif_orientation: see `__init__`.
-      report: what became of the parameters of a weights file; None otherwise.
+      model: The model, in the slots layout if it has a gate.
+      class_names: Names of the classes; empty if they are not known.
+      crop: Share of the short side of image files that is kept.
+      exif_orientation: Whether image files are rotated upright by their EXIF data.
+      report: How the parameters of a weights file were used; None otherwise.
     """
 
     report: Report | None = None
@@ -151,27 +154,29 @@ class Predictor:
         """Prepares; programs are compiled when they are first needed, or by `warm_up`.
 
         Args:
-          model: of the registry.
-          variables: for `model.apply`.
-          batch_size: images run at a time; rounded up to a multiple of the devices.
-          layout: "slots" computes all tokens, "budget" as many for each image of a batch, "rows"
-            packs several images into rows; "auto" uses budgets for full batches and for the last
-            ones what costs less. A model without a gate has no such choice.
-          buckets: budgets in patch tokens per image; None: about ten.
-          row_width: tokens of a row; None: the smallest multiple of 128 that holds any image.
-          threshold: of the gate, instead of the model's own; see also `calibrate`.
-          thresholds: of a cascade, the largest softmax probability from which on an image leaves,
-            for each exit but the last; None: all images leave at the last. See also
-            `calibrate_exits`.
-          class_names: in the order of the labels.
-          crop: share of the short side of image files that is kept, as the data's `eval_crop`.
-          exif_orientation: whether image files are turned upright, as in the data's
-            `exif_orientation`.
-          mesh: devices to spread batches over; None: all of them.
-          max_programs: of different shapes that may ever be compiled.
+          model: A model of the registry.
+          variables: Variables for `model.apply`.
+          batch_size: Number of images run at a time, rounded up to a multiple of the number of
+            devices.
+          layout: "slots" computes all tokens, "budget" the same number for every image of a batch,
+            "rows" packs several images into each row; "auto" uses budgets for full batches and the
+            cheaper of budgets and rows for the images left at the end. It does not apply to a model
+            without a gate.
+          buckets: Capacities, in patch tokens per image, of the "budget" shapes; None: about ten.
+          row_width: Tokens per row; None: the smallest multiple of 128 that holds any image.
+          threshold: Threshold of the gate; None: the model's own. See also `calibrate`.
+          thresholds: Thresholds of a cascade, one for each exit but the last: an image leaves at
+            the first exit whose largest softmax probability reaches the exit's threshold. None: all
+            images leave at the last exit. See also `calibrate_exits`.
+          class_names: Names of the classes, in the order of the labels.
+          crop: Share of the short side of image files that is kept, as the data's `eval_crop`.
+          exif_orientation: Whether image files are rotated upright by their EXIF data, as the
+            data's `exif_orientation`.
+          mesh: Devices to spread batches over; None: all local devices.
+          max_programs: Upper bound on the number of programs that are ever compiled.
 
         Raises:
-          UserError: options that do not fit the model or each other.
+          UserError: Options do not fit the model or each other.
         """
         self._mesh = mesh or sharding.make_mesh(devices=jax.local_devices())
         if batch_size < 1:
@@ -212,22 +217,24 @@ class Predictor:
         budget: float | None = None,
         **options: Any,
     ) -> "Predictor":
-        """Loads a trained run with its class names and the crop of its evaluation, or weights.
+        """Loads a trained run, with its class names and evaluation crop, or a weights file.
 
         Args:
-          path: workdir of the run; or a weights file of any format that `weights.load` reads.
-          which: of the run: 'best', 'latest', or a step.
-          model: of a weights file: a name of the registry, or a module for other sizes; None: the
-            one that the source describes, as our own files, transformers' and timm's directories
-            do. Positions and patch kernels are resized to it, and what the source says of it is
-            followed or compared, see `weights.load_model` and `report`. Weights without a head
-            make a feature extractor, see `Predictions.features`.
-          budget: of a cascade's run, mean GMACs per image, by the thresholds that eval.py fitted.
-          **options: of the Predictor.
+          path: Workdir of a run, or a weights file of any format that `weights.load` reads.
+          which: Checkpoint of a run: 'best', 'latest', or a step.
+          model: Model of a weights file: a name of the registry, or a module for other sizes. None:
+            the model that the source describes, as our own files and directories by transformers
+            and timm do. Positions and patch kernels are resized to the model. Options that the
+            source states are adopted or checked, see `weights.load_model` and `report`. Weights
+            without a head make a feature extractor, see `Predictions.features`.
+          budget: Mean GMACs per image for a cascade's run; selects among the thresholds that
+            eval.py fitted.
+          **options: Options of `Predictor`; they take precedence over what was loaded.
 
         Raises:
-          UserError: see `checkpoint.load_run`, `budgets.fitted_thresholds` and
-            `weights.load_params`; or the model of a file is not known.
+          UserError: The path cannot be loaded (see `checkpoint.load_run` and
+            `weights.load_params`), the model of a file is not known, or the budget has no
+            thresholds (see `budgets.fitted_thresholds`).
         """
         if weights.file_of(path) is not None:
             return cls._load_file(path, model, budget, options)
@@ -268,9 +275,9 @@ class Predictor:
 
     @property
     def threshold(self) -> float | None:
-        """A region is coarse where its probability exceeds this; None for a model without.
+        """A region is coarse if its probability exceeds this; None if the model has no threshold.
 
-        A call that runs goes on with the one it started with.
+        Setting it does not affect calls that are already running.
         """
         return self._threshold
 
@@ -287,7 +294,7 @@ class Predictor:
 
     @property
     def thresholds(self) -> tuple[float, ...] | None:
-        """An image leaves at the first exit that is so sure of it; None of other models."""
+        """An image leaves a cascade at the first exit this certain; None for other models."""
         return self._exit_thresholds
 
     @thresholds.setter
@@ -297,7 +304,7 @@ class Predictor:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """Names of all programs that may be compiled: never more than `max_programs`."""
+        """Names of all programs that may be compiled, at most `max_programs`."""
         if is_cascade(self.model):
             stages = range(len(self.model.exit_tokens))
             carries = [carry_name(stage) for stage in stages[1:]]
@@ -313,11 +320,11 @@ class Predictor:
     def warm_up(self) -> "Predictor":
         """Compiles and runs every program, so that no later call waits for a compilation.
 
-        Several are compiled at a time where there are cores for it.
+        Programs are compiled in parallel, one thread per CPU core.
         """
         side = self.model.image_size
         if is_cascade(self.model):
-            # Nobody is ever sure: every stage runs, and carries all images to the next.
+            # No exit is ever certain enough: every stage runs and passes all images to the next.
             pixels = np.zeros((1, side, side, 3), np.uint8)
             self._cascade(self._open(pixels), [exits.NEVER] * (len(self.model.exit_tokens) - 1))
             return self
@@ -341,17 +348,17 @@ class Predictor:
         """Classifies images.
 
         Args:
-          images: uint8 [N, S, S, 3] pixels of 0 to 255 (or floats, normalized already with the
-            model's mean and std); a sequence of [S, S, 3]; or paths of image files, whose central
-            square is cut and resized. S is the model's image size.
+          images: Pixels, uint8 [N, S, S, 3] of 0 to 255, or floats already normalized with the
+            model's mean and std; a sequence of [S, S, 3] arrays; or paths of image files, whose
+            central square is cut out and resized. S is the model's image size.
           on_error: 'stop' at a file that cannot be read, or 'skip' it (see `Predictions.failed`).
-          answered: given the numbers of images and their answers as they come, in the order in
-            which images are done; all of it is in the result as well.
-          progress: told how many more images have their answers, now and then.
+          answered: Callback that gets the indices of images and their answers as they are
+            completed, in order of completion. The result contains all of them as well.
+          progress: Callback that gets the number of images answered since it was last called.
 
         Raises:
-          UserError: no images, images of a wrong size, shape or type, NaN pixels, floats that are
-            not normalized, or a file that cannot be read.
+          UserError: There are no images, they have a wrong size, shape or type, NaN pixels or
+            floats that are not normalized, or a file cannot be read.
         """
         source = self._open(images, on_error)
         job: Job | CascadeJob
@@ -380,7 +387,7 @@ class Predictor:
         part: list[int] | slice,
         failed: Mapping[int, str] | None = None,
     ) -> Predictions:
-        """What a job has of some of its images."""
+        """Builds the predictions for some of a job's images."""
         known: dict[str, Any] = {"class_names": self.class_names, "failed": failed or {}}
         if isinstance(job, CascadeJob):
             tokens = self.model.exit_tokens[job.exits[part]].astype(np.int32)
@@ -406,20 +413,20 @@ class Predictor:
         return job
 
     def calibrate_exits(self, images: Images, budget: float) -> tuple[float, ...]:
-        """Sets a cascade's thresholds so that a sample's images cost that much on average.
+        """Sets a cascade's thresholds so that a sample's images cost `budget` GMACs on average.
 
-        By the geometric scheme, which needs no labels (`thresholds.geometric_within`); of its
-        thresholds it takes those that come closest to the budget from below.
+        Uses the geometric scheme, which needs no labels (`thresholds.geometric_within`), and takes
+        the thresholds that come closest to the budget without exceeding it.
 
         Args:
-          images: a sample, see `__call__`; all exits are computed for all of them.
-          budget: mean GMACs per image.
+          images: Sample of images, as in `__call__`; all exits are computed for all of them.
+          budget: Mean GMACs per image.
 
         Returns:
           The thresholds.
 
         Raises:
-          UserError: a budget below the first exit's cost, or a model that is no cascade.
+          UserError: The budget is below the first exit's cost, or the model is not a cascade.
         """
         _check_cascade(self.model)
         macs = self.model.exit_macs()
@@ -429,10 +436,10 @@ class Predictor:
         return found
 
     def certainty(self, images: Images) -> np.ndarray:
-        """How sure every exit of a cascade is of images, all exits computed: [N, stages].
+        """Computes all exits of a cascade for all images and returns their certainty, [N, stages].
 
         Raises:
-          UserError: a model that is no cascade; see also `__call__`.
+          UserError: The model is not a cascade; see also `__call__`.
         """
         _check_cascade(self.model)
         never = [exits.NEVER] * (len(self.model.exit_tokens) - 1)
@@ -442,7 +449,7 @@ class Predictor:
         return open_images(images, self.reading(on_error))
 
     def reading(self, on_error: str = "stop") -> Reading:
-        """How images are read for the model.
+        """Returns how images are read for the model.
 
         Args:
           on_error: 'stop' at a file that cannot be read, or 'skip' it.
@@ -460,21 +467,22 @@ class Predictor:
     def calibrate(
         self, images: Images, tokens: float = 100.0, *, on_error: str = "stop"
     ) -> Calibration:
-        """Sets the gate's threshold so that a sample's images have that many tokens on average.
+        """Sets the gate's threshold so that a sample's images have `tokens` tokens on average.
 
-        Of the thresholds that stay within the budget it takes the one that comes closest to it.
-        Only the gate runs.
+        Takes the threshold whose mean comes closest to `tokens` without exceeding it. Only the gate
+        runs.
 
         Args:
-          images: a sample, see `__call__`.
-          tokens: mean number of active patch tokens per image.
+          images: Sample of images, as in `__call__`.
+          tokens: Mean number of active patch tokens per image.
           on_error: 'stop' at a file that cannot be read, or 'skip' it.
 
         Returns:
-          The threshold and the mean that it gives on the sample.
+          The threshold and the mean number of tokens that it gives on the sample.
 
         Raises:
-          UserError: a budget out of reach (names the range), or a model without a threshold.
+          UserError: No threshold gives such a mean (the message states the range), the model has no
+            threshold, or no image can be read.
         """
         self._check_adjustable()
         batches = decide(self._programs, self._open(images, on_error), self.threshold)

@@ -1,4 +1,4 @@
-"""The compiled programs of one model: each static shape once, ahead of its first batch."""
+"""The compiled programs of one model: each static shape is compiled once, before its first use."""
 
 import collections
 import threading
@@ -23,11 +23,11 @@ from msvit_jax.train.step import normalise
 
 @struct.dataclass
 class Decisions:
-    """What the gate says of a batch.
+    """The gate's decisions for a batch.
 
     Attributes:
       coarse: [B, R], 1 where a region is coarse.
-      probability: [B, R] of staying coarse.
+      probability: [B, R], probability that a region stays coarse.
     """
 
     coarse: Array
@@ -36,14 +36,15 @@ class Decisions:
 
 @struct.dataclass
 class Answers:
-    """What the model says of a batch.
+    """The model's answers for a batch.
 
     Attributes:
       logits: [B, classes] float32.
-      tokens: [B] int32.
-      fits: [B] bool; false where there is no answer.
-      merged: [B, stages, rows, columns] int16, see `Output.merge_maps`.
-      features: Of a model without a head.
+      tokens: [B] int32, number of active patch tokens.
+      fits: [B] bool, False if an image did not fit the shape and has no answer.
+      merged: [B, stages, rows, columns] int16, merge target of each patch after each reduction, see
+        `Output.merge_maps`; None for models that do not reduce tokens.
+      features: Features of a model without a head; None for models with one.
     """
 
     logits: Array
@@ -54,25 +55,24 @@ class Answers:
 
 
 class Programs:
-    """Compiles and starts a model's programs; several threads may do so at a time.
+    """Compiles and starts a model's programs; safe to use from several threads.
 
-    Everything starts without waiting for the devices: results are on their way when a method
-    returns.
+    Methods do not wait for the devices: they return while results are still being computed.
     """
 
     def __init__(self, model: nn.Module, variables: Any, batch: int, mesh: Mesh) -> None:
         """Puts the variables on every device.
 
         Args:
-          model: of the registry, in the slots layout if it has a gate.
-          variables: for `model.apply`.
-          batch: images of every call, a multiple of the devices.
-          mesh: the devices.
+          model: A model of the registry, in the slots layout if it has a gate.
+          variables: Variables for `model.apply`.
+          batch: Number of images of every call, a multiple of the number of devices.
+          mesh: Devices to run on.
 
         Attributes:
-          batch: see above.
-          classes: of the model.
-          gated: whether the model has a gate.
+          batch: Number of images of every call.
+          classes: Number of classes of the model.
+          gated: Whether the model has a gate.
         """
         self._model, self._mesh = model, mesh
         self.gated = has_gate(model)
@@ -80,9 +80,9 @@ class Programs:
         self._variables = jax.device_put(variables, self._whole)
         self.batch, self.classes = batch, model.num_classes
         self._compiled: dict[str, Callable[..., Any]] = {}
-        # Devices must see the programs of all threads in one order.
+        # All devices must receive the programs of all threads in the same order.
         self._starting = threading.Lock()
-        # One for each program: others run, or compile, while it compiles.
+        # One lock per program: other programs can run or compile while one compiles.
         self._compiling: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
 
     @property
@@ -91,11 +91,11 @@ class Programs:
         return tuple(self._compiled)
 
     def put(self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]) -> Array:
-        """Puts images into a batch on the devices: [B, S, S, 3] float32 normalised.
+        """Puts images into a batch on the devices: [B, S, S, 3] float32, normalized.
 
         Args:
-          images: uint8 pixels, which are normalised on the devices, or float32.
-          places: of the images in the batch; the others are zero.
+          images: Images of uint8 pixels, which are normalized on the devices, or of float32.
+          places: Positions of the images in the batch. Other positions are padding.
         """
         placed = jax.device_put(self._batch_of(images, places), self._split)
         if placed.dtype != np.uint8:
@@ -121,9 +121,9 @@ class Programs:
         """Runs the gate alone.
 
         Args:
-          images: as `put` returns them.
-          threshold: a region is coarse where its probability exceeds it; None for a gate that
-            decides otherwise, then in all calls.
+          images: Batch on the devices, from `put`.
+          threshold: Probability above which a region is coarse. None for a gate without a
+            threshold, then in all calls.
         """
         model = self._model
 
@@ -139,9 +139,9 @@ class Programs:
         """Runs the model in a static shape.
 
         Args:
-          shape: for the batch.
-          images: as `put` returns them.
-          coarse: [B, R] float32 decisions; None for a model without a gate.
+          shape: Static shape to run the batch in.
+          images: Batch on the devices, from `put`.
+          coarse: [B, R] float32, the gate's decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)
         side = model.image_size // model.patch_size
@@ -163,9 +163,9 @@ class Programs:
         """Runs one stage of a cascade.
 
         Args:
-          stage: from 0.
-          images: as `put` returns them.
-          handed: what the stage before handed on for them; None for stage 0.
+          stage: Index of the stage, from 0.
+          images: Batch on the devices, from `put`.
+          handed: Arrays that the previous stage returned for these images; None for stage 0.
         """
         model = self._model
 
@@ -175,16 +175,16 @@ class Programs:
         return self._start(stage_name(stage), program, self._variables, images, handed)
 
     def carry(self, stage: int, old: Any, new: Any, index: np.ndarray) -> tuple[Any, Any]:
-        """Gathers rows of two batches into two others.
+        """Gathers rows of two batches into two new batches.
 
         Args:
-          stage: that the rows are for.
-          old: arrays of a batch.
-          new: likewise.
-          index: [2 B] int32, rows of `old` and, from B on, of `new`.
+          stage: Index of the stage that will use the rows.
+          old: Arrays of one batch.
+          new: Arrays of another batch, with the same structure.
+          index: [2 B] int32, row numbers; numbers below B select from `old`, others from `new`.
 
         Returns:
-          The rows of the first and of the second half of the index.
+          The rows of the first half of the index, and those of the second half.
         """
         if not jax.tree.leaves(new):  # nothing is reused
             return new, new
@@ -211,17 +211,17 @@ class Programs:
 
 
 def stage_name(stage: int) -> str:
-    """The program of a cascade's stage, for people, who count from 1."""
+    """Display name of the program for a cascade's stage; displayed stages count from 1."""
     return f"stage {stage + 1}"
 
 
 def carry_name(stage: int) -> str:
-    """The program that gathers what images that wait for a stage reuse."""
+    """Display name of the program that gathers the arrays a stage reuses."""
     return f"carry to stage {stage + 1}"
 
 
 def in_shape(model: Any, shape: Shape) -> Any:
-    """The same model, for the same variables, in a layout of that shape."""
+    """The same model, for the same variables, in the layout of a shape."""
     if shape.layout == "dense":
         return model
     sizes: dict[str, Any] = {"row_groups": shape.groups}

@@ -1,8 +1,8 @@
-"""Which images run together in which static shape: bookkeeping on the host, no arrays of pixels.
+"""Decides which images run together in which static shape: bookkeeping on the CPU, without pixels.
 
-Images wait with the number of tokens that they need. A policy names the next call: a compiled shape
-and an image for each place of its batch. A call leads to answers, or some of its images are put
-back (what did not fit) and wait again.
+Images wait with the number of tokens that they need. A policy chooses the next call: a compiled
+shape and an image for each position of its batch. Images that did not fit are put back and wait
+again.
 """
 
 import bisect
@@ -24,15 +24,14 @@ class Shape:
     """A static shape that a batch can be run in.
 
     Attributes:
-      layout: of the model.
-      batch: images.
-      tokens: places for active patch tokens of each image; in "rows", as in "slots", an image may
-        need the whole grid.
-      macs: multiply-accumulates of a call, with what it computes in vain.
-      rows: "rows": number of rows.
-      row_width: "rows": tokens of a row.
-      groups: "rows": parts of the batch that are packed on their own, one on each device.
-      prefix: "rows": tokens that an image has beside its active patch tokens.
+      layout: Layout of the model: "slots", "budget", "rows", or "dense" for a model without a gate.
+      batch: Number of images.
+      tokens: Capacity in active patch tokens per image; the whole grid in "rows" and "slots".
+      macs: Multiply-accumulates of a call, padding included.
+      rows: Number of rows; only for "rows".
+      row_width: Tokens per row; only for "rows".
+      groups: Number of parts of the batch that are packed separately, one on each device.
+      prefix: Tokens per image in addition to its active patch tokens; only for "rows".
     """
 
     layout: str
@@ -46,14 +45,14 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         size = {"budget": f" {self.tokens}", "rows": f" {self.rows} x {self.row_width}"}
         return self.layout + size.get(self.layout, "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A shape and, for each place of its batch, the number of an image or `PADDING`."""
+    """A shape and, for each position of its batch, the number of an image or `PADDING`."""
 
     shape: Shape
     places: tuple[int, ...]
@@ -69,28 +68,28 @@ class Policy(Protocol):
 
     @property
     def shapes(self) -> Sequence[Shape]:
-        """All that it uses; any batch of images fits into the last one."""
+        """All shapes that the policy uses; any batch of images fits into the last one."""
         ...
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
         """Returns the next call.
 
         Args:
-          waiting: at least one image.
-          last: no more images will come. Without it the answer may be to wait for more (None).
+          waiting: Waiting images, at least one.
+          last: Whether no more images will come. If False, the result may be None: wait for more.
         """
         ...
 
 
 class Buckets:
-    """One budget for a call: images run with those that need about as many tokens.
+    """Runs images of similar token counts together, with one capacity per call.
 
-    A call is made as soon as one bucket fills a batch, so few images wait at a time. What is left
-    at the end is run from the largest downwards: the fewest calls, and the cheapest.
+    A call is made as soon as one bucket holds a full batch, so few images wait at a time. Images
+    left at the end are run in descending order of bucket, which needs the fewest calls.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
-        """Takes shapes that grow in `tokens`."""
+        """Takes shapes in ascending order of `tokens`."""
         self.shapes = shapes
         self._sizes = [shape.tokens for shape in shapes]
 
@@ -110,16 +109,16 @@ class Buckets:
 
 
 def _call(shape: Shape, images: Sequence[int]) -> Call:
-    """The first images, as many as the batch takes, and padding."""
+    """A call of the first images, at most a batch of them, and padding."""
     taken = images[: shape.batch]
     return Call(shape, (*taken, *[PADDING] * (shape.batch - len(taken))))
 
 
 class Rows:
-    """A batch of images as they come, in the compiled shape with the fewest rows that hold them."""
+    """Runs images in order of arrival, in the compiled shape with the fewest rows that fit them."""
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
-        """Takes shapes that grow in `rows` and are alike in all else."""
+        """Takes shapes in ascending order of `rows` that agree in everything else."""
         self.shapes = shapes
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
@@ -137,16 +136,16 @@ class Rows:
         return Call(shape, tuple(self._places(images, order)))
 
     def _places(self, images: Sequence[int], order: Sequence[Sequence[int]]) -> Iterator[int]:
-        """Group by group the images, then padding, which may remain without room in the rows."""
+        """Yields the images of each group, then its padding, which needs no room in the rows."""
         for group in order:
             yield from (images[position] for position in group)
             yield from [PADDING] * (self.shapes[-1].batch // len(order) - len(group))
 
 
 class Cheapest:
-    """Buckets while images keep coming; what is left at the end in the cheaper of both ways.
+    """Uses buckets for full batches, and the cheaper of buckets and rows for what is left.
 
-    A few images left over would fill a budget's batch with padding; they need few rows.
+    A few remaining images would leave most of a bucket's batch empty, but need few rows.
     """
 
     def __init__(self, buckets: Buckets, rows: Rows) -> None:
@@ -164,7 +163,7 @@ class Cheapest:
 
 
 def plan(policy: Policy, waiting: Waiting) -> Iterator[Call]:
-    """All calls that a policy would make for the images that wait."""
+    """Yields all calls that a policy would make for the waiting images."""
     left = dict(waiting)
     while left:
         call = policy.call(left, last=True)
@@ -175,15 +174,15 @@ def plan(policy: Policy, waiting: Waiting) -> Iterator[Call]:
 
 
 def deal(lengths: np.ndarray, groups: int, room: int) -> list[list[int]]:
-    """Deals images to groups, the longest first, each to the least loaded one with room.
+    """Distributes images to groups, the longest first, each to the least loaded one with room.
 
     Args:
-      lengths: [n] tokens of the images.
-      groups: number of groups.
-      room: images that a group takes at most.
+      lengths: [n], number of tokens of each image.
+      groups: Number of groups.
+      room: Upper bound on the number of images in a group.
 
     Returns:
-      For each group the positions of its images in `lengths`.
+      The indices into `lengths` of each group's images.
     """
     order: list[list[int]] = [[] for _ in range(groups)]
     load = np.zeros(groups, int)
@@ -195,7 +194,7 @@ def deal(lengths: np.ndarray, groups: int, room: int) -> list[list[int]]:
 
 
 class Queue:
-    """Images that wait for their answers."""
+    """Images that wait to be run."""
 
     def __init__(self, policy: Policy) -> None:
         """Starts empty."""
@@ -204,21 +203,21 @@ class Queue:
         self._again: list[int] = []
 
     def add(self, image: int, tokens: int) -> None:
-        """Lets an image wait."""
+        """Adds an image with its number of tokens."""
         self._waiting[image] = tokens
 
     def put_back(self, image: int) -> None:
-        """Lets an image wait that did not fit where it should have: it will run where all do."""
+        """Adds an image that did not fit its shape; it will run in the last, which fits any."""
         self._again.append(image)
 
     def next(self, *, last: bool) -> Call | None:
-        """Takes the images of the next call out.
+        """Removes the images of the next call from the queue.
 
         Args:
-          last: no more images will come.
+          last: Whether no more images will come.
 
         Returns:
-          None where it is better to wait for more, or none wait.
+          The next call; None if none wait or the policy waits for more images.
         """
         if self._waiting:
             call = self._policy.call(self._waiting, last=last)
