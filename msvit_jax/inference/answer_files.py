@@ -1,4 +1,4 @@
-"""Answers written to a file while they come, so that an end before the end loses none of them."""
+"""Writes answers to a file as they are completed, so that an interrupted run loses none of them."""
 
 import csv
 import json
@@ -15,21 +15,21 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 class AnswerFile:
-    r"""A new .csv or .jsonl file with a row for each image, in the order in which they are done.
+    r"""A new .csv or .jsonl file with a row for each image, in order of completion.
 
-    A row has the fields of `COLUMNS`; of a file that could not be read only `file` and `error`.
-    JSON has a file's name as Python has it, so that any name comes back as it was; in CSV what is
-    no text is escaped as '\xe9'.
+    A row has the fields of `COLUMNS`; for a file that could not be read, only `file` and `error`.
+    JSON stores file names as Python strings, so every name survives a round trip. CSV escapes bytes
+    that are not text, as in '\xe9'.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
-        """Makes the file.
+        """Creates the file.
 
         Args:
-          path: of the file, which does not exist.
+          path: Path of the file, which must not exist.
 
         Raises:
-          UserError: another suffix, a file that exists, or one that cannot be written.
+          UserError: The suffix is not in `SUFFIXES`, the file exists, or it cannot be written.
         """
         path = paths.parse(path)
         if path.suffix not in SUFFIXES:
@@ -44,7 +44,7 @@ class AnswerFile:
             self._csv.writeheader()
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends rows; they are in the file when this returns."""
+        """Appends rows and flushes them to the file."""
         for row in rows:
             if self._csv:
                 self._csv.writerow({**row, "file": shown(row["file"])})

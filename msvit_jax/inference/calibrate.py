@@ -1,4 +1,4 @@
-"""One model, any budget: the gate's threshold that meets a mean number of tokens on a sample."""
+"""Calibrates the gate's threshold to a mean number of tokens per image on a sample."""
 
 import dataclasses
 
@@ -12,12 +12,12 @@ _EXTRA = grid.REGION**2 - 1  # tokens that a fine region has more than a coarse 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A threshold and what it gave on the sample.
+    """A threshold and its result on the sample.
 
     Attributes:
-      threshold: a region is coarse where its probability of that exceeds it.
-      tokens: mean number of active patch tokens of the sample's images with it.
-      images: number of images in the sample.
+      threshold: Probability of staying coarse above which a region is coarse.
+      tokens: Mean number of active patch tokens per image of the sample at this threshold.
+      images: Number of images in the sample.
     """
 
     threshold: float
@@ -26,19 +26,19 @@ class Calibration:
 
 
 def threshold_for(probability: np.ndarray, tokens: float) -> Calibration:
-    """The threshold with which a sample's images have the most tokens that the budget allows.
+    """The threshold that gives a sample's images the most tokens without exceeding a mean.
 
-    A region is fine where its probability of staying coarse does not exceed the threshold, so the
-    mean follows from the order of all the sample's probabilities: no sweep, no forward pass of the
-    transformer. Between two of them the threshold lies halfway, so that rounding on other devices
-    changes no decision.
+    A region is fine if its probability of staying coarse does not exceed the threshold, so sorting
+    the sample's probabilities suffices: no sweep and no forward pass of the transformer is needed.
+    The threshold lies halfway between two probabilities, so that rounding on other devices changes
+    no decision.
 
     Args:
-      probability: [N, R] float32 of staying coarse.
-      tokens: mean number of active patch tokens per image that is not to be exceeded.
+      probability: [N, R] float32, probability that each region stays coarse.
+      tokens: Upper bound on the mean number of active patch tokens per image.
 
     Raises:
-      UserError: a target that no threshold reaches; names the range.
+      UserError: No threshold reaches the target; the message states the range.
     """
     images, regions = probability.shape
     least, most = regions, (1 + _EXTRA) * regions
@@ -48,7 +48,7 @@ def threshold_for(probability: np.ndarray, tokens: float) -> Calibration:
             f"{least} tokens if it is coarse all over and {most} if it is fine all over."
         )
     ordered = np.sort(probability.astype(np.float32), axis=None)
-    # A small allowance: 100 tokens on 3 images are 51 fine regions, whatever floats say.
+    # A small allowance for rounding: 100 tokens on 3 images are 51 fine regions.
     fine = int(np.floor(images * (tokens - least) / _EXTRA + 1e-6))
     threshold = _between(ordered, fine)
     reached = least + _EXTRA * np.count_nonzero(ordered <= threshold) / images
@@ -56,7 +56,7 @@ def threshold_for(probability: np.ndarray, tokens: float) -> Calibration:
 
 
 def _between(ordered: np.ndarray, count: int) -> np.float32:
-    """A threshold that `count` of the sorted numbers do not exceed; fewer, where there are ties."""
+    """A threshold that `count` of the sorted numbers do not exceed, or fewer if there are ties."""
     if count == ordered.size:
         return np.float32((ordered[-1] + 1) / 2)
     above = ordered[count]

@@ -1,12 +1,12 @@
-"""Early exit that saves the time: one call of a Predictor with a cascade.
+"""Early exit that saves time: one call of a Predictor with a cascade.
 
-Every stage is a program for a batch of one size. Images whose exit is not sure enough wait, with
-what the stage hands on, on the devices, until they fill a batch of the next stage:
+Every stage is a program with a fixed batch size. Images whose exit is not certain enough wait, with
+the arrays that the stage passes on kept on the devices, until they fill a batch of the next stage:
 
-    images --> stage 0 --> sure? --> answer
+    images --> stage 0 --> certain? --> answer
                   | no
                   v
-               images and rows that wait --> stage 1 --> sure? --> answer ...
+               waiting images and rows --> stage 1 --> certain? --> answer ...
 """
 
 import collections
@@ -27,11 +27,12 @@ _ON_THE_WAY = 2  # calls given to the devices before the answers of the first ar
 
 @dataclasses.dataclass
 class _Waiting:
-    """Images that wait for a stage, less than a batch of them.
+    """Images that wait for a stage, fewer than a batch.
 
     Attributes:
-      numbers: of the images, as they lie in `rows`.
-      rows: what the stage before handed on for them, arrays of a whole batch on the devices.
+      numbers: Indices of the images, in the order of `rows`.
+      rows: Arrays that the previous stage passed on for the images, padded to a whole batch, on
+        the devices.
     """
 
     numbers: list[int] = dataclasses.field(default_factory=list)
@@ -39,12 +40,12 @@ class _Waiting:
 
 
 class CascadeJob:
-    """The images of one call: those that wait for each stage, those on their way, the answers.
+    """The images of one call: those waiting for each stage, running ones, and the answers.
 
     Attributes:
-      logits: [N, classes] float32 of the exit that each image left at.
-      exits: [N] int32, that exit, from 0.
-      certainty: [N, stages], of the exits that were computed, zero beyond.
+      logits: [N, classes] float32, logits of the exit at which each image left.
+      exits: [N] int32, the exit at which each image left, from 0.
+      certainty: [N, stages], certainty of the exits that were computed; zero for later ones.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class CascadeJob:
         """Starts without images.
 
         Args:
-          programs: of the model.
-          stages: of the cascade.
-          thresholds: see `thresholds.check`.
-          count: of images that will come.
+          programs: Programs of the model.
+          stages: Number of stages of the cascade.
+          thresholds: Certainty at which an image leaves, for each exit; the last may be omitted
+            (see `thresholds.check`).
+          count: Total number of images.
         """
         self._programs, self._stages = programs, stages
         self._thresholds = exits.check(thresholds, stages)
@@ -72,8 +74,8 @@ class CascadeJob:
         """Answers all images.
 
         Args:
-          source: of the images, in order.
-          answered: told which images have their answers now.
+          source: Source of the images, in order.
+          answered: Callback that gets the indices of newly answered images.
         """
         chunks: Iterator[tuple[Sequence[int], np.ndarray]] | None = source.chunks(
             self._programs.batch
@@ -100,14 +102,14 @@ class CascadeJob:
                 answered(self._finish())
 
     def _start(self, stage: int, numbers: list[int], handed: Any) -> None:
-        """Gives the devices a batch; its answers are read later."""
+        """Starts a batch on the devices; its answers are read later."""
         images = [self._images[number] for number in numbers]
         batch = self._programs.put(images, range(len(images)))
         done = self._programs.run_stage(stage, batch, handed)
         self._on_the_way.append((stage, numbers, done))
 
     def _finish(self) -> list[int]:
-        """Reads the answers of the oldest batch; returns the images that leave."""
+        """Reads the answers of the oldest batch; returns the indices of the images that leave."""
         stage, numbers, done = self._on_the_way.popleft()
         logits = np.asarray(jax.device_get(done.logits))[: len(numbers)]
         certain = exits.certainty(logits[:, None])[:, 0]
@@ -122,10 +124,10 @@ class CascadeJob:
         return [number for number, stay in zip(numbers, stays.tolist(), strict=True) if not stay]
 
     def _carry(self, stage: int, numbers: list[int], staying: np.ndarray, handed: Any) -> None:
-        """Lets images wait for a stage; a full batch of them will run next."""
+        """Adds images to those waiting for a stage; a full batch of them will run next."""
         waiting, size = self._waiting[stage], self._programs.batch
         together = waiting.numbers + [numbers[row] for row in staying]
-        # Rows that wait, then the new batch's; of those, a batch and what is left over.
+        # Waiting rows, then the new batch's rows; split into one full batch and the remainder.
         index = np.zeros(2 * size, np.int32)
         index[: len(together)] = [*range(len(waiting.numbers)), *(size + staying)]
         old = handed if waiting.rows is None else waiting.rows

@@ -1,4 +1,4 @@
-"""Whatever holds images, checked once and then read a batch at a time."""
+"""Sources of images (arrays or files), checked once and then read a batch at a time."""
 
 import dataclasses
 import os
@@ -19,8 +19,8 @@ File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
 
 _NONE = "There are no images to predict: the list is empty."
-_NAMED = 8  # indices or sizes that a message names
-_NORMALIZED_MOST = 4  # times the greatest value that normalized pixels can have: none has more
+_NAMED = 8  # most indices or sizes listed in a message
+_NORMALIZED_MOST = 4  # pixels beyond this multiple of the greatest normalized value are rejected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Source:
     """Images of one size and type.
 
     Attributes:
-      count: how many.
-      read: reads some of them by a slice: uint8 or float32 [n, S, S, 3]. Of files a list, with an
-        `ImageError` in place of an image that cannot be read.
-      failed: why an image was passed over, by its number; grows while images are read.
+      count: Number of images.
+      read: Function that reads a slice of the images: uint8 or float32 [n, S, S, 3]. For files, it
+        returns a list with an `ImageError` for each image that cannot be read.
+      failed: The reason why each skipped image could not be read, by its index; filled while images
+        are read.
     """
 
     count: int
@@ -39,7 +40,7 @@ class Source:
     failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def chunks(self, size: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Yields the numbers of the next images and the images, `size` of them or fewer."""
+        """Yields indices of images and the images themselves, at most `size` at a time."""
         for start in range(0, self.count, size):
             numbers: Sequence[int] = range(start, min(start + size, self.count))
             images = self.read(slice(start, start + size))
@@ -65,13 +66,14 @@ class Reading:
     """How images are read.
 
     Attributes:
-      size: side S of the model's images; arrays must have it, files are cut and resized to it.
-      crop: share of a file's short side that its central square has.
-      exif_orientation: files are turned upright.
+      size: Side S of the model's images; arrays must have this size, files are cropped and resized
+        to it.
+      crop: Side of the central square that is cut from a file, as a share of the short side.
+      exif_orientation: Whether files are rotated upright by their EXIF data.
       on_error: 'stop' at a file that cannot be read, or 'skip' it.
-      mean: pixels' means, of 0 to 1, that the model's images are normalized with; None: floats are
-        not compared with what normalized pixels can be.
-      std: their standard deviations.
+      mean: Means, per channel and for pixels of 0 to 1, that the model normalizes images with;
+        None: float images are not checked for normalization.
+      std: Standard deviations, likewise.
     """
 
     size: int
@@ -86,13 +88,13 @@ def open_images(images: Images, how: Reading) -> Source:
     """Checks images and makes them readable.
 
     Args:
-      images: an array [N, H, W, 3] or a sequence of [H, W, 3]: uint8 of 0 to 255, or floats that
-        are normalized already; or paths of files, or a single one.
-      how: see there.
+      images: An array [N, H, W, 3] or a sequence of [H, W, 3] arrays: uint8 of 0 to 255, or floats
+        that are already normalized; or one or several paths of files.
+      how: How images are read.
 
     Raises:
-      UserError: none at all, a wrong shape, size or type, NaN pixels, floats that are not
-        normalized, or a file that is missing where that is to stop it.
+      UserError: There are no images, they have a wrong shape, size or type, NaN pixels or floats
+        that are not normalized, or a file is missing and `on_error` is 'stop'.
     """
     if how.on_error not in ("stop", "skip"):
         raise UserError(f"on_error={how.on_error!r} is neither 'stop' nor 'skip'.")
@@ -164,7 +166,7 @@ def _from_list(images: list[np.ndarray], how: Reading) -> Source:
 
 def _from_files(paths: list[pathlib.Path], how: Reading) -> Source:
     if how.on_error == "stop":
-        # Known before the first image is run, not after an hour.
+        # Report missing files before the first image is run, not after an hour.
         for path in paths:
             if not os.path.isfile(path):
                 raise UserError(f"There is no image file '{shown(path)}'.")
@@ -188,7 +190,7 @@ def _read_file(path: pathlib.Path, how: Reading) -> np.ndarray | ImageError:
 
 
 def find_unreadable(paths: Sequence[pathlib.Path], how: Reading) -> dict[pathlib.Path, str]:
-    """Reads and decodes every file, and returns those where that fails, with the reason."""
+    """Reads and decodes every file; returns the unreadable ones, each with the reason."""
     read = ((path, _read_file(path, how)) for path in paths)
     return {path: str(image) for path, image in read if isinstance(image, ImageError)}
 
@@ -232,7 +234,7 @@ def _check_type(dtype: Any) -> None:
 
 
 def _check_values(images: np.ndarray | Sequence[np.ndarray], how: Reading) -> None:
-    """Refuses what cannot be normalized pixels, and warns of what hardly can."""
+    """Rejects values that cannot be normalized pixels; warns of values that are unlikely to be."""
     floats = [image for image in images if image.dtype != np.uint8]
     if not floats:
         return
@@ -253,7 +255,7 @@ def _check_values(images: np.ndarray | Sequence[np.ndarray], how: Reading) -> No
         warnings.warn(
             f"All values of these float images lie within 0 and 1, so they do not seem to be "
             f"normalized; {remedy}",
-            stacklevel=6,  # whoever called the Predictor
+            stacklevel=6,  # the caller of the Predictor
         )
 
 
@@ -270,18 +272,18 @@ def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
 
 
 def _local(pattern: str) -> str:
-    """The pattern; of an address, the file or folder copied here."""
+    """The pattern, or, for an address, the path of a local copy of the file or folder."""
     address = "://" in pattern and not os.path.exists(pattern)
     return str(paths.fetch(pattern)) if address else pattern
 
 
 def find_files(patterns: Sequence[str]) -> Found:
-    """Image files that are named, lie in a named folder (at any depth), or match a glob.
+    """Finds image files that are named, lie in a named folder (at any depth), or match a glob.
 
-    Each appears once, in the order of the patterns; what was passed over is listed, too.
+    Each file appears once, in the order of the patterns. Skipped files are listed as well.
 
     Raises:
-      UserError: a pattern that finds nothing; names it.
+      UserError: A pattern finds nothing; the message names it.
     """
     try:
         return image_files.find([_local(pattern) for pattern in patterns])

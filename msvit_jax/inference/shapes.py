@@ -12,8 +12,8 @@ from msvit_jax.tokens import grid
 from msvit_jax.train.step import max_tokens
 
 LAYOUTS = ("auto", "slots", "budget", "rows")
-_BUCKETS = 10  # about so many, from all coarse to all fine
-_LANES = 128  # accelerators compute so many columns at a time
+_BUCKETS = 10  # approximate number of capacities, from all coarse to all fine
+_LANES = 128  # columns that accelerators compute at a time
 
 
 def has_gate(model: Any) -> bool:
@@ -31,19 +31,20 @@ def make_policy(
     row_width: int | None,
     most_shapes: int,
 ) -> Policy:
-    """Chooses shapes, and which images go into which.
+    """Chooses static shapes and the policy that assigns images to them.
 
     Args:
-      model: of the registry; one without a gate has a single shape.
-      layout: one of `LAYOUTS`.
-      batch: images of a call.
-      groups: devices; a batch is packed on each of them for itself.
-      buckets: budgets in tokens; None: about ten. The whole grid is always one of them.
-      row_width: tokens of a row; None: the smallest multiple of 128 that holds any image.
-      most_shapes: how many there may be.
+      model: A model of the registry; one without a gate has a single shape.
+      layout: One of `LAYOUTS`.
+      batch: Number of images of a call.
+      groups: Number of devices; each packs its part of a batch separately.
+      buckets: Capacities in patch tokens per image; None: about ten. The whole grid is always one
+        of them.
+      row_width: Tokens per row; None: the smallest multiple of 128 that holds any image.
+      most_shapes: Upper bound on the number of shapes.
 
     Raises:
-      UserError: options that do not fit the model or each other.
+      UserError: Options do not fit the model or each other.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
@@ -86,24 +87,24 @@ def _budget_shapes(
 
 
 def default_buckets(least: int, most: int, prefix: int = 0) -> list[int]:
-    """Budgets in even steps; a whole sequence is a multiple of 16 tokens, on small grids of 4.
+    """Capacities in even steps; with its prefix each is a multiple of 16 tokens, small grids 4.
 
     Args:
-      least: patch tokens of an image that is coarse all over.
-      most: of one that is fine all over; the last budget.
-      prefix: tokens that an image has beside them.
+      least: Number of patch tokens of an image with only coarse regions.
+      most: Number of patch tokens of an image with only fine regions; the last capacity.
+      prefix: Tokens per image in addition to its patch tokens.
     """
     unit = 16 if most >= 128 else 4
     step = unit * math.ceil((most - least) / _BUCKETS / unit)
     first = step * math.ceil((least + prefix) / step) - prefix
-    # A budget just below the last one would be a program for few images and little gain.
+    # A capacity just below the last one would cost a program and save little for few images.
     return [*range(first, most - step // 2, step), most]
 
 
 def _row_shapes(
     model: Any, batch: int, groups: int, row_width: int | None, count: int
 ) -> list[Shape]:
-    """At most `count` shapes, from a row for each device up to the rows that hold any batch."""
+    """At most `count` shapes, from one row per device up to enough rows for any batch."""
     vit, most = model.backbone, _token_range(model)[1]
     largest = most + vit.prefix_length
     width = _LANES * math.ceil(largest / _LANES) if row_width is None else row_width
@@ -112,11 +113,11 @@ def _row_shapes(
             f"row_width={width} is too small: an image of this model needs up to {largest} tokens "
             f"(all of its {most} patches fine, prefix included); use at least that."
         )
-    # First-fit leaves no image out of so many rows: each that has no room holds this many images.
+    # First-fit places every image in `full` rows: a row without room holds this many images.
     in_a_row = width // largest
     full = math.ceil(batch / groups / in_a_row)
     steps = np.ceil(np.geomspace(full, 1, count) - 1e-9).astype(int)  # the first is always `full`
-    # Layers that reduce tokens are counted as if a row were one image.
+    # For layers that reduce tokens, a row is counted as one image.
     ends = float(vit.embed_macs + vit.head_macs)
     one_row, prefix_alone = (
         float(vit.macs(length - vit.prefix_length)) - ends for length in (width, vit.prefix_length)
@@ -138,6 +139,6 @@ def _row_shapes(
 
 
 def _token_range(model: Any) -> tuple[int, int]:
-    """Active patch tokens of an image that is coarse, and of one that is fine, all over."""
+    """Active patch tokens of an image with only coarse, and with only fine regions."""
     rows, columns = model.gate_grid
     return rows * columns, grid.REGION**2 * rows * columns
