@@ -1,4 +1,4 @@
-"""Hands a model to others: its weights in several formats, or its compiled functions.
+"""Exports a model for other programs: its weights in several formats, or its compiled functions.
 
 On the command line `python -m msvit_jax.export`, in Python `write(Source.load("runs/vit"), ...)`.
 """

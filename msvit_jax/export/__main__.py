@@ -1,12 +1,12 @@
-"""Hands a run's weights, or its compiled functions, to others.
+"""Exports a run's weights, or its compiled functions, for other programs.
 
     python -m msvit_jax.export --workdir=RUN --format=safetensors --out=model.safetensors
     python -m msvit_jax.export --workdir=RUN --format=compiled --budget=127 --layout=budget --out=D
 
-Formats: safetensors (our names), timm and big_vision (of the dense trunk), huggingface (a directory
-for from_pretrained), dvt (the official names), orbax (parameters alone), compiled (functions by
-jax.export, with a run.py that needs JAX alone) and onnx (graphs; needs the extra [onnx]). Nothing
-that exists is overwritten.
+Formats: safetensors (our names), timm and big_vision (the dense trunk), huggingface (a directory
+for from_pretrained), dvt (the official names), orbax (only parameters), compiled (functions by
+jax.export, with a run.py that needs only JAX) and onnx (graphs; needs the extra [onnx]). Existing
+files are never overwritten.
 """
 
 import json
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Here, because flags are global and other commands have some of these names too.
+    # Defined here because flags are global and other commands use some of the same names.
     flags.DEFINE_string("workdir", None, "Of a trained run.", required=True)
     flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
     flags.DEFINE_string("format", None, "What to write; see above.", required=True)

@@ -1,9 +1,9 @@
-"""The forward function of a model for programs that have JAX and nothing of ours.
+"""Exports the forward function of a model for programs that have JAX but not this library.
 
 Functions are exported by `jax.export` for CPU, CUDA and TPU, with a batch of any size. They take
-pixels, and the parameters as their first argument: one file of weights then serves all functions
-and all batch sizes on the devices once, where parameters baked in would be constants of each
-program that JAX compiles of them.
+the parameters as their first argument, then pixels. The weights are therefore stored once, in a
+file and on the devices, for all functions and batch sizes; built-in parameters would be constants
+in every compiled program.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ PIXELS = ("uint8", "float32")
 SUFFIX = ".jaxexport"
 WEIGHTS = "model.safetensors"
 
-# When versions of JAX were built, as their wheels say. Add a row with each version that
-# requirements.txt pins; a version between two rows is taken for as old as the one before.
+# Build dates of JAX versions, from their wheels. Add a row for each version that requirements.txt
+# pins; a version between two rows is assumed to be as old as the earlier one.
 _JAX_BUILT = {
     (0, 10, 0): datetime.date(2026, 4, 16),
     (0, 10, 2): datetime.date(2026, 6, 17),
@@ -50,7 +50,7 @@ _JAX_BUILT = {
 }
 _MONTHS_READABLE = 6  # jax.export's backward compatibility
 _GUARANTEES = "https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees"
-_BATCH = "b"  # what the batch is called in the functions' shapes
+_BATCH = "b"  # name of the batch dimension in the functions' shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Options:
     """How a model is compiled.
 
     Attributes:
-      layout: of a model with a gate, one of `LAYOUTS`; None: slots.
-      budget: with layout="budget" patch tokens that an image has places for; of a cascade mean
-        GMACs per image, by the thresholds that eval.py fitted.
-      threshold: of the gate, unless it is told another one; None: the model's own.
-      thresholds: of a cascade's exits, likewise; None: all images leave at the last.
-      pixels: type of the pixels, one of `PIXELS`; 0 to 255 in any case.
+      layout: Layout of a model with a gate, one of `LAYOUTS`; None: slots.
+      budget: Capacity in patch tokens per image for layout="budget"; for a cascade, mean GMACs per
+        image, which select among the thresholds that eval.py fitted.
+      threshold: Default threshold of the gate; None: the model's own.
+      thresholds: Default thresholds of a cascade's exits; None: all images leave at the last.
+      pixels: Type of the pixels, one of `PIXELS`; their values are 0 to 255 in either type.
     """
 
     layout: str | None = None
@@ -78,10 +78,10 @@ class Function:
     """A function to export.
 
     Attributes:
-      name: of its file.
-      call: of the parameters by name and its inputs; returns outputs by name.
-      params: what it wants of the parameters, by name.
-      inputs: by name, in order.
+      name: Name of its file, without the suffix.
+      call: Function of the parameters by name and the inputs; returns outputs by name.
+      params: Shapes and types of the parameters that it needs, by name.
+      inputs: Shapes and types of its inputs, by name and in order.
     """
 
     name: str
@@ -96,15 +96,15 @@ class Function:
 
 
 def write(source: Source, directory: pathlib.Path, options: Options) -> None:
-    """Writes functions, weights, about.json and what runs them into a new directory.
+    """Writes functions, weights, about.json and the code that runs them into a new directory.
 
     Args:
-      source: of model and parameters.
-      directory: made.
-      options: see there.
+      source: Model and parameters.
+      directory: Path of the directory to create.
+      options: How the model is compiled.
 
     Raises:
-      UserError: options that do not fit the model.
+      UserError: Options do not fit the model, or flatbuffers is not installed.
     """
     _check_flatbuffers()
     model = portable(source.model)
@@ -137,10 +137,10 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
 
 
 def readable(jax_version: tuple[int, ...]) -> dict[str, str]:
-    """How long JAX promises to read what a version of it exports.
+    """Describes how long JAX promises to read functions that one of its versions exported.
 
     Args:
-      jax_version: of the exporting JAX, (0, 12, 0).
+      jax_version: Version of the exporting JAX, such as (0, 12, 0).
     """
     older = [known for known in _JAX_BUILT if known <= jax_version[:3]]
     built = _JAX_BUILT[max(older, default=min(_JAX_BUILT))]
@@ -159,7 +159,7 @@ def readable(jax_version: tuple[int, ...]) -> dict[str, str]:
 
 
 def command(source: Source, format_name: str, options: Options) -> str:
-    """The command that makes an export again; paths that are not known are in capitals."""
+    """The command that repeats an export; unknown paths are placeholders in capitals."""
     words = ["python", "-m", "msvit_jax.export", f"--workdir={source.workdir or 'RUN'}"]
     words += [] if source.step is None else [f"--which={source.step}"]
     words += [f"--format={format_name}", "--out=OUT"]
@@ -172,7 +172,7 @@ def command(source: Source, format_name: str, options: Options) -> str:
 
 
 def portable(model: Any) -> Any:
-    """The model in slots, with attention that every platform has, whatever this one has."""
+    """The model in the slots layout, with an attention implementation that every platform has."""
     if hasattr(model, "backbone"):
         model = model.clone(backbone=model.backbone.clone(attention_impl="xla"))
     else:
@@ -181,7 +181,7 @@ def portable(model: Any) -> Any:
 
 
 def resolve_settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
-    """What run.py must know beside the functions; checks the options."""
+    """Checks the options and returns the settings that run.py needs besides the functions."""
     if options.pixels not in PIXELS:
         raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
     gated, cascade = has_gate(model), is_cascade(model)
@@ -252,7 +252,7 @@ def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float
 
 
 def functions(model: Any, source: Source, options: Options) -> list[Function]:
-    """All functions of a model; the one that is tried first comes first."""
+    """All functions of a model; the one to try first comes first."""
     (batch,) = export.symbolic_shape(_BATCH)
     side = model.image_size
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.dtype(options.pixels))
@@ -263,7 +263,7 @@ def functions(model: Any, source: Source, options: Options) -> list[Function]:
         return [Function("forward", _forward(model), _wanted(source), inputs)]
     if model.fine_share is None:
         inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
-    # What does not fit a budget runs where everything does.
+    # Images that do not fit the budget run in the slots layout, which fits any image.
     made = [Function("slots", _forward(model), _wanted(source), inputs)]
     if options.layout == "budget":
         fast = _in_budget(model, options.budget)
@@ -285,7 +285,7 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
     def forward(params: Any, images: Array, *threshold: Array) -> dict[str, Array]:
         own: Any = model
         if getattr(model, "layout", None) == "budget":
-            # Image by image: a group of several would take the batch's size to lay out.
+            # One group per image: the layout of larger groups would depend on the batch size.
             own = model.clone(row_groups=images.shape[0])
         given = {"threshold": threshold[0]} if threshold else {}
         images = normalise(images, model.mean, model.std)
@@ -367,9 +367,9 @@ def _check_flatbuffers() -> None:
 
 
 def _write_flatbuffers(path: pathlib.Path) -> None:
-    """Packs the installed flatbuffers, pure Python, which JAX reads the functions with.
+    """Packs the installed flatbuffers (pure Python), which JAX needs to read the functions.
 
-    It is not among JAX's own requirements; who runs the functions would have to install it.
+    JAX does not require it, so without this copy users of the functions would have to install it.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for file in importlib.metadata.files("flatbuffers") or ():

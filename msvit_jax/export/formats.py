@@ -1,4 +1,4 @@
-"""Weights for others: our names, those of timm, Hugging Face, big_vision and DVT, and Orbax."""
+"""Writers of weights: our format, timm, Hugging Face, big_vision, DVT, and Orbax."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from msvit_jax.weights.formats import trunk_of
 
 
 def write_ours(source: Source, path: pathlib.Path) -> str:
-    """Writes all parameters by our names, with the model's metadata."""
+    """Writes all parameters under our names, with the model's metadata."""
     ours.save(path, source.params, source.about)
     return ""
 
@@ -30,7 +30,7 @@ def write_orbax(source: Source, path: pathlib.Path) -> str:
 
 
 def write_timm(source: Source, path: pathlib.Path) -> str:
-    """Writes the dense trunk by timm's names; the metadata says which VisionTransformer it is."""
+    """Writes the dense trunk under timm's names; the metadata has VisionTransformer's arguments."""
     vit, theirs, left_out = _trunk(source, "timm")
     metadata = {"msvit_jax": source.about, "timm": _timm_arguments(vit)}
     save_file(theirs, path, {"format": "pt", **{k: json.dumps(v) for k, v in metadata.items()}})
@@ -52,7 +52,7 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
         "class_token": vit.class_token,
         "no_embed_class": not vit.prefix_positions,
         "reg_tokens": vit.register_tokens,
-        # The norm stands before the pooling here, in either case.
+        # Our norm precedes the pooling in either case.
         "global_pool": "token" if vit.pool == "token" else "avg",
         "fc_norm": False,
     }
@@ -69,17 +69,17 @@ def write_big_vision(source: Source, path: pathlib.Path) -> str:
 
 
 def write_dvt(source: Source, path: pathlib.Path) -> str:
-    """Writes a cascade by the names of the official DVT."""
+    """Writes a cascade under the names of the official DVT."""
     theirs = weights.to_theirs("dvt", source.params, source.model)
     save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(source.about)})
     return ""
 
 
 def write_huggingface(source: Source, path: pathlib.Path) -> str:
-    """Writes the dense trunk as a directory that transformers' `from_pretrained` takes."""
+    """Writes the dense trunk as a directory for transformers' `from_pretrained`."""
     vit, theirs, left_out = _trunk(source, "huggingface")
     kind = huggingface.kind(vit)
-    if kind.startswith("dinov2"):  # not used for answers, but missed when it is not there
+    if kind.startswith("dinov2"):  # unused, but transformers expects it
         theirs[f"{kind}.embeddings.mask_token"] = np.zeros((1, vit.width), np.float32)
     path.mkdir()
     metadata = {"format": "pt", "msvit_jax": json.dumps(source.about)}
@@ -129,14 +129,14 @@ def _huggingface_config(vit: Any, kind: str, source: Source) -> dict[str, Any]:
 
 
 def _preprocessor(vit: Any, crop: float) -> dict[str, Any]:
-    """The evaluation's central crop: the short side to S / crop, then the centre of S x S."""
+    """The evaluation's central crop: resizes the short side to S / crop, then crops S x S."""
     side = vit.image_size
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": round(side / crop)},
-        "resample": 3,  # Pillow's number of bicubic
+        "resample": 3,  # Pillow's constant for bicubic
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
@@ -152,7 +152,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, Any], str]:
-    """The plain model under a model, its parameters by a format's names, and what is left out."""
+    """A model's plain trunk, its parameters under a format's names, and what is left out."""
     model = source.model
     theirs = weights.to_theirs(format_name, source.params, model)
     trunk, prefix = trunk_of(model, format_name)

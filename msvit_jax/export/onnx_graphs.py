@@ -1,9 +1,8 @@
-"""The forward function of a model as ONNX graphs, for programs without JAX.
+"""Exports the forward function of a model as ONNX graphs, for programs without JAX.
 
-The functions are those of `export.compiled`, one graph for each of them, with the parameters inside
-and a batch of any size. jax2onnx converts them; what it is given is one flat list of elementary
-operations (see `plain_jaxpr`), because it takes those where it does not take everything that the
-models call.
+The functions are those of `export.compiled`, one graph each, with the parameters inside and a batch
+of any size. jax2onnx converts them from one flat list of elementary operations (see `plain_jaxpr`),
+because it does not support everything that the models call.
 """
 
 import contextlib
@@ -31,14 +30,15 @@ SUFFIX = ".onnx"
 OPSET = 23
 PACKAGES = ("jax2onnx", "onnx", "onnx_ir")
 INSTALL = "pip install 'msvit-jax[onnx]'"
-# Of the largest logit; rounding alone stays two orders of magnitude below.
+# Largest allowed difference, relative to the largest value of an output. Differences by rounding
+# are two orders of magnitude smaller.
 TOLERANCE = 1e-3
 
-_CHECKED = 2  # images that a graph is tried with
+_CHECKED = 2  # images that a graph is tested with
 _THRESHOLDS = (
     0.5,
     -1.0,
-)  # of the gate; by the second one all regions are coarse and fit any budget
+)  # of the gate; with the second all regions are coarse and fit any budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Graph:
     """A converted function.
 
     Attributes:
-      model: the graph, an `onnx.ModelProto`.
-      inputs: types and shapes as text, by name.
-      outputs: the same of its outputs.
+      model: The graph, an `onnx.ModelProto`.
+      inputs: Types and shapes of the inputs as text, by name.
+      outputs: Types and shapes of the outputs as text, by name.
     """
 
     model: Any
@@ -57,7 +57,7 @@ class Graph:
 
 
 def check_packages() -> None:
-    """Raises UserError where the packages that write ONNX are not installed."""
+    """Raises UserError if the packages that write ONNX are not installed."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -66,18 +66,18 @@ def check_packages() -> None:
 
 
 def write(source: Source, directory: pathlib.Path, options: Options) -> None:
-    """Writes graphs and about.json into a directory that does not exist.
+    """Writes graphs and about.json into a new directory.
 
-    Where onnxruntime is installed every graph is run and compared with the model first.
+    If onnxruntime is installed, every graph is run and compared with the model.
 
     Args:
-      source: model and parameters.
-      directory: path of the directory to make.
-      options: as for compiled functions.
+      source: Model and parameters.
+      directory: Path of the directory to create.
+      options: Options, the same as for compiled functions.
 
     Raises:
-      UserError: missing packages, options that do not fit the model, a model with an operation that
-        ONNX lacks, or a graph whose answers differ from the model's.
+      UserError: Packages are missing, options do not fit the model, the model has an operation that
+        ONNX lacks, or a graph's answers differ from the model's.
     """
     check_packages()
     source = _single_layers(source)
@@ -86,7 +86,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
     directory.mkdir()
     described = []
     differences: dict[str, float] = {}
-    carry: Any = None  # what the stage before hands on, so that a later one is tried with real ones
+    carry: Any = None  # real outputs of the previous stage, to test the next one with
     for function in compiled.functions(model, source, options):
         params = {name: source.params[name] for name in function.params}
         graph = convert(function, params)
@@ -121,9 +121,9 @@ def convert(function: Function, params: dict[str, np.ndarray]) -> Graph:
     """Converts a function, with its parameters as constants.
 
     Raises:
-      UserError: it has an operation that ONNX or the converter lacks.
+      UserError: It has an operation that ONNX or the converter lacks.
     """
-    # A graph's inputs and outputs share their names: what a stage takes is named otherwise.
+    # Inputs and outputs of a graph share one namespace, so inputs of a stage are renamed.
     inputs = {name.replace("handed.", "before."): kind for name, kind in _named(function.inputs)}
     flat, outputs = plain_jaxpr.flatten(function.call, params, list(function.inputs.values()))
     _check_operations(function, flat)
@@ -154,18 +154,18 @@ def convert(function: Function, params: dict[str, np.ndarray]) -> Graph:
 
 
 def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> float:
-    """Runs a graph by onnxruntime and compares its answers with the model's.
+    """Runs a graph with onnxruntime and compares its answers with the model's.
 
     Args:
-      path: .onnx file.
-      example: inputs of the function.
-      answers: what the model makes of them.
+      path: Path of the .onnx file.
+      example: Inputs of the function.
+      answers: The model's outputs for these inputs, by name.
 
     Returns:
-      The largest difference of the logits over the largest logit.
+      The largest difference of the logits, relative to the largest logit.
 
     Raises:
-      UserError: an answer differs by more than rounding explains.
+      UserError: An answer differs by more than `TOLERANCE`.
     """
     import onnxruntime
 
@@ -194,7 +194,7 @@ def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> 
 def _tried(
     function: Function, params: dict[str, np.ndarray], path: pathlib.Path, carry: Any
 ) -> tuple[float, Any]:
-    """Compares a graph with its function; returns the difference and what the next stage takes."""
+    """Compares a graph with its function; returns the difference and the next stage's inputs."""
     difference = 0.0
     for threshold in _THRESHOLDS if "threshold" in function.inputs else _THRESHOLDS[:1]:
         example = _example(function, carry, threshold)
@@ -204,7 +204,7 @@ def _tried(
 
 
 def _report(differences: dict[str, float]) -> dict[str, Any] | None:
-    """What about.json says of the comparison; None: there was no onnxruntime."""
+    """The comparison's entry in about.json; None if onnxruntime is not installed."""
     if not differences:
         return None
     rounded = {name: float(f"{value:.1e}") for name, value in differences.items()}
@@ -212,7 +212,7 @@ def _report(differences: dict[str, float]) -> dict[str, Any] | None:
 
 
 def _single_layers(source: Source) -> Source:
-    """The source with a block for each layer, where one block is scanned over all of them."""
+    """The source with one block per layer instead of one block scanned over all layers."""
     if not source.options.get("scan_layers"):
         return source
     options = {**source.options, "scan_layers": False}
@@ -220,7 +220,7 @@ def _single_layers(source: Source) -> Source:
 
 
 def _in_float32(model: Any) -> Any:
-    """The model with float32 throughout: runtimes on CPUs lack bfloat16."""
+    """The model in float32 throughout, because CPU runtimes lack bfloat16."""
     if hasattr(model, "backbone"):
         return model.clone(backbone=model.backbone.clone(dtype=jnp.float32))
     return model.clone(dtype=jnp.float32)
@@ -235,9 +235,9 @@ def _check_operations(function: Function, flat: Any) -> None:
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries, named 'handed.scores', in the order of jax.tree.
+    """Yields the leaves of nested dictionaries with names such as 'handed.scores'.
 
-    At the top the order of the dictionary itself.
+    Inner dictionaries are in sorted order, as in jax.tree; the outer one keeps its own order.
     """
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -247,7 +247,7 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _example(function: Function, carry: Any, threshold: float) -> list[Any]:
-    """Inputs to try a function with; pixels of random squares."""
+    """Inputs to test a function with; images are random squares with noise."""
     rng = np.random.default_rng(0)
     example: list[Any] = []
     for name, kind in function.inputs.items():
@@ -266,7 +266,7 @@ def _example(function: Function, carry: Any, threshold: float) -> list[Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps what the converter says of its own imports and types from the reader."""
+    """Suppresses the converter's log messages and warnings about its own imports and types."""
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

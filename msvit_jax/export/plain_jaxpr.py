@@ -1,7 +1,7 @@
-"""A function as one flat list of elementary operations, for converters to other formats.
+"""Flattens a function into one list of elementary operations, for converters to other formats.
 
-Calls within it are inlined, what depends on no input is computed, and operations that converters
-do not take in every form are written in terms of others.
+Calls are inlined, constant expressions are evaluated, and operations that converters do not support
+in every form are expressed by others.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ def flatten(call: Callable[..., Any], params: Any, inputs: Any) -> tuple[Any, An
     """Traces a function.
 
     Args:
-      call: function of the parameters and the inputs; returns any tree.
-      params: arrays, which become constants.
-      inputs: tree of `jax.ShapeDtypeStruct`, whose sizes may be symbolic.
+      call: Function of the parameters and the inputs; returns any tree.
+      params: Arrays, which become constants.
+      inputs: Sequence of trees of `jax.ShapeDtypeStruct`, whose sizes may be symbolic.
 
     Returns:
       The closed jaxpr, a function of the inputs' leaves, and the tree of its outputs.
@@ -61,7 +61,7 @@ def bind(equation: Any, inputs: list[Any]) -> list[Any]:
 
 def _rewritten(equation: Any, inputs: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
-    if name == "platform_index":  # whatever is not made for one platform
+    if name == "platform_index":  # take the branch for any platform
         return [np.int32(params["platforms"].index(None))]
     if name == "cond":
         chosen = params["branches"][int(inputs[0])]
@@ -80,7 +80,7 @@ def _rewritten(equation: Any, inputs: list[Any]) -> list[Any]:
 
 
 def _pad(x: Array, value: Array, *, padding_config: Sequence[tuple[int, int, int]]) -> Array:
-    """Padding by concatenation, cutting by slices."""
+    """Padding expressed by concatenation, and cropping (negative padding) by slices."""
     for axis, (low, high, interior) in enumerate(padding_config):
         if interior:
             raise NotImplementedError("padding between elements")
@@ -102,7 +102,7 @@ def _rem(x: Array, y: Array) -> Array:
 
 
 def _gather(x: Array, indices: Array, *, mode: Any, fill_value: Any, **params: Any) -> Array:
-    """A gather whose indices are clamped first and its outside filled afterwards."""
+    """A gather with clamped indices; results for indices out of bounds are filled afterwards."""
     modes = lax.GatherScatterMode
     if mode not in (modes.FILL_OR_DROP, modes.CLIP):
         return lax.gather_p.bind(x, indices, mode=mode, fill_value=fill_value, **params)
@@ -130,7 +130,7 @@ def _gather(x: Array, indices: Array, *, mode: Any, fill_value: Any, **params: A
 
 
 def _fill(dtype: Any, value: Any) -> Any:
-    """What JAX fills with where it is not told."""
+    """The fill value, or JAX's default for the type if none is given."""
     if value is not None:
         return value
     if np.issubdtype(dtype, np.inexact):

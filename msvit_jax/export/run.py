@@ -1,11 +1,12 @@
-"""Classifies images with the functions that lie beside this file.
+"""Classifies images with the functions in the directory of this file.
 
     python run.py photo.jpg folder/ images.npy [--batch=32] [--out=answers.npz] [--on_error=stop]
 
 Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, S, S, 3] of 0 to 255.
-Files that cannot be read are named and skipped, or end it before any is classified.
---threshold sets the gate of a mixed-scale model, --thresholds=0.9,0.8 the exits of a cascade.
-about.json says what the functions take and return. In Python: `Model().classify(pixels)`.
+Files that cannot be read are named and skipped, or, with --on_error=stop, end the program before
+any image is classified. --threshold sets the threshold of a mixed-scale model's gate,
+--thresholds=0.9,0.8 those of a cascade's exits. about.json describes the functions' inputs and
+outputs. In Python: `Model().classify(pixels)`.
 """
 
 import argparse
@@ -24,11 +25,11 @@ import numpy as np
 from jax import export
 
 HERE = pathlib.Path(__file__).resolve().parent
-FLATBUFFERS = "flatbuffers.zip"  # what JAX reads exported functions with, unless it is installed
+FLATBUFFERS = "flatbuffers.zip"  # JAX needs it to read exported functions; an installed copy wins
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Arrays by name: the header's length in 8 bytes, a header of JSON, little-endian numbers."""
+    """Reads arrays by name: 8 bytes of header length, a JSON header, little-endian numbers."""
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     header = json.loads(raw[8:start].tobytes())
@@ -53,14 +54,14 @@ def image_files() -> Any:
 
 
 class Model:
-    """The functions of a directory, their weights, and what about.json says of them.
+    """The exported functions of a directory, their weights, and their description.
 
     Attributes:
-      about: the contents of about.json.
+      about: Contents of about.json.
     """
 
     def __init__(self, directory: str | pathlib.Path = HERE) -> None:
-        """Reads them; a function is compiled for each size of batch that it meets."""
+        """Reads the directory; a function is compiled for each batch size it is called with."""
         self._directory = pathlib.Path(directory)
         sys.path.append(str(self._directory / FLATBUFFERS))
         self.about = json.loads((self._directory / "about.json").read_text())
@@ -86,14 +87,14 @@ class Model:
         """Runs the model on pixels [N, S, S, 3].
 
         Args:
-          images: of the type that about.json names, 0 to 255.
-          batch: images run at a time; the last batch is filled up with zeros.
-          threshold: of a mixed-scale model's gate, instead of about.json's.
-          thresholds: likewise of a cascade's exits, one for each but the last.
+          images: [N, S, S, 3], pixels of 0 to 255 in the type that about.json names.
+          batch: Number of images run at a time; the last batch is padded with zeros.
+          threshold: Threshold of a mixed-scale model's gate; None: about.json's.
+          thresholds: Thresholds of a cascade's exits but the last; None: about.json's.
 
         Returns:
-          The functions' outputs by name, each [N, ...]; of a cascade `logits` of the exit that an
-          image left at, and `exits`, from 0.
+          The functions' outputs by name, each [N, ...]; for a cascade, `exits`, the exit at which
+          each image left (from 0), and `logits` of that exit.
         """
         images = check_pixels(images, self.about)
         batch = min(batch, len(images))
@@ -128,7 +129,7 @@ class Model:
         logits: list[Any] = [None] * len(images)
         exits = np.zeros(len(images), np.int32)
         while any(waiting):
-            # The deepest stage that has a full batch; without one the first that has any image.
+            # The last stage that has a full batch, or else the first that has any image.
             full = [stage for stage in range(last + 1) if len(waiting[stage]) >= batch]
             stage = full[-1] if full else next(s for s in range(last + 1) if waiting[s])
             now, waiting[stage] = waiting[stage][:batch], waiting[stage][batch:]
@@ -148,7 +149,7 @@ class Model:
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
-    """Rows and as many of zeros as are missing from `count`."""
+    """Pads rows with zeros to `count`."""
     missing = np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)
     return np.concatenate([rows, missing]) if len(missing) else rows
 
@@ -165,14 +166,14 @@ def read_files(
     """Reads image files, the images below folders, and .npy files of pixels.
 
     Args:
-      names: files, folders or patterns.
-      about: the contents of about.json.
+      names: Files, folders or patterns.
+      about: Contents of about.json.
 
     Returns:
-      Names of images, the pixels [S, S, 3] of each, and a line for each file that cannot be read.
+      Names of images, pixels [S, S, 3] of each, and a message for each file that cannot be read.
 
     Raises:
-      ValueError: a name that leads to no file.
+      ValueError: A name matches no file.
     """
     named: list[str] = []
     images: list[np.ndarray] = []
@@ -189,7 +190,7 @@ def read_files(
 
 
 def read_npy(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yields names of the images in a file and their pixels, or why there are none."""
+    """Yields the images of a file, each with its name; for a bad file, its name and the error."""
     try:
         pixels = np.load(name)
         pixels = check_pixels(pixels[None] if pixels.ndim == 3 else pixels, about)
@@ -201,7 +202,7 @@ def read_npy(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray
 
 
 def read_images(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yields names of image files and their pixels, or why one cannot be read."""
+    """Yields the names of image files, each with its pixels or the reason it cannot be read."""
     images = image_files()
     found = images.find([name])
     for line in images.passed_over_lines(found.passed_over):
@@ -215,10 +216,10 @@ def read_images(name: str, about: dict[str, Any]) -> Iterator[tuple[str, np.ndar
 
 
 def check_pixels(images: np.ndarray, about: dict[str, Any]) -> np.ndarray:
-    """Pixels in the type that the functions take.
+    """Checks pixels and converts them to the type that the functions take.
 
     Raises:
-      ValueError: not [N, S, S, 3], none at all, or of a type that does not fit.
+      ValueError: The shape is not [N, S, S, 3], there are no images, or the type does not fit.
     """
     side, dtype = about["image_size"], np.dtype(about["pixels"])
     if images.ndim != 4 or not len(images) or images.shape[1:] != (side, side, 3):
@@ -229,7 +230,7 @@ def check_pixels(images: np.ndarray, about: dict[str, Any]) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a line for each image."""
+    """Classifies the images named on the command line and prints a line for each."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("files", nargs="+", help="image files, folders, or .npy files of pixels")
     parser.add_argument("--batch", type=int, default=32, help="images run at a time")
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[Any]:
-    """Opens a file before any work; what is written takes its place at the end, or never."""
+    """Opens a temporary file that replaces `path` at the end, unless there is an error."""
     try:
         with open(f"{path}.part", "wb") as file:
             yield file
@@ -262,7 +263,7 @@ def whole_file(path: str) -> Iterator[Any]:
 
 
 def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Reads, classifies and prints."""
+    """Reads and classifies images and prints the results."""
     model = Model()
     named, images, bad = read_files(given.files, model.about)
     for line in bad:
@@ -284,7 +285,7 @@ def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
+    for stream in (sys.stdout, sys.stderr):  # file names need not be text
         if isinstance(stream, io.TextIOWrapper):  # notebooks have others
             stream.reconfigure(errors="backslashreplace")
     try:

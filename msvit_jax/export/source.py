@@ -1,4 +1,4 @@
-"""What is exported: a model, its parameters, and what others must know to use them."""
+"""The model to export, its parameters, and the information needed to use them."""
 
 import dataclasses
 import pathlib
@@ -18,14 +18,14 @@ class Source:
     """A trained model.
 
     Attributes:
-      name: of the model in the registry.
-      options: that `create_model` made it with, as JSON has them.
-      params: arrays by our names, 'blocks_0/attn/qkv/kernel'.
-      class_names: in the order of the labels; empty where they are not known.
-      crop: share of the short side of image files that the model was evaluated on.
-      exif_orientation: whether image files were turned upright for it.
-      step: of the checkpoint; None if it is from none.
-      workdir: of the run; None if it is from none.
+      name: Name of the model in the registry.
+      options: Options for `create_model`, as JSON values.
+      params: Arrays by our names, such as 'blocks_0/attn/qkv/kernel'.
+      class_names: Names of the classes, in the order of the labels; empty if they are not known.
+      crop: Share of the short side of image files that the model was evaluated on.
+      exif_orientation: Whether image files were rotated upright by their EXIF data.
+      step: Step of the checkpoint; None if the model is not from a checkpoint.
+      workdir: Workdir of the run; None if the model is not from a run.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Source:
 
     @classmethod
     def load(cls, workdir: str | pathlib.Path, which: str = "best") -> "Source":
-        """Loads a run: the moving average of its parameters where it has one.
-
+        """Loads a run: the moving average of its parameters if it has one, else the parameters.
+    
         Args:
-          workdir: of the run.
-          which: 'best', 'latest', or a step.
+          workdir: Workdir of the run.
+          which: Checkpoint: 'best', 'latest', or a step.
 
         Raises:
-          UserError: see `checkpoint.load_run`.
+          UserError: The run cannot be loaded, see `checkpoint.load_run`.
         """
         config = checkpoint.read_config(workdir)
         step = checkpoint.find_step(workdir, which)
@@ -71,7 +71,7 @@ class Source:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What travels with the parameters, as JSON has it; see `weights.ours.save`."""
+        """Metadata to store with the parameters, as JSON values; see `weights.ours.save`."""
         model = self.model
         return {
             "model": {"name": self.name, **self.options},

@@ -1,4 +1,4 @@
-"""One export: the format by its name, and an output that is whole or not there."""
+"""Writes an export in a named format; the output appears complete or not at all."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,8 @@ class Format:
     """A format.
 
     Attributes:
-      suffix: of its file; empty: it is a directory.
-      write: writes a source to a path; returns what was left out, or an empty text.
+      suffix: Suffix of its file; empty if the format is a directory.
+      write: Function that writes a source to a path; returns what was left out, or an empty string.
     """
 
     suffix: str
@@ -41,10 +41,11 @@ _PLAIN = Options()
 
 
 def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) -> None:
-    """Checks what can be checked before a model is there.
+    """Checks everything that can be checked before a model is loaded.
 
     Raises:
-      UserError: see `write`.
+      UserError: The format is unknown or lacks a package, the output exists or has a wrong suffix,
+        or options are given for a format of weights.
     """
     names = [*FORMATS, *FUNCTIONS]
     if format_name not in names:
@@ -84,17 +85,17 @@ def write(
     """Writes a model in a format.
 
     Args:
-      source: what is written.
-      format_name: one of `FORMATS` or of `FUNCTIONS`.
-      out: path of a file or directory that does not exist; made whole or not at all.
-      options: for the formats of functions.
+      source: Model to write.
+      format_name: One of `FORMATS` or `FUNCTIONS`.
+      out: Path of a file or directory, which must not exist; created complete or not at all.
+      options: Options for the formats in `FUNCTIONS`.
 
     Returns:
-      What the format cannot hold and was left out; empty: nothing.
+      What was left out because the format cannot hold it; empty if nothing was.
 
     Raises:
-      UserError: unknown format, an output that exists or has another suffix, options that do not
-        fit, or a model that the format cannot express.
+      UserError: The format is unknown, the output exists or has a wrong suffix, options do not fit,
+        or the format cannot express the model.
     """
     check(format_name, out, options)
     with _whole(paths.parse(out)) as path:
@@ -106,9 +107,9 @@ def write(
 
 @contextlib.contextmanager
 def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path beside `out` that becomes `out` at the end, unless an error comes first.
+    """Yields a path next to `out` that is renamed to `out` at the end, unless there is an error.
 
-    What goes to an address is made in a local folder and copied at the end.
+    Output for an address is written to a local folder and uploaded at the end.
     """
     paths.check_writable(out.parent)
     beside = None if paths.is_address(out) else out.parent

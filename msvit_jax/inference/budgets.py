@@ -1,6 +1,6 @@
-"""The budget curve of a trained cascade: accuracy over compute, exits chosen image by image.
+"""The budget curve of a trained cascade: accuracy over compute, with an exit chosen per image.
 
-Thresholds are fitted on training images without augmentation and judged on the evaluation split.
+Thresholds are fitted on training images without augmentation and evaluated on the evaluation split.
 """
 
 import csv
@@ -24,8 +24,8 @@ from msvit_jax.train.step import normalise
 
 CSV_FILE, PLOT_FILE, FITTED_FILE = "budget_curve.csv", "budget_curve.png", "thresholds.json"
 COLUMNS = ("kind", "budget", "gmacs_mean", "top1", "shares", "thresholds")
-# GMACs and top-1 of the paper's T2T-12 cascade on ImageNet (Wang et al. 2021, table 5), its layer
-# norms counted.
+# GMACs (layer norms included) and top-1 of the paper's T2T-12 cascade on ImageNet (Wang et al.
+# 2021, table 5).
 PAPER = {
     "dvt_t2t_vit_12": {0.75: 73.70, 1.0: 76.22, 1.25: 77.89, 1.5: 78.89, 1.75: 79.47, 2.0: 79.75}
 }
@@ -33,11 +33,11 @@ PAPER = {
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
-    """What all exits say of a split.
+    """Logits of all exits for a split, and its labels.
 
     Attributes:
-      exits: [n, stages, classes] float32.
-      labels: [n].
+      exits: [n, stages, classes] float32, logits of every exit.
+      labels: [n], class numbers.
     """
 
     exits: np.ndarray
@@ -56,12 +56,12 @@ def collect(
     """Computes all exits for every image of a split, in order; the same on every process.
 
     Args:
-      model: a cascade.
-      params: its parameters, on the mesh.
-      data_config: the config's `data` section.
-      split: as TFDS writes it, 'train[:1000]' for instance.
-      batch_size: global; rounded up to a multiple of the devices.
-      mesh: see `sharding.make_mesh`.
+      model: A cascade.
+      params: Parameters of the cascade, on the mesh.
+      data_config: The config's `data` section.
+      split: Name of the split in TFDS syntax, such as 'train[:1000]'.
+      batch_size: Global batch size, rounded up to a multiple of the number of devices.
+      mesh: Devices, from `sharding.make_mesh`.
     """
 
     def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -91,14 +91,15 @@ def curve(
     """Rows of the curve: every exit alone, the geometric scheme, and the search for each budget.
 
     Args:
-      fit: to fit thresholds on.
-      held_out: to judge them on.
-      exit_macs: [stages], see `DVT.exit_macs`.
-      budgets: mean GMACs per image, of the fitted images; empty: ten from first to last exit.
-      criterion: see `thresholds.certainty`.
+      fit: Logits and labels to fit thresholds on.
+      held_out: Logits and labels to evaluate the thresholds on.
+      exit_macs: [stages], multiply-accumulates up to each exit, from `DVT.exit_macs`.
+      budgets: Mean GMACs per fitted image; empty: ten values, geometrically spaced from the first
+        exit's cost to the last's.
+      criterion: Measure of certainty, one of `thresholds.CRITERIA`.
 
     Raises:
-      UserError: a budget below the first exit's cost, an unknown criterion.
+      UserError: A budget is below the first exit's cost, or the criterion is unknown.
     """
     ours = exits.score(fit.exits, fit.labels, criterion, seed=0)
     theirs = exits.score(held_out.exits, held_out.labels, criterion, seed=1)
@@ -134,10 +135,10 @@ def write(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str, p
     """Writes `CSV_FILE` and `PLOT_FILE`.
 
     Args:
-      rows: of `curve`.
-      directory: where to.
-      title: the model's name.
-      paper: whether the paper's points of that model are drawn, too.
+      rows: Rows from `curve`.
+      directory: Directory of the two files.
+      title: Name of the model.
+      paper: Whether the paper's points for this model are drawn as well.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
@@ -156,7 +157,7 @@ def _draw(
     paper: dict[float, float] | None,
 ) -> None:
     with extras.needed("plots"):
-        from matplotlib import pyplot  # only a curve draws
+        from matplotlib import pyplot  # only needed here
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for kind, style in (("geometric", "-"), ("search", "o"), ("exit", "s")):
@@ -177,14 +178,14 @@ def _draw(
 
 
 def fitted_thresholds(workdir: str | pathlib.Path, budget: float) -> tuple[float, ...]:
-    """Thresholds that `eval.py --budget_curve` found for a run, the costliest within a budget.
+    """Thresholds that `eval.py --budget_curve` fitted for a run, the costliest within a budget.
 
     Args:
-      workdir: of the run.
-      budget: mean GMACs per image.
+      workdir: Workdir of the run.
+      budget: Mean GMACs per image.
 
     Raises:
-      UserError: none were fitted, or all of them spend more.
+      UserError: None were fitted, or all of them cost more than the budget.
     """
     path = paths.parse(workdir) / FITTED_FILE
     if not path.is_file():
@@ -213,22 +214,22 @@ def curve_of_run(
     criterion: str = "confidence",
     fit_examples: int = 20_000,
 ) -> list[dict[str, Any]]:
-    """Makes and writes the curve of a trained run.
+    """Computes and writes the curve of a trained run.
 
     Args:
-      model: of the run.
-      params: on the mesh.
-      workdir: of the run.
-      split: to judge on; None: the config's `eval_split`.
-      batch_size: global.
-      mesh: see `sharding.make_mesh`.
-      data_config: a config's `data` section; None: the run's.
-      budgets: see `curve`.
-      criterion: see `thresholds.certainty`.
-      fit_examples: training images to fit on.
+      model: Model of the run.
+      params: Parameters of the model, on the mesh.
+      workdir: Workdir of the run.
+      split: Split to evaluate on; None: the config's `eval_split`.
+      batch_size: Global batch size.
+      mesh: Devices, from `sharding.make_mesh`.
+      data_config: A config's `data` section; None: the run's.
+      budgets: Mean GMACs per fitted image; empty: ten values, see `curve`.
+      criterion: Measure of certainty, one of `thresholds.CRITERIA`.
+      fit_examples: Number of training images to fit on.
 
     Raises:
-      UserError: the model is no cascade; see also `curve`.
+      UserError: The model is not a cascade; see also `curve`.
     """
     config = checkpoint.read_config(workdir)
     if data_config is not None:
@@ -248,7 +249,7 @@ def curve_of_run(
     rows = curve(fit, held_out, model.exit_macs(), budgets=budgets, criterion=criterion)
     if jax.process_index() == 0:
         write(rows, workdir, name, paper=config.data.name == "imagenet2012")
-        if criterion == "confidence":  # what the Predictor goes by
+        if criterion == "confidence":  # the Predictor's criterion
             found = [row for row in rows if row["kind"] == "search"]
             paths.write_whole(workdir / FITTED_FILE, json.dumps(found, indent=2))
     return rows

@@ -73,7 +73,7 @@ class Reading:
       on_error: 'stop' at a file that cannot be read, or 'skip' it.
       mean: Means, per channel and for pixels of 0 to 1, that the model normalizes images with;
         None: float images are not checked for normalization.
-      std: Standard deviations, likewise.
+      std: Standard deviations, per channel and for pixels of 0 to 1; None: as for `mean`.
     """
 
     size: int

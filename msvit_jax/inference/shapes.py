@@ -87,7 +87,7 @@ def _budget_shapes(
 
 
 def default_buckets(least: int, most: int, prefix: int = 0) -> list[int]:
-    """Capacities in even steps; with its prefix each is a multiple of 16 tokens, small grids 4.
+    """Capacities in even steps, multiples of 16 tokens (4 on small grids) with the prefix.
 
     Args:
       least: Number of patch tokens of an image with only coarse regions.

@@ -1,8 +1,8 @@
-"""Which exit of a cascade answers an image: thresholds, what they cost, and how they are found.
+"""Exit thresholds of a cascade: how they choose an exit, what they cost, and how they are fitted.
 
 An image leaves at the first exit whose certainty reaches its threshold; the last exit answers all
-that are left. Thresholds are fitted on images of their own (training images) and judged on others.
-NumPy on stored logits: nothing here runs a model.
+remaining images. Thresholds are fitted on one set of images (training images) and evaluated on
+another. Everything here is NumPy on stored logits; no model runs.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from msvit_jax.errors import UserError
 
 CRITERIA = ("confidence", "entropy", "random")
 NEVER = 2.0  # a threshold that no certainty reaches
-ALWAYS = 0.0  # that of the last exit
+ALWAYS = 0.0  # a threshold that every certainty reaches, as the last exit's
 GEOMETRIC = tuple(range(1, 60))  # values of p in the official code, and in the published curve
 _SEARCH = {"maxiter": 60, "popsize": 12, "tol": 1e-6, "polish": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How sure every exit is of every image, and whether it is right.
+    """Certainty and correctness of every exit for every image.
 
     Attributes:
-      certainty: [n, stages], 0 to 1.
-      correct: [n, stages] bool.
+      certainty: [n, stages], certainty from 0 to 1.
+      correct: [n, stages] bool, whether the exit predicts the label.
     """
 
     certainty: np.ndarray
@@ -36,13 +36,13 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What thresholds lead to on a set of images.
+    """Accuracy and cost of thresholds on a set of images.
 
     Attributes:
-      thresholds: one for each exit.
-      shares: of the images that leave at each exit.
-      macs: mean multiply-accumulates per image.
-      top1: in percent.
+      thresholds: Thresholds, one for each exit.
+      shares: Share of the images that leave at each exit.
+      macs: Mean multiply-accumulates per image.
+      top1: Top-1 accuracy in percent.
     """
 
     thresholds: tuple[float, ...]
@@ -52,13 +52,13 @@ class Point:
 
 
 def certainty(exits: np.ndarray, criterion: str = "confidence", seed: int = 0) -> np.ndarray:
-    """How sure exits are: [n, stages, C] logits -> [n, stages], 0 to 1.
+    """Certainty of exits: [n, stages, C] logits -> [n, stages], 0 to 1.
 
-    "confidence": the largest softmax probability. "entropy": 1 - entropy / log(C). "random": drawn,
-    the control that says what looking at the image is worth (DVT, table 5).
+    "confidence": the largest softmax probability. "entropy": 1 - entropy / log(C). "random": random
+    numbers, a control that shows the benefit of choosing exits by the image (DVT, table 5).
 
     Raises:
-      UserError: unknown criterion.
+      UserError: The criterion is unknown.
     """
     if criterion not in CRITERIA:
         raise UserError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")
@@ -78,10 +78,11 @@ def score(
 
 
 def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
-    """Completes thresholds by the last exit's, if it is left out.
+    """Checks thresholds and appends the last exit's if it is omitted.
 
     Raises:
-      UserError: another number of them, not a number, or a last one that lets images go nowhere.
+      UserError: There are too many or too few, one is not a number from 0 up, or the last exit's
+        is not `ALWAYS`, so that some images would have no exit.
     """
     try:
         given = tuple(float(t) for t in thresholds)
@@ -105,10 +106,10 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
 
 
 def leave(certain: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """The exit, from 0, that each image leaves at: [n, stages] -> [n].
+    """The exit, from 0, at which each image leaves: [n, stages] -> [n].
 
     Raises:
-      UserError: see `check`.
+      UserError: The thresholds are invalid, see `check`.
     """
     reached = certain >= np.asarray(check(thresholds, certain.shape[1]))
     reached[:, -1] = True
@@ -118,12 +119,13 @@ def leave(certain: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
 def judge(scores: Scores, thresholds: Sequence[float], exit_macs: np.ndarray) -> Point:
     """Accuracy and mean cost of a set of images under thresholds.
 
-    The cost is sum_k (n_k / n) * cost_k, cost_k all that is computed up to exit k.
+    The cost is sum_k (n_k / n) * cost_k, where n_k images leave at exit k and cost_k is the cost of
+    everything computed up to exit k.
 
     Args:
-      scores: of the images.
-      thresholds: see `check`.
-      exit_macs: [stages], see `DVT.exit_macs`.
+      scores: Scores of the images.
+      thresholds: Thresholds, one for each exit; the last may be omitted (see `check`).
+      exit_macs: [stages], multiply-accumulates up to each exit, from `DVT.exit_macs`.
     """
     exits = leave(scores.certainty, thresholds)
     shares = np.bincount(exits, minlength=len(exit_macs)) / len(exits)
@@ -133,25 +135,27 @@ def judge(scores: Scores, thresholds: Sequence[float], exit_macs: np.ndarray) ->
 
 
 def geometric(certain: np.ndarray, q: float) -> tuple[float, ...]:
-    """Thresholds by which a share proportional to q**k leaves at exit k, as in the official code.
+    """Thresholds at which a share proportional to q**k leaves at exit k, as in the official code.
 
     Args:
-      certain: [n, stages].
-      q: below 1 most leave early; the official code takes p / 20 for p in `GEOMETRIC`.
+      certain: [n, stages], certainty of every exit.
+      q: Ratio of the shares of successive exits; below 1 most images leave early. The official code
+        uses p / 20 for p in `GEOMETRIC`.
     """
     share = q ** np.arange(1.0, certain.shape[1] + 1)
     return by_shares(certain, share / share.sum())
 
 
 def by_shares(certain: np.ndarray, share: Sequence[float] | np.ndarray) -> tuple[float, ...]:
-    """Thresholds by which given shares of all images leave at each exit.
+    """Thresholds at which given shares of all images leave at each exit.
 
-    Exit by exit, the floor(n * share)-th most certain of the images still there sets the threshold,
-    and all that reach it are gone. Where no image is to leave, or too few are left, none does.
+    Exit by exit, the floor(n * share)-th most certain of the remaining images sets the threshold,
+    and all that reach it leave. If that number is 0 or exceeds the remaining images, none leaves.
 
     Args:
-      certain: [n, stages].
-      share: [stages], of all images; the last one's follows from the others.
+      certain: [n, stages], certainty of every exit.
+      share: [stages], share of all images that leaves at each exit; the last is not used, because
+        all remaining images leave there.
     """
     count, stages = certain.shape
     there = np.ones(count, bool)
@@ -168,22 +172,22 @@ def by_shares(certain: np.ndarray, share: Sequence[float] | np.ndarray) -> tuple
 def geometric_curve(
     fit: Scores, held_out: Scores, exit_macs: np.ndarray, steps: Iterable[int] = GEOMETRIC
 ) -> list[Point]:
-    """The published curve: thresholds for each p fitted on one set, judged on another."""
+    """The published curve: thresholds for each p fitted on one set, evaluated on another."""
     return [judge(held_out, geometric(fit.certainty, p / 20), exit_macs) for p in steps]
 
 
 def geometric_within(
     certain: np.ndarray, exit_macs: np.ndarray, budget: float
 ) -> tuple[float, ...]:
-    """The geometric thresholds that spend most of a budget; needs no labels.
+    """The costliest geometric thresholds within a budget; needs no labels.
 
     Args:
-      certain: [n, stages].
-      exit_macs: [stages].
-      budget: mean multiply-accumulates per image.
+      certain: [n, stages], certainty of every exit.
+      exit_macs: [stages], multiply-accumulates up to each exit.
+      budget: Mean multiply-accumulates per image.
 
     Raises:
-      UserError: the budget is below the first exit's cost.
+      UserError: The budget is below the first exit's cost.
     """
     check_budget(budget, exit_macs)
     everything = Scores(certain, np.zeros(certain.shape, bool))
@@ -197,20 +201,20 @@ def geometric_within(
 def search(
     fit: Scores, exit_macs: np.ndarray, budget: float, *, seed: int = 0
 ) -> tuple[float, ...]:
-    """Thresholds that are right most often within a budget, by differential evolution.
+    """The most accurate thresholds within a budget, by differential evolution.
 
-    The paper speaks of a genetic algorithm; which, it does not say: ours is SciPy's differential
-    evolution over the shares of the images still there that leave at each exit. It starts from the
-    geometric thresholds, so on the fitted images it is never worse than they are.
+    The paper uses a genetic algorithm that it does not specify. Ours is SciPy's differential
+    evolution over the shares of the remaining images that leave at each exit. It starts from the
+    geometric thresholds, so it is never worse than those on the fitted images.
 
     Args:
-      fit: images to fit on.
-      exit_macs: [stages].
-      budget: mean multiply-accumulates per image.
-      seed: of the search.
+      fit: Scores of the images to fit on.
+      exit_macs: [stages], multiply-accumulates up to each exit.
+      budget: Mean multiply-accumulates per image.
+      seed: Seed of the search.
 
     Raises:
-      UserError: the budget is below the first exit's cost.
+      UserError: The budget is below the first exit's cost.
     """
     check_budget(budget, exit_macs)
     start = geometric_within(fit.certainty, exit_macs, budget)
@@ -224,7 +228,7 @@ def search(
     def loss(leaving: np.ndarray) -> float:
         point = judge(fit, thresholds_for(leaving), exit_macs)
         spent = point.macs / exit_macs[-1]
-        # Any excess outweighs all accuracy; of equal accuracy the cheaper is better.
+        # Any excess outweighs all accuracy; at equal accuracy the cheaper is better.
         return (1000 if point.macs > budget else -point.top1) + 1e-3 * spent
 
     found = optimize.differential_evolution(
@@ -251,14 +255,15 @@ def check_budget(budget: float, exit_macs: np.ndarray) -> None:
 def _thresholds_for(
     certain: np.ndarray, leaving: np.ndarray, exit_macs: np.ndarray, most: float
 ) -> tuple[float, ...]:
-    """Thresholds by which those shares of the images still there leave, more of them if need be.
+    """Thresholds at which given shares of the remaining images leave at each exit.
+
+    At the last exit but one more images leave than `leaving` says if that keeps within `most`.
 
     Args:
-      certain: [n, stages].
-      leaving: [stages - 1] of 0 to 1.
-      exit_macs: [stages].
-      most: multiply-accumulates for all images together. So many more leave at the last exit but
-        one that it is enough, where that can be.
+      certain: [n, stages], certainty of every exit.
+      leaving: [stages - 1], share of the remaining images that leaves at each exit, 0 to 1.
+      exit_macs: [stages], multiply-accumulates up to each exit.
+      most: Upper bound on the multiply-accumulates of all images together.
     """
     there = np.ones(len(certain), bool)
     thresholds, spent = [], 0.0
@@ -279,7 +284,7 @@ def _thresholds_for(
 
 
 def _leaving(certain: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """The reverse of `_thresholds_for`."""
+    """The inverse of `_thresholds_for`: the shares of the remaining images that leave."""
     exits = leave(certain, thresholds)
     stages = certain.shape[1]
     gone = np.bincount(exits, minlength=stages)
