@@ -40,7 +40,7 @@ class Source:
     @classmethod
     def load(cls, workdir: str | pathlib.Path, which: str = "best") -> "Source":
         """Loads a run: the moving average of its parameters if it has one, else the parameters.
-    
+
         Args:
           workdir: Workdir of the run.
           which: Checkpoint: 'best', 'latest', or a step.

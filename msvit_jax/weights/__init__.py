@@ -1,4 +1,4 @@
-"""Weights from files and into them: other projects' formats, key by key, and our own."""
+"""Reads and writes weights: other projects' formats, converted key by key, and our own."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ _OURS = ("build_model", "describe", "save")
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: reading runs brings Orbax, and the modules here are commands of their own.
+    # Imported on first use: reading runs needs Orbax, and some modules here are also commands.
     if name in __all__:
         module = "ours" if name in _OURS else "formats"
         return getattr(importlib.import_module(f"msvit_jax.weights.{module}"), name)

@@ -1,8 +1,9 @@
 """JAX checkpoints of vision_transformer (AugReg) and of big_vision, as .npz files.
 
-Where the class token has a position, as in all of vision_transformer, its names are written; else
-big_vision's. Its own loader reads both, and timm's. Both were trained with the tanh approximation
-of GELU: a model with `gelu="tanh"` computes what they do; timm takes the exact one instead.
+Models whose class token has a position, as in all of vision_transformer, are written under
+vision_transformer's names, others under big_vision's. The loaders of big_vision and timm read both.
+Both projects train with the tanh approximation of GELU, so a model with `gelu="tanh"` reproduces
+them; timm uses the exact GELU instead.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from msvit_jax.weights import timm
 from msvit_jax.weights.entries import Entry, Flat, State, one, same, squeezed
 
 NAME = "big_vision"
-# Before linen, Flax numbered a module's parts through, whatever their type.
+# Before linen, Flax numbered a module's parts consecutively, regardless of type.
 _NUMBERED_THROUGH = {
     "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
     "LayerNorm_1": "LayerNorm_2",
@@ -35,7 +36,7 @@ def table(model: Any) -> list[Entry]:
     """All parameters of a plain model.
 
     Raises:
-      UserError: the format cannot express it.
+      UserError: The format cannot express the model.
     """
     timm.check(model, NAME)
     for attribute, usual in (("distilled", False), ("register_tokens", 0), ("layer_scale", None)):
@@ -90,7 +91,7 @@ def _block(model: Any, theirs: str, ours: str) -> Iterator[Entry]:
 
 
 def _joint(theirs: str, ours: str, heads: int) -> Entry:
-    """Queries, keys and values, [..., heads, D / heads] each there; side by side here."""
+    """Queries, keys and values: three arrays [..., heads, D / heads] there, one array here."""
     return Entry(
         tuple(theirs.format(part) for part in ("query", "key", "value")),
         ours,
@@ -104,16 +105,16 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 
 def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
-    """Brings the format's variants to the names of `table`.
+    """Renames the format's variants to the names of `table`.
 
-    Layers that were stacked for a scan are taken apart, and both numberings become one. Positions
-    that are not in the file, because they were never trained (posemb="sincos2d"), are computed.
-    The class token's position becomes part of the token for a model where it has none, and zeros
-    where the file has none. A head that reads another layer (`pre_logits`), which ours has not, is
+    Layers stacked for a scan are separated, and both numbering schemes are unified. Positions
+    missing from the file because they were never trained (posemb="sincos2d") are computed. The
+    class token's position is added to the token if the model has no such position, and is zero if
+    the file has none. A head that follows another layer (`pre_logits`), which our models lack, is
     left out.
 
     Returns:
-      The state by the names of `table`, and the names that the model has no use for.
+      The state by the names of `table`, and the names that the model does not use.
     """
     flat = dict(state)
     unused: list[str] = []

@@ -1,8 +1,8 @@
-"""What a source of weights says of itself beside the arrays: its model, its pixels, its classes.
+"""Reads what a source of weights states besides the arrays: its model, pixels and classes.
 
-Arrays show width, depth, patches and classes, and misfits of those are told where they are read.
-They do not show how many heads there are, the norms' epsilon, the activation and how pixels are
-normalized: `UNSEEN`. Those are followed, or compared with a model that was given.
+Width, depth, patch size and classes can be inferred from the arrays, and misfits are reported when
+these are read. The number of heads, the norms' epsilon, the activation and the normalization of
+pixels cannot (`UNSEEN`). They are adopted from the source, or compared with a given model.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from msvit_jax.models.registry import BACKBONES, create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.weights import files, ours
 
-# Attributes of a model that its arrays do not show. A model that is trained on may well have others
-# of the last ones; they are told.
+# Attributes of a model that cannot be inferred from its arrays. Those in FREE may differ in a model
+# that is trained further; differences are reported.
 UNSEEN = ("heads", "norm_epsilon", "gelu", "pool", "mean", "std")
 FREE = ("pool", "mean", "std")
-# Attributes that arrays show and a description may contradict.
+# Attributes that can be inferred from arrays and that a description may contradict.
 SEEN = ("width", "depth", "patch_size", "num_classes")
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _GELUS = {
@@ -34,35 +34,36 @@ _GELUS = {
     "gelu_pytorch_tanh": "tanh",
     "gelu_tanh": "tanh",
 }
-# Where a file that transformers or timm saved lies beside its config.json.
+# Names of files that transformers and timm save next to a config.json.
 _SAVED_AS = ("model", "pytorch_model")
-# Settings of a training program beside the tensors.
+# Prefixes of a training program's settings, which are stored with the tensors.
 _SETTINGS = ("args.", "hyper_parameters.")
-# Arguments of models among them.
+# Model arguments among these settings.
 _ARGUMENTS = (
     *("num_heads", "embed_dim", "mlp_ratio", "qkv_bias", "init_values", "reg_tokens"),
     *("class_token", "no_embed_class", "act_layer", "img_size", "patch_size", "global_pool"),
     "fc_norm",
 )
-# What our exact models cannot be, by the settings that say so.
+# Model types of transformers that can be read.
 _HF_KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
 _BICUBIC = (3, "bicubic", None)
 
 
 @dataclasses.dataclass
 class Declared:
-    """What a source says of itself.
+    """What a source states about itself.
 
     Attributes:
       model: Attributes of `ViT`; some or all of them.
-      name: The model's name in our registry, if the source names one that is there.
+      name: Name of the model in our registry, if the source names one that is there; else None.
       complete: Whether a model can be built from this and the arrays alone.
-      class_names: In the order of the labels; empty where it names none.
-      crop: Share of an image's short side that it is evaluated on; None where it does not say.
-      exif_orientation: Whether its images are turned upright; None where it does not say.
-      where: The place that says so, for each of the above by name.
-      problems: What no model of ours can follow.
-      notes: What it says that is not followed and is worth knowing.
+      class_names: Names of the classes, in the order of the labels; empty if the source has none.
+      crop: Share of an image's short side used in evaluation; None if the source does not state it.
+      exif_orientation: Whether images are rotated upright by their EXIF data; None if the source
+        does not state it.
+      where: Description of the place that states an attribute, by the attribute's name.
+      problems: Statements that our models cannot satisfy.
+      notes: Statements that are not followed but worth reporting.
     """
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,7 +77,7 @@ class Declared:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def say(self, where: str, **values: Any) -> None:
-        """Adds attributes of the model; what is None was not said, and nonsense is a problem."""
+        """Adds attributes of the model; None is ignored, and an invalid value becomes a problem."""
         for key, value in values.items():
             if value is None:
                 continue
@@ -89,25 +90,25 @@ class Declared:
                 self.where[key] = where
 
     def take(self, where: str, given: Mapping[str, Any], **keys: str) -> None:
-        """Adds attributes that a description has under names of its own.
+        """Adds attributes that a description has under other names.
 
         Args:
-          where: The place that says so.
+          where: Description of the place, for messages.
           given: The description.
-          **keys: Their names there, by ours.
+          **keys: Names in the description, by our names.
         """
         for key, theirs in keys.items():
             value = given.get(theirs)
             if isinstance(value, float) and _TYPES[key] is int and value.is_integer():
-                value = int(value)  # JSON of programs that know no whole numbers
+                value = int(value)  # some programs write whole numbers as floats in JSON
             self.say(where if theirs == key else f"{where} ({theirs})", **{key: value})
 
     def refuse(self, where: str, key: str, value: Any, rule: config_rules.Rule) -> None:
-        """Adds a problem: a value, of no attribute of the model, that means nothing."""
+        """Adds a problem: an invalid value that is not an attribute of the model."""
         self.problems.append(f"{where}: {key}={value!r}: {rule.wanted()} expected")
 
     def contradictions(self, seen: Mapping[str, Any]) -> list[str]:
-        """What it says of the model that its arrays show to be otherwise."""
+        """Statements about the model that its arrays contradict."""
         return [
             f"{self.where[key]} says {key}={self.model[key]!r}, the arrays have {seen[key]!r}"
             for key in SEEN
@@ -115,7 +116,7 @@ class Declared:
         ]
 
     def differences(self, model: Any, keys: Sequence[str] = UNSEEN) -> dict[str, Any]:
-        """Attributes that arrays do not show in which a model is another than this."""
+        """Stated attributes, among `keys`, that differ from a model's."""
         trunk = trunk_of(model)
         return {
             key: self.model[key]
@@ -128,7 +129,7 @@ _TYPES = {field.name: field.type for field in dataclasses.fields(ViT)}
 
 
 def trunk_of(model: Any) -> Any:
-    """The plain transformer that a model is or has inside."""
+    """The plain transformer of a model: its backbone, or the model itself."""
     return getattr(model, "backbone", model)
 
 
@@ -141,11 +142,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 def of_run(workdir: str | pathlib.Path) -> Declared:
-    """What a run's config says."""
+    """What a run's config states."""
     found = Declared()
     if not (pathlib.Path(workdir) / paths.CONFIG_FILE).is_file():
         return found
-    from msvit_jax import checkpoint  # brings Orbax, which files do not need
+    from msvit_jax import checkpoint  # imports Orbax, which files do not need
     from msvit_jax import config as configs
 
     config = checkpoint.read_config(workdir)
@@ -155,11 +156,11 @@ def of_run(workdir: str | pathlib.Path) -> Declared:
 
 
 def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
-    """What a file says, and what lies beside it.
+    """What a weights file and descriptions next to it state.
 
     Args:
-      file: A weights file.
-      contents: What it holds.
+      file: Path of the weights file.
+      contents: Contents of the file.
 
     Raises:
       UserError: A description is damaged.
@@ -202,7 +203,7 @@ def _metadata(found: Declared, file: pathlib.Path) -> None:
 
 
 def _beside(found: Declared, folder: pathlib.Path) -> None:
-    """The description by transformers or timm in the folder of a file."""
+    """Reads descriptions by transformers or timm in the folder of a file."""
     config = _json(folder / CONFIG)
     if config is None:
         return
@@ -249,7 +250,7 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
         patch_size=_square(found, CONFIG, "patch_size", config.get("patch_size")),
         gelu=_gelu(found, CONFIG, config.get("hidden_act")),
         layer_scale=config.get("layerscale_value", 1.0) if dino else None,
-        # transformers' DINOv2 with registers smooths, too; its others do not.
+        # transformers' DINOv2 with registers also antialiases; its other models do not.
         pos_resize="timm" if kind == "dinov2_with_registers" else "transformers",
     )
     if config.get("use_swiglu_ffn"):
@@ -284,7 +285,7 @@ def _as_number(key: Any) -> int:
 
 
 def _processor(found: Declared, given: Mapping[str, Any]) -> None:
-    """How transformers prepares images, in the terms of our evaluation."""
+    """Translates transformers' image preparation into the terms of our evaluation."""
     factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
     positive = config_rules.Number(0, above=True)
     if not positive.fits(factor):
@@ -315,7 +316,7 @@ def _processor(found: Declared, given: Mapping[str, Any]) -> None:
 
 
 def _lengths(size: Any) -> Any:
-    """A number or two of transformers' sizes: {'height': h, 'width': w}, {'shortest_edge': s}."""
+    """The lengths in a size: [h, w] for {'height': h, 'width': w}, s for {'shortest_edge': s}."""
     if not isinstance(size, Mapping):
         return size
     if "shortest_edge" in size:
@@ -343,7 +344,7 @@ def _timm_pixels(found: Declared, given: Mapping[str, Any], where: str) -> None:
     size, mean, std = (given.get(key) for key in ("input_size", "mean", "std"))
     found.say(
         where,
-        # A single number is something else, such as the spread of weights that a program starts at.
+        # A single number is something else, such as the std of the initial weights.
         mean=_colors(found, where, "mean", mean if _listed(mean) else None),
         std=_colors(found, where, "std", std if _listed(std) else None),
         image_size=_square(found, where, "input_size", _last_two(size)),
@@ -363,7 +364,7 @@ def _listed(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def _colors(found: Declared, where: str, key: str, value: Any) -> tuple[float, ...] | None:
-    """A number for each color; one stands for all."""
+    """Three numbers, one for each color; a single one is repeated."""
     if value is None:
         return None
     listed = list(value) if _listed(value) else [value]
@@ -376,7 +377,7 @@ def _colors(found: Declared, where: str, key: str, value: Any) -> tuple[float, .
 
 
 def _timm_arguments(found: Declared, given: Mapping[str, Any], where: str) -> None:
-    """Arguments of timm's `VisionTransformer`."""
+    """Adds arguments of timm's `VisionTransformer`."""
     pool = given.get("global_pool")
     prefix = given.get("no_embed_class")
     found.take(
@@ -406,7 +407,7 @@ def _timm_arguments(found: Declared, given: Mapping[str, Any], where: str) -> No
 
 
 def _settings(found: Declared, values: Mapping[str, Any]) -> None:
-    """What a training program was called with, where that lies beside the tensors."""
+    """Adds a training program's settings that are stored with the tensors."""
     for prefix in _SETTINGS:
         given = {n.removeprefix(prefix): x for n, x in values.items() if n.startswith(prefix)}
         if not given:
@@ -430,7 +431,7 @@ def _settings(found: Declared, values: Mapping[str, Any]) -> None:
 
 
 def _named(found: Declared, name: Any, where: str) -> None:
-    """A model of the registry, whose attributes the source then has."""
+    """Adds the attributes of a named model if it is in the registry."""
     if not isinstance(name, str):
         return
     short = name.split(".")[0]
@@ -443,7 +444,7 @@ def _named(found: Declared, name: Any, where: str) -> None:
 
 
 def _square(found: Declared, where: str, key: str, value: Any) -> int | None:
-    """A side of something square; what is not is a problem."""
+    """The side of a square size; a size that is not square becomes a problem."""
     if value is None or isinstance(value, bool):
         return None
     sides = [x for x in (value if _listed(value) else [value]) if isinstance(x, int)]
@@ -467,14 +468,14 @@ def _gelu(found: Declared, where: str, name: Any) -> str | None:
 
 
 def build(found: Declared, seen: Mapping[str, Any]) -> Any:
-    """The model of a source that says enough of it.
+    """Builds the model of a source that describes it sufficiently.
 
     Args:
-      found: What it says.
-      seen: What its arrays show, and what its project takes where nothing is said.
+      found: What the source states.
+      seen: Attributes inferred from the arrays, and the defaults of the source's project.
 
     Raises:
-      UserError: It does not.
+      UserError: The source does not describe its model, or the attributes do not fit together.
     """
     if found.name is None and not found.complete:
         raise UserError("The weights file does not name its model; give it with model=.")

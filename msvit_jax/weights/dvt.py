@@ -1,8 +1,8 @@
-"""The official DVT weights (PyTorch), into our names and back.
+"""Converts the official DVT weights (PyTorch) to our names and back.
 
     python -m msvit_jax.weights.dvt --model=dvt_t2t_vit_12 --source=t2t.pth --out=t2t.safetensors
 
-Nothing in the files is executed. What is written can be given to `train.py --config.init_from=`.
+Nothing in the files is executed. The output can be passed to `train.py --config.init_from=`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ STAGES = ("less_less_token", "less_token", "normal_token")
 
 
 def _window_linear(theirs: str, ours: str, size: int) -> Iterator[Entry]:
-    """A linear layer over windows, whose channels come first there and last here."""
+    """A linear layer over windows, with channels first there and last here."""
     yield one(
         f"{theirs}.weight",
         f"{ours}/kernel",
@@ -50,7 +50,7 @@ def _channels_last(x: np.ndarray, size: int) -> np.ndarray:
 
 
 def _channels_first(x: np.ndarray, size: int) -> np.ndarray:
-    """Undoes `_channels_last`."""
+    """The inverse of `_channels_last`."""
     split = x.reshape(*x.shape[:-1], size, size, -1)
     return np.moveaxis(split, -1, -3).reshape(x.shape)
 
@@ -80,10 +80,10 @@ def _tokenizer(theirs: str, ours: str, window: int) -> Iterator[Entry]:
 
 
 def table(model: Any) -> list[Entry]:
-    """All parameters of a cascade of three stages, the official number.
+    """All parameters of a cascade with three stages, as the official models have.
 
     Raises:
-      UserError: the cascade has another number of stages.
+      UserError: The cascade has another number of stages.
     """
     if len(model.grids) != len(STAGES):
         raise UserError(f"The official weights have {len(STAGES)} stages, not {len(model.grids)}.")
@@ -116,14 +116,14 @@ def _stage(model: Any, stage: int) -> Iterator[Entry]:
 
 
 def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
-    """Nothing to bring into line: the state, and no unused names."""
+    """Returns the state unchanged, and no unused names: the format has no variants."""
     del model
     return dict(state), []
 
 
 def main(argv: Sequence[str]) -> None:
-    """Converts a file."""
-    # Here: formats imports this module.
+    """Converts a file as the command line says."""
+    # Imported here because formats imports this module.
     from msvit_jax.weights import formats
 
     del argv
@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from absl import flags  # only the command needs it
+    from absl import flags  # only needed by the command
 
     flags.DEFINE_string(
         "model", None, "dvt_deit_small, dvt_t2t_vit_12 or dvt_t2t_vit_14.", required=True

@@ -1,4 +1,4 @@
-"""What all tables of foreign weights share: an entry, the usual layers, and applying a table."""
+"""Shared by all conversion tables: entries, common layers, and applying a table."""
 
 import dataclasses
 import re
@@ -15,19 +15,19 @@ Flat = dict[str, np.ndarray]
 # Parameters that may have another shape in the source: `init_from.fit` resizes or replaces them.
 ADAPTABLE = re.compile(r"(^|/)(pos_embed|patch_embed/proj/kernel|head(_dist)?/(kernel|bias))$")
 _HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")
-# Of a wholly different file the first few say enough, and comparing names takes long.
+# Most misfits that come with a suggestion: comparing names is slow.
 _MOST_NEAREST = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters and what it is made of.
+    """One of our parameters and its counterparts in another format.
 
     Attributes:
-      theirs: names in the other format, usually one; queries, keys and values apart are three.
-      ours: joined by '/'.
-      to_ours: makes ours of theirs, given in that order.
-      to_theirs: the reverse; as many as `theirs`.
+      theirs: Names in the other format, usually one; separate queries, keys and values are three.
+      ours: Our name, joined by '/'.
+      to_ours: Function that makes our array from theirs, in the order of `theirs`.
+      to_theirs: Inverse function; returns as many arrays as `theirs` has names.
     """
 
     theirs: tuple[str, ...]
@@ -42,17 +42,17 @@ def one(
     to_ours: Callable[[np.ndarray], np.ndarray],
     to_theirs: Callable[[np.ndarray], np.ndarray],
 ) -> Entry:
-    """An entry that is one parameter in both formats."""
+    """An entry for a single parameter in both formats."""
     return Entry((theirs,), ours, to_ours, lambda x: (to_theirs(x),))
 
 
 def same(theirs: str, ours: str) -> Entry:
-    """An entry that is alike in both formats."""
+    """An entry for a parameter with equal arrays in both formats."""
     return one(theirs, ours, lambda x: x, lambda x: x)
 
 
 def squeezed(theirs: str, ours: str) -> Entry:
-    """An entry with one more axis of length 1 at the front there."""
+    """An entry for a parameter with an additional leading axis of length 1 in the other format."""
     return one(theirs, ours, lambda x: x[0], lambda x: x[None])
 
 
@@ -87,17 +87,17 @@ def to_ours(
     *,
     adaptable: re.Pattern[str] | None = None,
 ) -> Flat:
-    """Weights of another format by our names.
+    """Converts weights of another format to our names.
 
     Args:
-      state: theirs by name.
-      entries: the table.
-      shapes: arrays or shapes of the model's parameters, by our names.
-      adaptable: names of ours whose length along any axis may differ, and whose head may be
-        absent; None: everything must fit.
+      state: Arrays of the other format, by name.
+      entries: Conversion table.
+      shapes: Arrays or shapes of the model's parameters, by our names.
+      adaptable: Pattern of our names for parameters that may differ in length along any axis, and
+        for heads that may be absent; None: everything must fit.
 
     Raises:
-      UserError: keys are missing or unexpected, or have another shape; all are listed.
+      UserError: Keys are missing or unexpected, or have a wrong shape; all are listed.
     """
     found: Flat = {}
     misfits: list[str] = []
@@ -113,7 +113,7 @@ def to_ours(
         if missing:
             continue
         theirs, wanted = [np.asarray(state[n]) for n in entry.theirs], shapes[entry.ours]
-        # Of a view of one number: this takes no memory.
+        # A view of one number: takes no memory.
         like = entry.to_theirs(np.broadcast_to(np.False_, wanted.shape))
         wrong = [
             f"{name}: {there.shape} in the source, {here.shape} expected"
@@ -133,10 +133,10 @@ def to_ours(
 
 
 def to_theirs(flat: State, entries: Sequence[Entry]) -> Flat:
-    """Undoes `to_ours`, exactly; a head that is not there is left out.
+    """The exact inverse of `to_ours`; an absent head is left out.
 
     Raises:
-      UserError: parameters are missing; all are listed.
+      UserError: Parameters are missing; all are listed.
     """
     absent = [e.ours for e in entries if e.ours not in flat and not _HEAD.search(e.ours)]
     if absent:

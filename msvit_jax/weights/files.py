@@ -1,8 +1,8 @@
-"""Reading weights files without executing what is in them, or taking memory that they only claim.
+"""Reads weights files without executing their contents or allocating memory they merely claim.
 
-.safetensors, .npz, PyTorch's .pth, .pth.tar, .pt, .bin and .ckpt, and the .index.json of
-transformers, which says in which of several files each array lies. What is read is what the file
-holds, by its own names; `wrappers` finds the model in it.
+The formats are .safetensors, .npz, PyTorch's .pth, .pth.tar, .pt, .bin and .ckpt, and the
+.index.json of transformers, which assigns arrays to several files. Everything is read under the
+file's own names; `wrappers` finds the model in it.
 """
 
 import dataclasses
@@ -25,13 +25,14 @@ Flat = dict[str, np.ndarray]
 PYTORCH = (".pth", ".tar", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", ".npz", *PYTORCH)
 INDEX = ".index.json"
-# Weights are noise, which hardly shrinks; a small file of zeros may claim any size.
+# Largest accepted compression ratio. Weights hardly compress; a small file of zeros may claim any
+# size.
 _MOST_SHRUNK = 100
-_LISTED = 12  # parts that a message names
+_LISTED = 12  # most parts listed in a message
 
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-# Which numbers smaller than float32 are read as float32, exactly.
+# Types smaller than float32 that are converted to float32, which is exact.
 _SMALL = (ml_dtypes.bfloat16, np.float16)
 
 
@@ -40,7 +41,8 @@ class Contents:
     """What a file holds.
 
     Attributes:
-      arrays: By name, those of nested mappings joined with '.'; PyTorch's are read by `number`.
+      arrays: Arrays by name; names of nested mappings are joined with '.'. PyTorch's tensors are
+        read lazily, by `number`.
       values: Everything else by name: settings, counters, texts.
     """
 
@@ -48,7 +50,7 @@ class Contents:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        """What there is, for messages."""
+        """Summary of the contents, for messages."""
         held = wrappers.groups(sorted(self.arrays))[:_LISTED]
         named = {name.split(".")[0] for name in self.values}
         held += sorted(named - {name.split(".")[0] for name in self.arrays})[:_LISTED]
@@ -59,15 +61,15 @@ def read(path: str | pathlib.Path) -> Flat:
     """Reads all arrays of a file by name; numbers smaller than float32 as float32.
 
     Raises:
-      UserError: There is no such file, it is damaged, it holds something else than arrays of
-        numbers, its suffix is not known, or a file that it names is missing.
+      UserError: The file is missing or damaged, holds arrays of something other than numbers, has
+        an unknown suffix, or names a file that is missing.
     """
     path = pathlib.Path(path)
     return {name: number(name, x, path) for name, x in read_contents(path).arrays.items()}
 
 
 def read_contents(path: str | pathlib.Path) -> Contents:
-    """Reads what a file holds; see `read`."""
+    """Reads the contents of a file; see `read`."""
     path = pathlib.Path(path)
     check_there(path)
     if path.name.endswith(INDEX):
@@ -85,7 +87,7 @@ def read_contents(path: str | pathlib.Path) -> Contents:
 
 
 def check_there(path: pathlib.Path) -> None:
-    """Raises UserError for a file that is missing, or that git-lfs has not fetched yet."""
+    """Raises UserError if a file is missing or is an unfetched git-lfs pointer."""
     if not path.is_file():
         raise UserError(f"There is no weights file {str(path)!r}.")
     with path.open("rb") as file:
@@ -98,7 +100,7 @@ def check_there(path: pathlib.Path) -> None:
 
 
 def _read_parts(path: pathlib.Path) -> Flat:
-    """Reads all files that an index names, which lie beside it."""
+    """Reads all files that an index names; they must be in its folder."""
     where = read_json(path.read_text(errors="replace"), path).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{str(path)!r} does not say in which files the weights are (weight_map).")
@@ -124,16 +126,16 @@ def _read_parts(path: pathlib.Path) -> Flat:
 
 
 def number(name: str, x: Any, path: str | pathlib.Path) -> np.ndarray:
-    """An array's values, those of less than 32 bits per real number as float32.
+    """Reads an array's values; floats of fewer than 32 bits become float32.
 
     Raises:
-      UserError: It holds something else than real numbers, or its values cannot be read.
+      UserError: The array does not hold real numbers, or its values cannot be read.
     """
     try:
         x = np.asarray(x)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:  # of a part of a damaged archive
+    except (ValueError, OSError, zipfile.BadZipFile) as error:  # damaged part of an archive
         raise UserError(f"{str(path)!r} cannot be read as weights: {name}: {error}") from error
-    if x.dtype == np.dtype("V2"):  # how NumPy stores bfloat16, which it does not know
+    if x.dtype == np.dtype("V2"):  # NumPy stores bfloat16, which it does not know, as this
         x = x.view(ml_dtypes.bfloat16)
     if x.dtype in _SMALL or x.dtype.name.startswith("float8"):
         return x.astype(np.float32)
@@ -145,15 +147,15 @@ def number(name: str, x: Any, path: str | pathlib.Path) -> np.ndarray:
 
 
 def _read_safetensors(path: pathlib.Path) -> Contents:
-    # The library checks every size against the file's before it reads.
+    # The library checks every size against the file's before reading.
     return Contents(dict(load_file(path)))
 
 
 def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
-    """The texts by name in a .safetensors file's header.
+    """Reads the metadata of a .safetensors file: strings by name.
 
     Raises:
-      UserError: it is not such a file, or damaged.
+      UserError: The file is damaged or not a .safetensors file.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -177,7 +179,7 @@ def _read_npz(path: pathlib.Path) -> Contents:
 
 
 def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
-    """Raises ValueError for an archive that claims more than a file of that size can hold."""
+    """Raises ValueError if an archive claims more data than a file of its size can hold."""
     for member in members:
         if member.header_offset + member.compress_size > size:
             raise ValueError(f"{member.filename} reaches beyond the end of the file")
@@ -190,7 +192,7 @@ def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raises ValueError unless a member is an array of plain values, as many as it holds."""
+    """Raises ValueError unless a member is an array of plain values whose size matches its shape."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0}.get(
@@ -217,10 +219,10 @@ def _read_pytorch(path: pathlib.Path) -> Contents:
 
 
 def read_json(text: str, path: str | pathlib.Path) -> dict[str, Any]:
-    """Parses an object.
+    """Parses a JSON object.
 
     Raises:
-      UserError: it is none.
+      UserError: The text is not a JSON object.
     """
     try:
         value = json.loads(text)

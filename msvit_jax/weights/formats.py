@@ -1,6 +1,7 @@
-"""Weights by our names from a run or a file of any format, and the reverse.
+"""Reads weights from a run or a file of any format into our names, and converts them back.
 
-A model over a backbone (MSViT, Mergence) takes and gives the plain transformer below `backbone/`.
+For a model over a backbone (MSViT, Mergence), other formats hold the plain transformer, which is
+below `backbone/` here.
 """
 
 import dataclasses
@@ -34,13 +35,13 @@ from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
 
 BACKBONE = "backbone/"
 _SCANNED = "blocks/"
-# Where transformers keeps the weights in a model's directory.
+# Files that transformers keeps the weights in, within a model's directory.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _IN_DIRECTORY = (*_WHOLE, *(name + files.INDEX for name in _WHOLE))
 _HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")
-_LISTED = 8  # members of a folder that a message names
+_LISTED = 8  # most members of a folder listed in a message
 _HEAD_KERNEL = re.compile(r"(^|/)head(_dist)?/kernel$")
-# What a model computes, of the attributes that its arrays do not show.
+# Attributes that affect what a model computes but cannot be inferred from its arrays.
 FUNCTION = tuple(key for key in UNSEEN if key not in FREE)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ViT)}
 
@@ -54,25 +55,25 @@ class Format(Protocol):
         """All parameters of a model in both formats."""
 
     def canonical(self, state: State, model: Any) -> tuple[Flat, list[str]]:
-        """Brings variants to the table's names; also says what the model has no use for."""
+        """Renames variants to the table's names; also returns names that the model does not use."""
 
 
 FORMATS: dict[str, Any] = {f.NAME: f for f in (timm, huggingface, big_vision, dvt)}
-# What arrays show of their model, for sources that say the rest.
+# Functions that infer a model's attributes from its arrays, for sources that state the others.
 _SEEN = {timm.NAME: timm.seen, huggingface.NAME: huggingface.seen}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Weights as they were found.
+    """Weights as read from a source, not yet fitted to a model.
 
     Attributes:
-      flat: by our names; heads may be missing, and heads, positions and patch kernels may have
-        other shapes than the model's: see `fit`.
-      format: 'ours' or one of `FORMATS`.
-      unused: names in the source that the model has no use for.
-      notes: What was chosen or followed, and what looks wrong.
-      pos_resize: How the source's own code resizes positions, one of `grid.RESIZINGS`.
+      flat: Arrays by our names. Heads may be missing; heads, positions and patch kernels may have
+        other shapes than the model's, see `fit`.
+      format: Format of the source, 'ours' or one of `FORMATS`.
+      unused: Names in the source that the model does not use.
+      notes: Remarks on choices made, settings adopted, and suspicious values.
+      pos_resize: Method of the source's own code for resizing positions, one of `grid.RESIZINGS`.
     """
 
     flat: Flat
@@ -82,12 +83,12 @@ class Source:
     pos_resize: str = "timm"
 
     def fit(self, params: Any) -> tuple[Flat, init_from.Report]:
-        """Fits the weights to a model's parameters, see `init_from.fit`."""
+        """Fits the weights to a model's parameters; see `init_from.fit`."""
         taken, report = init_from.fit(self.flat, params, pos_resize=self.pos_resize)
         return taken, self._completed(report)
 
     def params_for(self, model: Any) -> tuple[Any, init_from.Report]:
-        """All parameters of a model, see `init_from.params_for`."""
+        """Returns all parameters of a model; see `init_from.params_for`."""
         params, report = init_from.params_for(model, self.flat, pos_resize=self.pos_resize)
         return params, self._completed(report)
 
@@ -99,15 +100,16 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer.
+    """A model with its parameters, ready to use.
 
     Attributes:
-      model: With what the source says of itself.
-      params: Its parameters.
-      report: What became of each of them, and what was followed.
-      class_names: In the order of the labels; empty where the source names none.
-      crop: Share of an image's short side that it is evaluated on; None where it does not say.
-      exif_orientation: Whether images are turned upright for it; None where it does not say.
+      model: The model, with the options that the source states.
+      params: Parameters of the model.
+      report: How each parameter was used, and which options were adopted.
+      class_names: Names of the classes, in the order of the labels; empty if the source has none.
+      crop: Share of an image's short side used in evaluation; None if the source does not state it.
+      exif_orientation: Whether images are rotated upright by their EXIF data; None if the source
+        does not state it.
     """
 
     model: Any
@@ -131,14 +133,14 @@ class _Opened:
     notes: tuple[str, ...] = ()
 
     def check(self, model: Any, keys: Sequence[str]) -> None:
-        """Raises UserError where no model of ours is the source's, or this one is another."""
+        """Raises UserError if no model of ours can express the source's, or `model` differs."""
         if self.declared.problems:
             raise UserError(
                 f"{self.path!r} cannot be followed: {'; '.join(self.declared.problems)}."
             )
         seen = _SEEN[self.format](self.arrays) if self.format in _SEEN else {}
         if not seen.get("num_classes"):
-            seen.pop("num_classes", None)  # a head that was left out is told elsewhere
+            seen.pop("num_classes", None)  # a missing head is reported elsewhere
         contradicted = self.declared.contradictions(seen)
         if contradicted:
             raise UserError(
@@ -162,7 +164,7 @@ class _Opened:
         )
 
     def source_for(self, model: Any, keys: Sequence[str] = FUNCTION) -> Source:
-        """The weights for a model, which must be the one that the source says."""
+        """The weights for a model, which must agree with what the source states."""
         self.check(model, keys)
         notes = list(self.notes) + self.declared.notes
         if model is not None:
@@ -193,51 +195,53 @@ class _Opened:
 
 
 def read(source: str | pathlib.Path, model: Any) -> Flat:
-    """Weights by our names; see `load`."""
+    """Reads weights by our names; see `load`."""
     return load(source, model).flat
 
 
 def load(source: str | pathlib.Path, model: Any) -> Source:
-    """Reads a run or a file of any format; which one is told by the names in it.
+    """Reads a run or a file of any format; the format is recognized by the names in it.
 
     Args:
-      source: a run's workdir (its best checkpoint), a file (see `files`), or a directory that
-        transformers or timm wrote.
-      model: that they are for.
+      source: Workdir of a run (its best checkpoint is read), a file (see `files`), or a directory
+        that transformers or timm wrote.
+      model: Model that the weights are for.
 
     Raises:
-      UserError: nothing there, not readable, of no known format, or of another model: by its
-        arrays, or by what the source says of heads, epsilon and activation; NaN or infinite values.
+      UserError: The source is missing, unreadable, of an unknown format, has NaN or infinite
+        values, or belongs to another model, by its arrays or by the heads, epsilon and activation
+        that it states.
     """
     return _open(source).source_for(model)
 
 
 def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.Report]:
-    """All parameters of a model, fitted to it, and what became of each.
+    """Reads all parameters of a model, fitted to it, with a report on how each was used.
 
     Args:
-      source: see `load`.
-      model: that they are for.
+      source: Source of the weights, as in `load`.
+      model: Model that the weights are for.
 
     Raises:
-      UserError: see `load` and `init_from.params_for`.
+      UserError: The weights cannot be loaded or do not fit, see `load` and `init_from.params_for`.
     """
     return _params(str(source), load(source, model), model)
 
 
 def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
-    """A model with its parameters, as the source says that it is.
+    """Loads a model with its parameters and the options that the source states.
 
-    What a source says of heads, epsilon, activation, and the pixels' mean and std is followed
-    wherever the model leaves it open: a name of the registry leaves all of it open, and the
-    classes, too; a module what is at the default of `ViT`. What a module sets otherwise is refused.
+    The heads, epsilon, activation, and mean and std of the pixels that a source states are adopted
+    unless `model` sets them. A name of the registry sets none of them, nor the number of classes; a
+    module sets those that differ from the defaults of `ViT`. A conflict with these raises.
 
     Args:
-      source: See `load`.
-      model: A name of the registry, a module, or None: the one that the source describes.
+      source: Source of the weights, as in `load`.
+      model: A name of the registry or a module; None: the model that the source describes.
 
     Raises:
-      UserError: See `load_params`; or the source does not say what its model is.
+      UserError: The weights cannot be loaded or do not fit, see `load_params`, or the source does
+        not describe its model.
     """
     opened = _open(source)
     opened.check(None, ())
@@ -275,12 +279,12 @@ def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
 def declared_options(
     source: str | pathlib.Path, model: Any, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Options that make a model the one that a source says, of those that were left open.
+    """Options, not given explicitly, that a model needs to agree with what a source states.
 
     Args:
-      source: See `load`.
-      model: As it would be without them.
-      given: Options that are not left open.
+      source: Source of the weights, as in `load`.
+      model: The model without these options.
+      given: Options given explicitly, which are not returned.
     """
     file = file_of(source)
     if file is not None:
@@ -300,7 +304,7 @@ def _params(path: str, found: Source, model: Any) -> tuple[Any, init_from.Report
 
 
 def _changed(model: Any, options: Mapping[str, Any]) -> Any:
-    """A model with other attributes of its trunk."""
+    """A copy of a model with changed attributes of its trunk."""
     if not options:
         return model
     if hasattr(model, "backbone"):
@@ -309,7 +313,7 @@ def _changed(model: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _described(opened: _Opened) -> Any:
-    # Our exports for others name the whole model, and hold the trunk alone.
+    # Our exports in other formats name the whole model but hold only its trunk.
     if opened.about.get("model") and opened.format in (ours.NAME, dvt.NAME):
         return ours.build_model(opened.about)
     if opened.format not in _SEEN:
@@ -320,7 +324,7 @@ def _described(opened: _Opened) -> Any:
 
 
 def _classes(flat: Mapping[str, np.ndarray]) -> int:
-    """Classes of a head; 0 where there is none."""
+    """Number of classes of a head; 0 if there is none."""
     return next((x.shape[-1] for name, x in flat.items() if _HEAD_KERNEL.search(name)), 0)
 
 
@@ -334,7 +338,7 @@ def _open(source: str | pathlib.Path) -> _Opened:
         raise UserError(f"There is no weights file or workdir {path!r}.")
     if not paths.parse(source).is_dir():
         raise UserError(f"{path!r} is neither a workdir nor a weights file.")
-    from msvit_jax import checkpoint  # brings Orbax, which files do not need
+    from msvit_jax import checkpoint  # imports Orbax, which files do not need
 
     flat = flat_names(checkpoint.load_params(source))
     _check_finite(flat, path)
@@ -355,7 +359,7 @@ def _found(contents: files.Contents, path: str, said: Declared, about: dict[str,
 
 
 def _check_finite(arrays: Mapping[str, Any], path: str) -> None:
-    """Raises UserError for weights that make every answer NaN, or will not be float32 numbers."""
+    """Raises UserError for weights that are NaN, infinite, or beyond float32."""
     for name, x in arrays.items():
         if np.asarray(x).dtype.kind != "f":
             continue
@@ -370,12 +374,12 @@ def _check_finite(arrays: Mapping[str, Any], path: str) -> None:
 
 
 def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
-    """The weights file that a path names, or that transformers put there; None if there is none.
+    """The weights file at a path, or in a directory by transformers; None if there is none.
 
-    Of an address it is a local copy, see `paths.fetch`.
+    For an address it is a local copy, see `paths.fetch`.
 
     Raises:
-      UserError: a folder that is neither a run's nor has weights.
+      UserError: The path is a folder that is not a run's and has no weights.
     """
     path = paths.parse(source)
     if path.is_file():
@@ -393,40 +397,40 @@ def file_of(source: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def _may_be_run(folder: pathlib.Path) -> bool:
-    """Whether a folder is a run's, which may not have saved anything yet."""
+    """Whether a folder can be a run's, even one without checkpoints yet."""
     config = folder / paths.CONFIG_FILE
     if (folder / "checkpoints").is_dir():
         return True
     if not config.is_file():
         return False
-    # Theirs is called the same.
+    # Directories by transformers and timm have a file of the same name.
     return not {"model_type", "architecture"} & files.read_json(config.read_text(), config).keys()
 
 
 def class_names(source: str | pathlib.Path) -> tuple[str, ...]:
-    """Class names of a run or of a weights file; empty where it does not say them.
+    """Class names of a run or of a weights file; empty if it has none.
 
     Args:
-      source: See `load`.
+      source: Source of the weights, as in `load`.
     """
     file = file_of(source)
     if file is None:
-        from msvit_jax import checkpoint  # brings Orbax, which files do not need
+        from msvit_jax import checkpoint  # imports Orbax, which files do not need
 
         return tuple(checkpoint.read_about(source).get("class_names") or ())
     return declared.of_file(file, files.read_contents(file)).class_names
 
 
 def convert(state: State, model: Any, *, where: str = "The source") -> Source:
-    """Weights of any format by our names.
+    """Converts weights of any format to our names.
 
     Args:
-      state: arrays by name.
-      model: that they are for.
-      where: they come from, for messages.
+      state: Arrays by name.
+      model: Model that the weights are for.
+      where: Name of the source, for messages.
 
     Raises:
-      UserError: they are of no known format, or of another model.
+      UserError: The format is unknown, or the weights are of another model.
     """
     return _found(files.Contents(dict(state)), where, Declared(), {}).source_for(model)
 
@@ -438,7 +442,7 @@ def _by_slashes(state: State) -> Flat:
 def _foreign(state: State, model: Any, name: str) -> Source:
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
     headless = trunk.num_classes == 0
-    # With a head in the table, that of the source is known for one.
+    # The table needs a head to recognize the source's.
     plain = trunk.clone(num_classes=1) if headless else trunk
     plain = plain.clone(scan_layers=False) if _scanned(plain) else plain
     shapes = flat_names(init_from.model_shapes(plain))
@@ -457,10 +461,10 @@ def _foreign(state: State, model: Any, name: str) -> Source:
 
 
 def _parameters(state: State, table: Sequence[Entry]) -> tuple[Flat, list[str]]:
-    """Leaves out counters and indices, which are no parameters of any model here.
+    """Separates parameters from counters and indices, which our models do not have.
 
     Raises:
-      UserError: A parameter is not of real numbers, as in quantized files.
+      UserError: A parameter is not real-valued, as in quantized files.
     """
     names = {name for entry in table for name in entry.theirs}
     real = {name: np.asarray(x).dtype.kind == "f" for name, x in state.items()}
@@ -475,25 +479,25 @@ def _parameters(state: State, table: Sequence[Entry]) -> tuple[Flat, list[str]]:
 
 
 def _pos_resize(form: str, state: State) -> str:
-    """How the code resizes positions that a file is from, as far as its names say it."""
+    """Method by which a file's own code resizes positions, inferred from the file's names."""
     if form == huggingface.NAME:
         registers = any(name.endswith("embeddings.register_tokens") for name in state)
         return "timm" if registers else "transformers"
-    # DINOv2's own files keep the token of masked patches.
+    # Only DINOv2's own files keep the mask token.
     own = form == timm.NAME and "mask_token" in state and "register_tokens" not in state
     return "dinov2" if own else "timm"
 
 
 def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> Flat:
-    """Weights by another format's names.
+    """Converts weights to another format's names.
 
     Args:
-      format_name: one of `FORMATS`.
-      flat: by our names; what lies outside the backbone of a model that has one is left out.
-      model: that they are of.
+      format_name: One of `FORMATS`.
+      flat: Arrays by our names; for a model over a backbone, those outside of it are left out.
+      model: Model that the weights are of.
 
     Raises:
-      UserError: an unknown format, one that cannot express the model, or missing parameters.
+      UserError: The format is unknown or cannot express the model, or parameters are missing.
     """
     if format_name not in FORMATS:
         raise UserError(
@@ -508,10 +512,10 @@ def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> F
 
 
 def trunk_of(model: Any, format_name: str) -> tuple[Any, str]:
-    """What of a model a format expresses, and where in its parameters that lies.
+    """The part of a model that a format can express, and the prefix of its parameters.
 
     Raises:
-      UserError: a cascade and a format of plain models, or the reverse.
+      UserError: The model is a cascade and the format is for plain models, or the reverse.
     """
     cascade = hasattr(model, "exit_tokens")
     if cascade != (format_name == dvt.NAME):
@@ -527,7 +531,7 @@ def _scanned(trunk: Any) -> bool:
 
 
 def _stack(flat: Flat, depth: int) -> Flat:
-    """One array over all layers of each kind, as `scan_layers` has them."""
+    """Stacks each parameter over all layers, as `scan_layers` stores them."""
     stacked = {name: x for name, x in flat.items() if not name.startswith("blocks_")}
     for name in (n for n in flat if n.startswith("blocks_0/")):
         rest = name.removeprefix("blocks_0/")
@@ -536,7 +540,7 @@ def _stack(flat: Flat, depth: int) -> Flat:
 
 
 def unstack(flat: Flat) -> Flat:
-    """Undoes `_stack`, also of parameters below a prefix ('backbone/blocks/...')."""
+    """The inverse of `_stack`, also for parameters below a prefix ('backbone/blocks/...')."""
     apart: Flat = {}
     for name, x in flat.items():
         prefix, stacked, rest = name.partition(_SCANNED)

@@ -1,7 +1,7 @@
 """Hugging Face transformers: ViT, DeiT with its two heads, DINOv2 with and without registers.
 
-The names are those of its files. With or without a head: a headless model's file lacks the first
-part of each name ('vit.'). Poolers and tokens of masked patches are not used.
+Models may have a head or not: files of headless models lack the first part of each name ('vit.').
+Poolers and mask tokens are not used.
 """
 
 import re
@@ -17,7 +17,7 @@ from msvit_jax.weights.entries import Entry, Flat, State, conv, linear, norm, on
 NAME = "huggingface"
 _KINDS = ("vit", "deit", "dinov2", "dinov2_with_registers")
 _UNUSED = re.compile(r"(^|\.)(pooler\.dense\.(weight|bias)|embeddings\.mask_token)$")
-# Names of modules in transformers 5, which saves them under those of version 4.
+# Module names of transformers 5 and, as it saves them, of version 4.
 _NEW_NAMES = (
     (r"^(\w+\.)layers\.(\d+)\.", r"\1encoder.layer.\2."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
@@ -30,10 +30,10 @@ _NEW_NAMES = (
 
 
 def kind(model: Any) -> str:
-    """The architecture of transformers that a plain model is.
+    """The transformers architecture that corresponds to a plain model.
 
     Raises:
-      UserError: there is none.
+      UserError: No architecture corresponds to the model.
     """
     timm.check(model, NAME)
     if model.pool != "token":
@@ -48,7 +48,7 @@ def kind(model: Any) -> str:
 
 
 def seen(state: State) -> dict[str, Any]:
-    """What arrays show of their model: attributes of `ViT`."""
+    """Attributes of `ViT`: inferred from arrays, or the defaults of transformers."""
     shapes = {
         re.sub(r"^(vit|deit|dinov2(_with_registers)?)\.", "", n): x.shape for n, x in state.items()
     }
@@ -82,7 +82,7 @@ def table(model: Any) -> list[Entry]:
     """All parameters of a plain model.
 
     Raises:
-      UserError: see `kind`.
+      UserError: The format cannot express the model.
     """
     return list(_entries(model, kind(model)))
 
@@ -122,15 +122,16 @@ def _entries(model: Any, kind: str) -> Iterator[Entry]:
 
 
 def _wide(kernel: np.ndarray) -> np.ndarray:
-    """[D, classes] -> [classes, 2 D].
+    """Pads a head [D, classes] to [classes, 2 D].
 
-    Its DINOv2 classifies by the class token and the mean of the patches; ours by the first alone.
+    transformers' DINOv2 classifies by the class token and the mean of the patches, ours by the
+    class token alone.
     """
     return np.concatenate([kernel.T, np.zeros_like(kernel.T)], axis=1)
 
 
 def _positions(model: Any, theirs: str) -> Entry:
-    """[1, 1 + N, D]; where our class token has no position, its own is zeros there."""
+    """Positions [1, 1 + N, D]; zeros for the class token if ours has no position."""
     if model.prefix_positions:
         return squeezed(theirs, "pos_embed")
     pad = lambda x: np.concatenate([np.zeros_like(x[:1]), x])  # noqa: E731
@@ -138,7 +139,7 @@ def _positions(model: Any, theirs: str) -> Entry:
 
 
 def _joint(theirs: str, ours: str, *, bias: bool) -> Iterator[Entry]:
-    """Queries, keys and values: three layers there, side by side in one kernel here."""
+    """Queries, keys and values: three layers there, one joint kernel here."""
     for their, our in (("weight", "kernel"), ("bias", "bias"))[: 1 + bias]:
         yield Entry(
             tuple(f"{theirs}.{part}.{their}" for part in ("query", "key", "value")),
@@ -149,14 +150,14 @@ def _joint(theirs: str, ours: str, *, bias: bool) -> Iterator[Entry]:
 
 
 def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
-    """Renames what the format has several names for.
+    """Renames parameters that have several names in the format.
 
-    A headless file gets the first part of its names. A classifier of DINOv2 that looks at the
-    patches, too, is left out: ours is another. The class token's position becomes part of the token
-    for a model where it has none.
+    Names of a headless file get their missing first part. A DINOv2 classifier that also uses the
+    patches is left out, because ours does not. The class token's position is added to the token if
+    the model has no such position.
 
     Returns:
-      The state by the names of `table`, and the names that the model has no use for.
+      The state by the names of `table`, and the names that the model does not use.
     """
     wanted, flat, unused = kind(model), {}, []
     prefix = next((k for k in _KINDS if f"{k}.embeddings.cls_token" in state), "")

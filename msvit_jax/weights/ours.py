@@ -1,4 +1,4 @@
-"""Our own weights files: .safetensors by our names, with what it takes to build the model."""
+"""Our own weights files: .safetensors under our names, with a description of the model."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from msvit_jax.models.registry import create_model
 from msvit_jax.weights import files
 
 NAME = "ours"
-KEY = "msvit_jax"  # of the file's metadata
+KEY = "msvit_jax"  # key of our entry in the file's metadata
 
 
 def save(
@@ -24,10 +24,11 @@ def save(
     """Writes weights with their description.
 
     Args:
-      path: of the .safetensors file; it is there whole or not at all.
-      flat: arrays by our names, joined by '/'.
-      about: JSON values. What is read back: `model` (`name` and options of `create_model`), `mean`
-        and `std` of the pixels, `class_names`, `crop`, `exif_orientation`. Anything else is kept.
+      path: Path of the .safetensors file; it appears complete or not at all.
+      flat: Arrays by our names, joined by '/'.
+      about: Description, as JSON values. Entries that are read back: `model` (`name` and options of
+        `create_model`), `mean` and `std` of the pixels, `class_names`, `crop` and
+        `exif_orientation`. Other entries are stored as well.
     """
     path = paths.parse(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
@@ -37,10 +38,10 @@ def save(
 
 
 def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
-    """What `save` wrote about the model; None of a file that it did not write.
+    """Reads the description that `save` wrote; None for other files.
 
     Raises:
-      UserError: a damaged file or description.
+      UserError: The file or the description is damaged.
     """
     path = paths.fetch(path)
     if path.suffix != ".safetensors":
@@ -50,10 +51,10 @@ def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
 
 
 def build_model(about: Mapping[str, Any]) -> Any:
-    """The model that a description names, with its standardisation of pixels.
+    """Builds the model that a description names, with its mean and std of the pixels.
 
     Raises:
-      UserError: an unknown model or option, or none named.
+      UserError: The model or an option is unknown, or no model is named.
     """
     options = dict(about.get("model") or {})
     name = options.pop("name", None)
@@ -66,7 +67,7 @@ def build_model(about: Mapping[str, Any]) -> Any:
 
 
 def _value(key: str, value: Any) -> Any:
-    """JSON has neither tuples nor dtypes."""
+    """Converts a JSON value: lists to tuples, and the dtype's name to a dtype."""
     if key == "dtype":
         return jnp.dtype(value)
     return tuple(_value("", v) for v in value) if isinstance(value, list) else value

@@ -1,9 +1,9 @@
-"""Reading what `torch.save` wrote, without PyTorch and without running anything that is in it.
+"""Reads files by `torch.save` without PyTorch and without executing their contents.
 
-Such a file is a zip archive: a pickle that names tensors, and a member of plain bytes for each of
-their storages. A pickle is a program that may call whatever it names. Here it can name tensors,
-containers, and classes that hold settings; the latter become inert stand-ins. Anything else is
-refused by its name before it is called.
+Such a file is a zip archive with a pickle that names tensors and a member of plain bytes for each
+of their storages. A pickle is a program that may call whatever it names. Here it can only name
+tensors, containers, and classes of settings, which become inert stand-ins. Anything else is
+rejected by its name before it is called.
 """
 
 import collections
@@ -43,7 +43,7 @@ _DTYPES: dict[str, Any] = {
     "uint32": np.uint32,
     "uint64": np.uint64,
 }
-# Classes that hold settings beside the tensors. `*` ends a name that stands for all of a package.
+# Classes of settings that are stored with the tensors. A final `*` stands for a whole package.
 _SETTINGS = (
     "argparse.Namespace",
     "builtins.bytearray",
@@ -91,14 +91,14 @@ _SETTINGS = (
     "typing.*",
     "yacs.config.*",
 )
-# What allocates by a length that it merely claims, calls what is not named, or lies elsewhere.
+# Opcodes that allocate by a merely claimed length, call unnamed objects, or use external data.
 _REFUSED_OPCODES = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"}
 _INDEXED = {"PUT", "BINPUT", "LONG_BINPUT"}
 _DEEPEST = 100
 
 
 class Inert(dict[Any, Any]):
-    """Stands for an object that holds settings: its attributes by name, and nothing runs."""
+    """Inert stand-in for an object of settings: holds its attributes by name and runs nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -110,22 +110,22 @@ class Inert(dict[Any, Any]):
             self.update(state)
 
     def _ignore(self, *args: Any) -> None:
-        """Items of a list or set."""
+        """Ignores items of a list or set."""
 
     append = extend = add = _ignore
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file, whose values are read by `np.asarray`.
+    """A tensor of the file; its values are read by `np.asarray`.
 
     Attributes:
-      read: Reads all values of its storage.
-      dtype: NumPy's.
-      shape: Its lengths.
-      strides: In elements.
-      offset: First element within the storage.
-      count: Elements of the storage.
+      read: Function that reads all bytes of its storage.
+      dtype: NumPy's type of its elements.
+      shape: Length of each axis.
+      strides: Stride of each axis, in elements.
+      offset: Index of its first element within the storage.
+      count: Number of elements of the storage.
     """
 
     read: Callable[[], bytes]
@@ -143,10 +143,11 @@ class Tensor:
 
 
 def read(path: pathlib.Path) -> Any:
-    """The object that was saved, its tensors as `Tensor`.
+    """Reads the saved object, with its tensors as `Tensor`.
 
     Raises:
-      ValueError: The file is damaged, claims more than it holds, or names what may not be loaded.
+      ValueError: The file is damaged, claims more than it holds, or names an object that must not
+        be loaded.
     """
     archive = zipfile.ZipFile(path)  # stays open for the tensors
     members = {member.filename: member for member in archive.infolist()}
@@ -164,12 +165,12 @@ def read(path: pathlib.Path) -> Any:
         return _Unpickler(content, archive, members, folder).load()
     except (ValueError, zipfile.BadZipFile):
         raise
-    except Exception as error:  # of any type: a damaged pickle calls our functions with anything
+    except Exception as error:  # a damaged pickle can raise any type of error
         raise ValueError(f"its pickle is damaged ({type(error).__name__}: {error})") from error
 
 
 def _check(content: bytes) -> None:
-    """Raises ValueError for a pickle that is damaged or takes memory for what it only claims."""
+    """Raises ValueError for a pickle that is damaged or would allocate memory it merely claims."""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in _REFUSED_OPCODES:
             raise ValueError(f"its pickle holds {opcode.name}, which weights have no use for")
@@ -218,14 +219,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _within(full: str, known: str) -> bool:
-    # No dots in a class's own name: 'pathlib.Path.touch' is no class of settings.
+    # A known name stands for more only if it ends with '.*': 'pathlib.Path.touch' is not known.
     return known.endswith(".*") and full.startswith(known[:-1])
 
 
 def _tensor(
     storage: Any, offset: int, shape: Iterable[int], strides: Iterable[int], *more: Any
 ) -> Tensor:
-    """PyTorch's `_rebuild_tensor_v2`, and v3, which names the type of the elements."""
+    """PyTorch's `_rebuild_tensor_v2`, and v3, which also passes the type of the elements."""
     read, dtype, size = storage
     named = [x for x in more if isinstance(x, np.dtype)]
     dtype = named[0] if named else dtype
@@ -246,7 +247,7 @@ def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     return function(*arguments)
 
 
-# What a pickle of tensors may call.
+# Functions that a pickle of tensors may call.
 _FUNCTIONS: dict[str, Any] = {
     "collections.OrderedDict": collections.OrderedDict,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -260,9 +261,9 @@ _FUNCTIONS: dict[str, Any] = {
 
 
 def flatten(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Nested mappings by names joined with '.': the tensors, and everything else.
+    """Flattens nested mappings, with names joined by '.', into tensors and everything else.
 
-    Each container is visited once: a pickle can let them hold one another.
+    Each container is visited once, because containers in a pickle can form cycles.
     """
     tensors: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -289,5 +290,5 @@ def flatten(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _holds(value: Any) -> bool:
-    """Whether a member of a list is or may hold tensors."""
+    """Whether a member of a list is a tensor or may hold tensors."""
     return isinstance(value, Tensor) or (isinstance(value, Mapping) and bool(value))

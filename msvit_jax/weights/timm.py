@@ -1,6 +1,6 @@
 """timm's vision transformers: DeiT (also distilled), AugReg's, DINOv2 with and without registers.
 
-DeiT's own files and DINOv2's have the same names, but for two of DINOv2: see `canonical`.
+DeiT's own files and DINOv2's use the same names, except for two of DINOv2's: see `canonical`.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ NAME = "timm"
 
 
 def check(model: Any, form: str = NAME) -> None:
-    """Raises UserError for a model that plain vision transformers of a format cannot express."""
+    """Raises UserError if a format's plain vision transformers cannot express a model."""
     if isinstance(model, T2TViT):
         raise UserError(f"{form} has no T2T-ViT: its tokeniser has no names in this format.")
     if any(model.zeros):
@@ -22,7 +22,7 @@ def check(model: Any, form: str = NAME) -> None:
 
 
 def seen(state: State) -> dict[str, Any]:
-    """What arrays show of their model: attributes of `ViT`."""
+    """Attributes of `ViT` that can be inferred from arrays."""
     hidden, width = state["blocks.0.mlp.fc1.weight"].shape
     head, registers = state.get("head.weight"), state.get("reg_token", state.get("register_tokens"))
     return {
@@ -43,7 +43,7 @@ def table(model: Any) -> list[Entry]:
     """All parameters of a plain model.
 
     Raises:
-      UserError: see `check`.
+      UserError: The format cannot express the model.
     """
     check(model)
     return list(_entries(model))
@@ -60,7 +60,7 @@ def _entries(model: Any) -> Iterator[Entry]:
     yield from conv("patch_embed.proj", "patch_embed/proj")
     for layer in range(model.depth):
         yield from block(model, f"blocks.{layer}", f"blocks_{layer}")
-    # A norm behind the pooling (`fc_norm`) is another model: it is told as a misfit.
+    # A norm after the pooling (`fc_norm`) is another model: it is reported as a misfit.
     yield from norm("norm", "norm")
     yield from linear("head", "head")
     if model.distilled:
@@ -68,7 +68,7 @@ def _entries(model: Any) -> Iterator[Entry]:
 
 
 def block(model: Any, theirs: str, ours: str) -> Iterator[Entry]:
-    """One transformer block; the official DVT has the same names."""
+    """One transformer block; the official DVT uses the same names."""
     yield from norm(f"{theirs}.norm1", f"{ours}/norm1")
     yield from linear(f"{theirs}.attn.qkv", f"{ours}/attn/qkv", bias=model.qkv_bias)
     yield from linear(f"{theirs}.attn.proj", f"{ours}/attn/proj")
@@ -81,14 +81,14 @@ def block(model: Any, theirs: str, ours: str) -> Iterator[Entry]:
 
 
 def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
-    """Renames what the format has two names for.
+    """Renames parameters that have two names in the format.
 
-    DINOv2's own files say `register_tokens` for timm's `reg_token`, hold a token for masked
-    patches, which only its training needs, and a position of the class token even with registers;
-    a model without that (`prefix_positions=False`) gets it added to the token, as timm does.
+    DINOv2's own files call timm's `reg_token` `register_tokens`, and hold a mask token that only
+    training uses. They have a position of the class token even with registers; for a model without
+    it (`prefix_positions=False`) the position is added to the token, as in timm.
 
     Returns:
-      The state by the names of `table`, and the names that the model has no use for.
+      The state by the names of `table`, and the names that the model does not use.
     """
     flat = dict(state)
     unused = [name for name in ("mask_token",) if flat.pop(name, None) is not None]
@@ -99,9 +99,10 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
 
 
 def join_prefix_position(flat: Flat, model: Any, positions: str, token: str) -> None:
-    """Adds the class token's position [1, 1 + N, D] to the token for a model that has none.
+    """Adds the class token's position to the token, for a model without such a position.
 
-    The result is the same: the position is added to that token in every forward pass.
+    The positions [1, 1 + N, D] become [1, N, D]. The model's outputs stay the same, because the
+    position would be added to that token in every forward pass.
     """
     if model.prefix_positions or model.distilled or not {positions, token} <= flat.keys():
         return
@@ -113,5 +114,5 @@ def join_prefix_position(flat: Flat, model: Any, positions: str, token: str) -> 
 
 
 def is_square(count: int) -> bool:
-    """Whether a square grid has so many cells."""
+    """Whether a square grid can have this many cells."""
     return round(count**0.5) ** 2 == count

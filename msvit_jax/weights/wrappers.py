@@ -1,10 +1,9 @@
-"""Finding the model among the arrays of a file, whatever they were wrapped in.
+"""Finds the model among the arrays of a file and removes its wrapper.
 
-Training programs put prefixes before a model's names (`module.`, `_orig_mod.`, `model.`), save it
-below a key beside an optimizer, an average of itself or a teacher, and so on. Names of nested
-mappings are joined before they come here, so a key and a prefix are the same thing, and one rule
-serves every kind of file: a model is where the names that its format begins with are, and what
-stands before them is its wrapper.
+Training programs prefix a model's names (`module.`, `_orig_mod.`, `model.`) or save it under a key
+next to an optimizer, an average of itself, a teacher, and so on. Names of nested mappings are
+joined first, so keys and prefixes are treated alike, and one rule works for every kind of file: a
+model is found by the names typical of its format, and the prefix of these names is its wrapper.
 """
 
 import dataclasses
@@ -15,12 +14,12 @@ from typing import Any
 
 from msvit_jax.errors import UserError
 
-# Put into the middle of names by PyTorch's own wrappers, for compilation, several devices and
-# memory. They say nothing of the model.
+# Parts that PyTorch's own wrappers (compilation, several devices, saving memory) insert anywhere in
+# names. They carry no information about the model.
 _TRANSPARENT = re.compile(
     r"(?<![^./])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)[./]"
 )
-# What a model's names look like in each format; the first group is the wrapper.
+# A name typical of each format; the first group is the wrapper.
 _ROOTS = {
     "dvt": re.compile(r"^(|.*?[./])less_less_token\.pos_embed$"),
     "timm": re.compile(r"^(|.*[./])patch_embed\.proj\.weight$"),
@@ -33,11 +32,11 @@ _ROOTS = {
         r"^(|.*?[./])(?:backbone[./]|stage_\d+[./])?patch_embed[./](?:.*[./])?kernel$"
     ),
 }
-# The name beside the one above that the format has, too; nested modules have only one of them.
+# A second name that must be there as well; nested modules have only one of the two.
 _BESIDE = {"timm": "blocks.0.norm1.weight", "big_vision": "Transformer/"}
 _DVT_STAGES = ("less_less_token.", "less_token.", "normal_token.")
 _OPTIMIZERS = {"opt", "opt_state", "optimizer", "optimizer_states", "mu", "nu", "exp_avg"}
-# timm takes the first two before anything else (`load_state_dict`, use_ema=True).
+# timm prefers the first two to anything else (`load_state_dict`, use_ema=True).
 AVERAGES = (
     "state_dict_ema",
     "model_ema",
@@ -48,7 +47,7 @@ AVERAGES = (
     "params_ema",
     "ema_params",
 )
-# Of several models the one whose wrapper comes first here; DINO evaluates its teacher.
+# Of several models the one whose wrapper comes first here is taken; DINO evaluates its teacher.
 _ORDER = (*AVERAGES, "teacher", "state_dict", "model", "model_state_dict", "net", "params")
 _KNOWN = {*_ORDER, "student", "backbone", "encoder", "trunk", "network", "target"}
 _TRUNKS = ("backbone", "encoder", "trunk", "model", "net", "vit")
@@ -60,11 +59,11 @@ class Model:
     """A model among the arrays of a file.
 
     Attributes:
-      arrays: By the names of its format, without the wrapper.
+      arrays: Arrays by the names of its format, without the wrapper.
       format: One of `formats.FORMATS` or 'ours'.
-      wrapper: What stood before its names; empty: nothing.
-      beside: What else the file holds, in groups, with numbers of arrays.
-      notes: What was chosen, where there was a choice.
+      wrapper: Prefix that its names had; empty if none.
+      beside: Names of the other contents of the file, in groups with numbers of arrays.
+      notes: Remarks on which of several models was chosen.
     """
 
     arrays: dict[str, Any]
@@ -75,16 +74,16 @@ class Model:
 
 
 def undo(arrays: Mapping[str, Any]) -> Model | None:
-    """The model among arrays without its wrapper; None if there is none of a known format.
+    """Finds the model among arrays and removes its wrapper; None if no format is recognized.
 
-    Of several models an average wins, as in timm, then a teacher over its student; the notes say
-    so.
+    Of several models, an average is preferred, as in timm, and a teacher to its student; the notes
+    report the choice.
 
     Args:
-      arrays: By name, those of nested mappings joined with '.' or '/'.
+      arrays: Arrays by name; names of nested mappings are joined with '.' or '/'.
 
     Raises:
-      UserError: Several models, and no rule says which of them is meant.
+      UserError: There are several models and no rule to choose one.
     """
     plain = _without_transparent(arrays)
     roots = _roots(plain)
@@ -102,7 +101,7 @@ def undo(arrays: Mapping[str, Any]) -> Model | None:
 
 
 def groups(names: Iterable[str]) -> list[str]:
-    """Names by their first parts, with how many arrays there are of each."""
+    """Groups names by their first parts, with the number of arrays of each."""
     names = list(names)
     first = {name: re.split(r"[./]", name)[0] for name in names}
     counts = Counter(first.values())
@@ -126,7 +125,7 @@ def _without_transparent(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _roots(names: Mapping[str, Any]) -> dict[str, str]:
-    """The wrapper of each model, and the model's format."""
+    """The format of each model, by the model's wrapper."""
     roots: dict[str, str] = {}
     for form, pattern in _ROOTS.items():
         for found in filter(None, map(pattern.match, names)):
@@ -177,7 +176,7 @@ def _parent(wrapper: str) -> str:
 
 
 def _heads_beside(outer: Mapping[str, Any], wrapper: str, inner: Mapping[str, Any]) -> list[str]:
-    """Names of a head that lies beside its trunk: `head.weight` beside `backbone.`."""
+    """Names of a head stored next to its trunk, such as `head.weight` next to `backbone.`."""
     parts = _parts(wrapper)
     if not parts or parts[-1] not in _TRUNKS or any(map(_HEAD.fullmatch, inner)):
         return []
