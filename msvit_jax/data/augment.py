@@ -1,4 +1,4 @@
-"""Random changes of a training image, each a function of uint8 [H, W, 3] pixels and a generator.
+"""Random augmentations of a training image: functions of uint8 [H, W, 3] pixels and a generator.
 
 Mixup and cutmix need the whole batch; they are in `mix.py` and run on the device.
 """
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean: what rotation and shear uncover
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean; fills areas uncovered by rotation and shear
 COLOUR_STD = (58.4, 57.1, 57.4)
 MAX_MAGNITUDE = 10.0
 
 
 def flip(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors left to right, every other time."""
+    """Mirrors left to right with probability 1/2."""
     if rng.random() >= 0.5:
         return pixels
     flipped = np.empty_like(pixels)
@@ -25,9 +25,9 @@ def flip(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def shift(pixels: np.ndarray, reach: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves by up to `reach` pixels each way; the border's pixels fill the gap.
+    """Shifts by up to `reach` pixels along each axis; the border's pixels fill the gap.
 
-    The same as padding by `reach` with the edge and cropping at random.
+    Equivalent to padding by `reach` with the edge pixels and cropping at random.
     """
     dy, dx = rng.integers(-reach, reach + 1, size=2)
     height, width = pixels.shape[:2]
@@ -56,11 +56,11 @@ def random_erasing(
     """Fills a random rectangle with noise (Zhong et al. 2017; per-pixel noise as DeiT uses it).
 
     Args:
-        pixels: uint8 [H, W, 3]; not changed in place.
-        probability: of erasing at all.
-        rng: source of the draws.
-        area: smallest and largest share of the image.
-        ratio: smallest and largest height / width; the logarithm is uniform.
+        pixels: [H, W, 3] uint8, the image; not changed in place.
+        probability: Probability that anything is erased.
+        rng: Random generator.
+        area: Smallest and largest share of the image's area.
+        ratio: Smallest and largest height / width; its logarithm is uniformly distributed.
     """
     if rng.random() >= probability:
         return pixels
@@ -84,11 +84,11 @@ def rand_augment(
     """RandAugment (Cubuk et al. 2019) in the increasing form of timm's `rand-mX-mstdY-inc1`.
 
     Args:
-        pixels: uint8 [H, W, 3].
-        num_ops: operations drawn (with replacement); each is applied with probability 1/2.
-        magnitude: mean strength, 0 to 10.
-        std: standard deviation of the strength.
-        rng: source of the draws.
+        pixels: [H, W, 3] uint8, the image.
+        num_ops: Number of operations, drawn with replacement; each is applied with probability 1/2.
+        magnitude: Mean strength, 0 to 10.
+        std: Standard deviation of the strength.
+        rng: Random generator.
     """
     image = Image.fromarray(pixels)
     names = list(OPERATIONS)
@@ -100,7 +100,7 @@ def rand_augment(
     return np.asarray(image)
 
 
-# An operation takes the image, a strength from 0 to 1, and a sign where the change has a direction.
+# An operation takes the image, a strength from 0 to 1, and the sign of a change with a direction.
 Operation = Callable[[Image.Image, float, int], Image.Image]
 
 

@@ -1,11 +1,11 @@
-"""Images per second and core of the training input pipeline, beside tf.data's where it is there.
+"""Measures images per second and core of the training input pipeline, and of tf.data if installed.
 
     python -m msvit_jax.data.benchmark [--rounds=7]
 
 JPEGs of ImageNet's typical size (500 x 375 pixels, about 110 kB) are cut from scikit-learn's two
 photographs. Both pipelines do the same work: read from memory, random resized crop to 224 pixels
-(8 to 100 % of the area), bicubic, flip, batch. They take turns, and CPU seconds are counted instead
-of time on the clock, so that other work on the machine disturbs little. The last line is JSON.
+(8 to 100 % of the area), bicubic, flip, batch. Measurements are interleaved and count CPU seconds
+instead of wall time, to reduce the effect of other load on the machine. The last line is JSON.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from msvit_jax import errors
 from msvit_jax.data import pipeline
 
 WIDTH, HEIGHT, SIZE, BATCH = 500, 375, 224, 64
-SENSOR_NOISE = 4.0  # brings the files to the size of ImageNet's, which decides the decoder's work
+SENSOR_NOISE = 4.0  # makes the files as large as ImageNet's, which determines the decoding cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """Images per CPU second of one pipeline: the median of the rounds, and their extremes."""
+    """Images per CPU second of one pipeline: median and extremes over the rounds."""
 
     name: str
     median: float
@@ -40,7 +40,7 @@ class Rate:
 
 
 def photo_jpegs(count: int, seed: int = 0) -> list[bytes]:
-    """Returns JPEGs like ImageNet's: random cuts of two photographs, quality 90 to 96."""
+    """Returns JPEGs like ImageNet's: random crops of two photographs, quality 90 to 96."""
     rng = np.random.default_rng(seed)
     photos = [Image.fromarray(photo) for photo in sklearn_datasets.load_sample_images().images]
     made = []
@@ -59,11 +59,11 @@ def photo_jpegs(count: int, seed: int = 0) -> list[bytes]:
 
 
 def our_batches(jpegs: Sequence[bytes], resize: str = "pillow") -> Iterator[Any]:
-    """The library's own training pipeline over JPEGs in memory, reading nothing ahead."""
+    """The library's own training pipeline over JPEGs in memory, without prefetching."""
     config = pipeline.default_config()
     config.update(image_size=SIZE, crop_scale=(0.08, 1.0), flip=True, resize=resize, prefetch=0)
     examples = [{"image": jpeg, "label": 0, "name": "a benchmark image"} for jpeg in jpegs]
-    examples *= 100  # Grain's shuffle of very few examples costs more than decoding them
+    examples *= 100  # Grain's shuffle of very few examples would cost more than decoding
     return pipeline.train_batches(
         examples, config, pipeline.Rows(BATCH, 0, 1), seed=0, start_step=0
     )
@@ -71,7 +71,7 @@ def our_batches(jpegs: Sequence[bytes], resize: str = "pillow") -> Iterator[Any]
 
 def tf_data_batches(jpegs: Sequence[bytes]) -> Iterator[Any]:
     """The usual ImageNet pipeline of tf.data, with partial decoding (`decode_and_crop_jpeg`)."""
-    import tensorflow as tf  # not a dependency: measured where somebody has it
+    import tensorflow as tf  # not a dependency: measured only if installed
 
     def example(jpeg: Any) -> Any:
         begin, extent, _ = tf.image.sample_distorted_bounding_box(
@@ -93,14 +93,14 @@ def tf_data_batches(jpegs: Sequence[bytes]) -> Iterator[Any]:
     options.threading.private_threadpool_size = 1
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
-    options.experimental_optimization.inject_prefetch = False  # nothing ahead of its turn
+    options.experimental_optimization.inject_prefetch = False  # no work outside its own measurement
     dataset = tf.data.Dataset.from_tensor_slices(list(jpegs)).repeat()
     dataset = dataset.map(example).batch(BATCH)
     return iter(dataset.with_options(options).as_numpy_iterator())
 
 
 def cpu_rate(batches: Iterator[Any], count: int) -> float:
-    """Returns images per CPU second, all threads of this process together."""
+    """Returns images per CPU second, summed over all threads of this process."""
     start = time.process_time()
     for _ in itertools.islice(batches, count):
         pass
@@ -108,9 +108,9 @@ def cpu_rate(batches: Iterator[Any], count: int) -> float:
 
 
 def measure(pipelines: dict[str, Iterator[Any]], rounds: int, count: int) -> list[Rate]:
-    """Runs the pipelines in turns, after one round that is not counted.
+    """Measures the pipelines interleaved, after one uncounted warmup round.
 
-    None may read ahead: what it does then would be counted in another's turn.
+    Pipelines must not prefetch, because that work would be counted for another pipeline.
     """
     rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for turn in range(rounds + 1):
@@ -141,7 +141,7 @@ _BATCHES = flags.DEFINE_integer("batches", 8, "Batches of 64 in one measurement.
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
+    """Runs the benchmark and prints its results."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
     jpegs = photo_jpegs(64)

@@ -1,4 +1,4 @@
-"""Crops of encoded images for the pipeline; `image_files` opens and decodes."""
+"""Crops and resizes encoded images for the pipeline; `image_files` opens and decodes."""
 
 import functools
 import math
@@ -14,9 +14,10 @@ from msvit_jax.errors import UserError
 
 
 def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Bicubic over the nearest four pixels, several times faster than `resize_pillow`.
+    """Resizes by bicubic interpolation without antialiasing, much faster than `resize_pillow`.
 
-    Like tf.data's default it does not antialias; scaled decoding leaves it factors below 2.
+    tf.data's default does not antialias either. JPEGs are decoded at a reduced scale first, which
+    leaves factors below 2.
     """
     left, upper, right, lower = (round(edge) for edge in box)
     cut = np.asarray(rgb.crop((left, upper, right, lower)))
@@ -28,7 +29,7 @@ RESIZES: dict[str, Resize] = {"pillow": image_files.resize_pillow, "opencv": res
 
 @functools.cache
 def import_opencv() -> Any:
-    """Returns the optional module `cv2`, held to one thread, or says how to install it."""
+    """Returns the optional module `cv2`, limited to one thread, or raises with install help."""
     try:
         import cv2
     except ImportError as error:
@@ -36,7 +37,7 @@ def import_opencv() -> Any:
             "data.resize='opencv' needs OpenCV: pip install opencv-python-headless, or use "
             "data.resize='pillow'."
         ) from error
-    cv2.setNumThreads(1)  # the pipeline's workers are the parallelism
+    cv2.setNumThreads(1)  # the pipeline's workers already run in parallel
     return cv2
 
 
@@ -50,11 +51,11 @@ def random_box(
     """Draws the box of a random resized crop (Szegedy et al. 2015, as torchvision does it).
 
     Args:
-        width: the image's width in pixels.
-        height: the image's height in pixels.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height; the logarithm is uniform.
-        rng: source of the draw.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height; its logarithm is uniformly distributed.
+        rng: Random generator.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -76,10 +77,10 @@ def _largest_centre_box(width: int, height: int, ratio: tuple[float, float]) -> 
 def decode_mask(
     encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Decodes a segmentation mask with the evaluation's geometry, nearest pixel: uint8 [S, S].
+    """Decodes a segmentation mask, cropped as in evaluation, by nearest pixel: uint8 [S, S].
 
     Raises:
-        ImageError: no image, a damaged one, or one with colors.
+        ImageError: The mask is not an image, is damaged, or has several channels.
     """
     opened = image_files.open_image(encoded, exif_orientation)
     mask = opened.image
@@ -92,7 +93,7 @@ def decode_mask(
 
 
 def unreadable(example: dict[str, Any], error: Exception) -> UserError:
-    """The message for an image that cannot be decoded."""
+    """The error for an image that cannot be decoded."""
     return UserError(
         f"Cannot read the image of {example['name']}: {error}. Replace or remove it and prepare "
         "the data set again (msvit_jax.data.prepare --on_error=skip leaves such files out)."
@@ -102,16 +103,16 @@ def unreadable(example: dict[str, Any], error: Exception) -> UserError:
 def read_file(
     path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Reads an image file as evaluation does: its central square, resized to uint8 [S, S, 3].
+    """Reads an image file as in evaluation: its central square, resized to uint8 [S, S, 3].
 
     Args:
-        path: the file.
-        size: side of the result.
-        fraction: share of the short side that is kept, see `image_files.centre_box`.
-        exif_orientation: see `image_files.open_image`.
+        path: Path of the file.
+        size: Side S of the result.
+        fraction: Share of the short side that is kept, see `image_files.centre_box`.
+        exif_orientation: Whether the image is rotated upright by its EXIF data.
 
     Raises:
-        UserError: it is missing or cannot be decoded; names it.
+        UserError: The file is missing or cannot be decoded; the message names it.
     """
     try:
         return image_files.read_image(path, size, fraction, exif_orientation)

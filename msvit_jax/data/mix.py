@@ -1,6 +1,6 @@
 """Mixup and cutmix on the device, over the whole global batch, inside the jitted train step.
 
-Written on global arrays: under jit with a sharded batch the result is that of one device.
+Operates on global arrays: under jit with a sharded batch the result is the same as on one device.
 """
 
 import dataclasses
@@ -32,20 +32,20 @@ def mix(
 ) -> Mixed:
     """Applies mixup (Zhang et al. 2017) or cutmix (Yun et al. 2019) with the reversed batch.
 
-    One draw serves the whole batch, as timm's "batch" mode does: whether to mix at all, which of
-    the two, and the share lam ~ Beta(alpha, alpha) that an image keeps of itself.
+    As in timm's "batch" mode, the whole batch shares one random draw: whether to mix, which of the
+    two to apply, and the share lam ~ Beta(alpha, alpha) of each image that is kept.
 
     Args:
         key: PRNG key of the step.
-        images: floating point [B, H, W, 3], B the global batch.
-        targets: [B, C], rows sum to 1.
-        mixup: alpha of mixup's Beta distribution; 0 turns mixup off.
-        cutmix: alpha of cutmix's; 0 turns cutmix off.
-        prob: probability of mixing this batch.
-        switch_prob: probability of cutmix where both are on.
+        images: [B, H, W, 3] floating point, images of the global batch.
+        targets: [B, C], target distributions; each row sums to 1.
+        mixup: Alpha of mixup's Beta distribution; 0 turns mixup off.
+        cutmix: Alpha of cutmix's Beta distribution; 0 turns cutmix off.
+        prob: Probability of mixing this batch.
+        switch_prob: Probability of cutmix if both are on.
 
     Raises:
-        UserError: a negative alpha, or a probability outside [0, 1].
+        UserError: An alpha is negative, or a probability is outside [0, 1].
     """
     if min(mixup, cutmix) < 0 or not (0 <= prob <= 1 and 0 <= switch_prob <= 1):
         raise UserError(
@@ -59,7 +59,7 @@ def mix(
     blended = kept * images + (1 - kept) * images[::-1]
     box = _box(draw, images.shape[1], images.shape[2])
     pasted = jnp.where(box[:, :, None], images[::-1], blended)
-    # The rectangle has whole pixels and stops at the border: lam is what is really kept.
+    # The rectangle has whole pixels and ends at the border, so lam is the share actually kept.
     lam = jnp.where(draw.use_cutmix, 1.0 - jnp.mean(box, dtype=jnp.float32), draw.lam)
     lam = lam.astype(targets.dtype)
     return Mixed(pasted, lam * targets + (1 - lam) * targets[::-1])
@@ -73,7 +73,7 @@ class _Draw:
 
 
 def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob: float) -> _Draw:
-    """Draws what one batch needs; lam = 1 leaves the batch as it is."""
+    """Draws the random numbers for one batch; lam = 1 leaves the batch unchanged."""
     on, switch, mixup_key, cutmix_key, place = jax.random.split(key, 5)
     if mixup and cutmix:
         use_cutmix = jax.random.bernoulli(switch, switch_prob)
@@ -89,7 +89,7 @@ def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob:
 
 
 def _box(draw: _Draw, height: int, width: int) -> jax.Array:
-    """Returns bool [H, W]: cutmix's rectangle of area 1 - lam, cut off at the border."""
+    """Returns bool [H, W]: cutmix's rectangle of area 1 - lam, clipped at the border."""
     size = jnp.sqrt(1.0 - draw.lam) * draw.use_cutmix.astype(jnp.float32)
     rows = _span(draw.centre[0], size, height)
     columns = _span(draw.centre[1], size, width)
@@ -97,7 +97,7 @@ def _box(draw: _Draw, height: int, width: int) -> jax.Array:
 
 
 def _span(centre: jax.Array, size: jax.Array, length: int) -> jax.Array:
-    """Returns bool [length]: the pixels of an interval of `size * length` around `centre`."""
+    """Returns bool [length]: the pixels of an interval of `size * length` around a center."""
     middle = jnp.floor(centre * length).astype(jnp.int32)
     cut = jnp.floor(size * length).astype(jnp.int32)
     position = lax.iota(jnp.int32, length)

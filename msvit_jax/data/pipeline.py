@@ -1,7 +1,7 @@
-"""The input pipeline: Grain over TFDS data sets, the same batches on any number of processes.
+"""The input pipeline: Grain over TFDS data sets, the same batches for any number of processes.
 
-The global batch of a step is a function of (seed, step) alone. A process reads and decodes only its
-own rows of it, and resuming needs nothing but the step number.
+The global batch of a step depends only on (seed, step). A process reads and decodes only its own
+rows, and resuming needs only the step number.
 """
 
 import collections
@@ -21,7 +21,7 @@ from msvit_jax.data.image_files import ImageError
 from msvit_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-EPOCHS = 2**31  # for ever; Grain's own infinity overflows with one example per batch
+EPOCHS = 2**31  # practically infinite; Grain's own infinity overflows with one example per batch
 
 
 def default_config() -> ConfigDict:
@@ -32,14 +32,14 @@ def default_config() -> ConfigDict:
             "data_dir": "",  # empty: TFDS_DATA_DIR, or ~/tensorflow_datasets
             "train_split": "train",
             "eval_split": "validation",
-            # where class names of the data and of a model differ: "exactly" (refused), "by_name"
-            # (same names, other order: brought together), "by_number" (names are not looked at)
+            # how class names of the data and of a model must match: "exactly" (else an error),
+            # "by_name" (same names in any order, mapped by name), "by_number" (names are ignored)
             "match_classes": "exactly",
             "image_size": 64,
-            "crop_scale": None,  # (least, greatest) share of the area; None: centre crop
+            "crop_scale": None,  # (least, greatest) share of the area; None: center crop
             "crop_ratio": (3 / 4, 4 / 3),
             "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
-            # Turned upright as viewers do it; False: as stored, as in published ImageNet pipelines.
+            # Rotate upright, as viewers do; False: as stored, as in published ImageNet pipelines.
             "exif_orientation": True,
             "flip": False,
             "pad_shift": 0,  # pixels
@@ -51,15 +51,15 @@ def default_config() -> ConfigDict:
             "cutmix": 0.0,
             "mix_prob": 1.0,
             "mix_switch_prob": 0.5,
-            "workers": 0,  # processes that decode; 0: threads of this one
-            "prefetch": 4,  # batches made ahead of their use
+            "workers": 0,  # decoding processes; 0: threads of this process
+            "prefetch": 4,  # batches made in advance
             "cache": False,  # keep decoded images in memory
         }
     )
 
 
 def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
-    """Returns what `config.data` names, opening (and for scattered_digits preparing) it."""
+    """Opens (and for scattered_digits prepares) a config's data set and describes it."""
     builder = sources.open_dataset(config.name, config.data_dir)
     names = sources.class_names(builder)
     return sources.DatasetInfo(
@@ -73,7 +73,7 @@ def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the names of the data set's classes, whatever splits it has."""
+    """Returns the names of the data set's classes; the splits need not exist."""
     return sources.class_names(sources.open_dataset(config.name, config.data_dir))
 
 
@@ -86,24 +86,25 @@ def train_iterator(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Iterator[Batch]:
-    """Yields this process' rows of the global batches of steps `start_step`, `start_step` + 1, ...
+    """Yields this process's rows of the global batches of steps `start_step`, `start_step` + 1, ...
 
-    Rows are contiguous: process p of n holds rows p * B / n to (p + 1) * B / n. Every epoch is
-    shuffled anew; a batch may span two epochs, so that no example is left out.
+    Rows are contiguous: process p of n holds rows p * B / n to (p + 1) * B / n. Every epoch has its
+    own order. A batch may span two epochs, so that no example is left out.
 
     Args:
-        config: the `data` section.
-        batch_size: global batch size B.
-        seed: with the step, decides which examples come and how they are augmented.
-        start_step: first step to yield.
-        process_index: this process, JAX's own by default.
-        process_count: number of processes, JAX's own by default.
+        config: The `data` section of a config.
+        batch_size: Global batch size B.
+        seed: Seed of the examples' order and augmentation.
+        start_step: First step to yield.
+        process_index: Index of this process; None: JAX's.
+        process_count: Number of processes; None: JAX's.
 
     Yields:
         {'image': uint8 [B/n, S, S, 3], 'label': int32 [B/n]}.
 
     Raises:
-        UserError: see `sources.open_dataset`; or an image cannot be read.
+        UserError: The data set cannot be opened (see `sources.open_dataset`), the batch size is not
+            divisible by the number of processes, or an image cannot be read.
     """
     rows = Rows.of(batch_size, process_index, process_count)
     return train_batches(_train_examples(config), config, rows, seed, start_step)
@@ -112,7 +113,7 @@ def train_iterator(
 def train_batches(
     examples: Any, config: ConfigDict, rows: "Rows", seed: int, start_step: int = 0
 ) -> Iterator[Batch]:
-    """The same over any sequence of examples (see `sources.Examples`)."""
+    """As `train_iterator`, for any sequence of examples (see `sources.Examples`)."""
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(EPOCHS)
     dataset = dataset.random_map(TrainTransform.of(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
@@ -130,11 +131,11 @@ def eval_batches(
     """Returns batches that hold every example of a split exactly once, in order.
 
     Args:
-        config: the `data` section.
-        batch_size: global batch size B.
-        split: `config.eval_split` by default.
-        process_index: this process, JAX's own by default.
-        process_count: number of processes, JAX's own by default.
+        config: The `data` section of a config.
+        batch_size: Global batch size B.
+        split: Name of the split; None: `config.eval_split`.
+        process_index: Index of this process; None: JAX's.
+        process_count: Number of processes; None: JAX's.
     """
     builder = sources.open_dataset(config.name, config.data_dir)
     examples = sources.open_split(builder, split or config.eval_split)
@@ -144,7 +145,7 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which rows of the global batch are this process' own."""
+    """This process's rows of the global batch: their number, and which process of how many."""
 
     local: int
     index: int
@@ -152,7 +153,7 @@ class Rows:
 
     @classmethod
     def of(cls, batch_size: int, index: int | None, count: int | None) -> "Rows":
-        """Divides a global batch among processes, JAX's own by default."""
+        """Divides a global batch among processes; None stands for JAX's index and count."""
         index = jax.process_index() if index is None else index
         count = jax.process_count() if count is None else count
         if batch_size < 1 or batch_size % count:
@@ -165,7 +166,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform(grain.transforms.RandomMap):
-    """One training example: encoded or cached image in, augmented uint8 [S, S, 3] out."""
+    """Turns an encoded or cached training image into augmented uint8 [S, S, 3] pixels."""
 
     size: int
     crop_scale: tuple[float, float] | None
@@ -180,7 +181,7 @@ class TrainTransform(grain.transforms.RandomMap):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "TrainTransform":
-        """Takes its fields from the `data` section."""
+        """Reads its fields from the `data` section of a config."""
         return cls(
             size=config.image_size,
             crop_scale=config.crop_scale and tuple(config.crop_scale),
@@ -195,7 +196,7 @@ class TrainTransform(grain.transforms.RandomMap):
         )
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> Batch:
-        """Applies geometry, then what changes colours, in the order of timm's pipeline."""
+        """Applies geometric changes, then color changes, in the order of timm's pipeline."""
         pixels = self._crop(element, rng)
         if self.flip:
             pixels = augment.flip(pixels, rng)
@@ -232,7 +233,7 @@ def _checked_resize(name: str) -> str:
 def centre_crop(
     element: dict[str, Any], size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Cuts the central square of an example's image and resizes it to uint8 [S, S, 3]."""
+    """Crops the central square of an example's image and resizes it to uint8 [S, S, 3]."""
     pixels = element["image"]
     if isinstance(pixels, np.ndarray) and pixels.shape == (size, size, 3) and fraction == 1.0:
         return pixels
@@ -243,11 +244,11 @@ def centre_crop(
 
 
 class EvalBatches(Iterable[Batch]):
-    """Re-iterable exact evaluation set; every process sees the same number of batches.
+    """Exact evaluation set that can be iterated repeatedly, with equally many batches per process.
 
-    Yields {'image': uint8 [b, S, S, 3], 'label': int32 [b], 'valid': bool [b]} and
-    'segmentation_mask': uint8 [b, S, S] where the data set has one. Rows that only fill the last
-    batch are zero, with `valid` false.
+    Yields {'image': uint8 [b, S, S, 3], 'label': int32 [b], 'valid': bool [b]}, and
+    'segmentation_mask': uint8 [b, S, S] if the data set has masks. Padding rows of the last batch
+    are zero, with `valid` False.
     """
 
     def __init__(self, config: ConfigDict, examples: sources.Examples, rows: Rows) -> None:
@@ -308,7 +309,7 @@ def _train_examples(config: ConfigDict) -> Any:
 
 
 class _CachedExamples(collections.UserList[dict[str, Any]]):
-    """Decoded examples, with the representation that Grain prints kept short."""
+    """Decoded examples with a short representation, because Grain prints it."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} decoded examples>"
@@ -319,7 +320,7 @@ _CACHE: dict[_Key, _CachedExamples] = {}
 
 
 def _decoded(key: _Key, examples: sources.Examples) -> _CachedExamples:
-    """Decodes a split once and keeps it, resized to a size where every epoch needs just that."""
+    """Decodes a split once and caches it, resized if every epoch needs the same size."""
     if key not in _CACHE:
         _CACHE.clear()  # one split at a time: this can be most of the memory in use
         _CACHE[key] = _CachedExamples(
@@ -340,15 +341,15 @@ def _decode_example(
 
 
 def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
-    """Reads batches ahead of their use, in threads or in worker processes."""
-    # One thread: Pillow decodes under the interpreter's lock, so more of them slow each other.
+    """Prefetches batches in threads or in worker processes."""
+    # One thread: Pillow decodes under the interpreter lock, so more threads slow each other down.
     threads = min(1, config.prefetch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
     batches = dataset.to_iter_dataset(options)
     if not config.workers:
         return batches
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads a flag, also where there is no absl main
+        flags.FLAGS.mark_as_parsed()  # Grain reads a flag even without an absl main
     per_worker = -(-config.prefetch // config.workers)
     return batches.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)
@@ -361,9 +362,9 @@ def device_batches(
     """Yields `put(batch)`, started `depth` batches early so that transfers overlap with compute.
 
     Args:
-        batches: host batches; made ahead in the background by `train_iterator`.
-        put: moves a batch to the devices without waiting, for instance `jax.device_put`.
-        depth: batches on their way at a time.
+        batches: Batches in CPU memory; `train_iterator` makes them in the background.
+        put: Function that moves a batch to the devices without waiting, such as `jax.device_put`.
+        depth: Number of batches in transfer at a time.
     """
     waiting: collections.deque[Any] = collections.deque()
     for batch in batches:

@@ -15,24 +15,26 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
-TRAIN_SHARE = 0.78  # of the scanned digits of each class; the others serve validation alone
-MARGIN = 4  # pixels around the scan's box, so that shifting the canvas a little loses no ink
+TRAIN_SHARE = 0.78  # of the scanned digits of each class; the others are for validation only
+MARGIN = 4  # pixels around the scan's box, so that small shifts of the canvas do not cut the digit
 
 
 @dataclasses.dataclass(kw_only=True)
 class ScatteredDigitsConfig(tfds.core.BuilderConfig):
-    """What varies between the variants of the data set.
+    """Settings that differ between the variants of the data set.
 
     Attributes:
-        canvas: side of an image in pixels.
-        digit_size: smallest and largest side of the scanned digit's box in pixels.
-        rotation: largest rotation of a digit in degrees, either way.
-        shear: largest shear, either way.
-        stretch: largest change of width over height, as a logarithm, either way.
-        train_examples: number of training canvases.
-        validation_examples: number of validation canvases.
-        bright: bright digits over dimmed backgrounds; otherwise any colours that can be told apart.
-        clutter: largest number of distracting strokes beside the digit.
+        canvas: Side of an image in pixels.
+        digit_size: Smallest and largest side of the scanned digit's box in pixels.
+        rotation: Largest rotation of a digit in degrees, in either direction.
+        shear: Largest shear, in either direction.
+        stretch: Largest logarithm of the factor by which width grows and height shrinks, or vice
+            versa.
+        train_examples: Number of training canvases.
+        validation_examples: Number of validation canvases.
+        bright: Whether digits are bright and backgrounds dimmed; otherwise colors are arbitrary but
+            distinguishable.
+        clutter: Largest number of distracting strokes in the background.
     """
 
     canvas: int = 64
@@ -50,7 +52,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
     """Classification and segmentation of one scanned digit on a larger canvas."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded; looking for checksums would need a package that TFDS does not declare.
+    # Nothing is downloaded; a search for checksums would need a package that TFDS does not declare.
     url_infos = None
     BUILDER_CONFIGS = (
         ScatteredDigitsConfig(name="default", description="Bright digits on dimmed backgrounds."),
@@ -135,7 +137,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
 
 
 def _sklearn_datasets() -> Any:
-    # Where it is used: its import takes a second, and every command imports this module.
+    # Imported here because the import takes a second and every command imports this module.
     from sklearn import datasets
 
     return datasets
@@ -148,7 +150,7 @@ def _digits() -> Any:
 
 
 def digit_indices(split: str) -> np.ndarray:
-    """Returns the indices in `load_digits()` that a split draws from; none serves both."""
+    """Returns the indices in `load_digits()` that a split draws from; splits share none."""
     target = _digits().target
     order = np.random.default_rng(0).permutation(len(target))
     chosen = []
@@ -170,7 +172,7 @@ class Canvas:
 def draw_canvas(
     digit: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Generator
 ) -> Canvas:
-    """Draws a scanned digit (float [8, 8], ink 0 to 16) at a random place over a background."""
+    """Draws a scanned digit (float [8, 8], ink 0 to 16) at a random position on a background."""
     background = _background(config, rng)
     if config.clutter:
         background = _add_clutter(background, int(rng.integers(config.clutter + 1)), rng)
@@ -183,8 +185,8 @@ def draw_canvas(
 def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Generator) -> np.ndarray:
     """Returns the digit's opacity on the canvas: scaled, rotated, sheared and moved at random.
 
-    There are only 1,800 scans, which a small transformer learns by heart within a few epochs, so
-    shape and stroke width vary.
+    Shape and stroke width vary because a small transformer memorizes 1,800 scans within a few
+    epochs.
     """
     size = rng.uniform(*config.digit_size)
     aspect = np.exp(rng.uniform(-config.stretch, config.stretch))
@@ -197,7 +199,7 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
     to_canvas = to_canvas @ np.diag([size * aspect, size / aspect]) / 8
     to_scan = np.linalg.inv(to_canvas)
 
-    padded = np.pad(ink, 2).astype(np.float32)  # strokes that touch the scan's border end softly
+    padded = np.pad(ink, 2).astype(np.float32)  # soft edges for strokes that touch the scan's border
     offset = 6.0 - to_scan @ centre
     scan = Image.fromarray(padded).transform(
         (config.canvas, config.canvas),
@@ -215,7 +217,7 @@ def _digit_colour(
     config: ScatteredDigitsConfig,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns a colour [3] that stands out: bright, or any that differs from what it covers."""
+    """Returns a color [3] that stands out: bright, or any that differs from the covered pixels."""
     if config.bright:
         return rng.uniform(200.0, 255.0, size=3)
     covered = (background * alpha[..., None]).sum((0, 1)) / max(alpha.sum(), 1.0)
@@ -226,7 +228,7 @@ def _digit_colour(
 
 
 def _background(config: ScatteredDigitsConfig, rng: np.random.Generator) -> np.ndarray:
-    """Returns float64 [S, S, 3] in 0..255: plain, graded, or (half of them) cut from a photo."""
+    """Returns float64 [S, S, 3] in 0..255: plain, a gradient, or (half of them) part of a photo."""
     side = config.canvas
     kind = rng.choice(["plain", "graded", "photo"], p=[0.25, 0.25, 0.5])
     if kind == "photo":
@@ -264,7 +266,7 @@ def _photo_crop(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _add_clutter(background: np.ndarray, strokes: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws short strokes and arcs that a digit's part could be mistaken for."""
+    """Draws short strokes and arcs that resemble parts of digits."""
     image = Image.fromarray(np.rint(background).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(strokes):

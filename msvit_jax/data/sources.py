@@ -1,7 +1,7 @@
 """Opens data sets by name: TFDS folders in array_record, read without TensorFlow.
 
-`scattered_digits` is prepared on first use; every other data set has to be there, and what is
-missing is said together with the command that makes it.
+`scattered_digits` is prepared on first use. Any other data set must exist; the error for a missing
+one includes the command that makes it.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ MASK = "segmentation_mask"
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What a model and an evaluation need to know of a data set.
+    """Properties of a data set that models and evaluations need.
 
     Attributes:
-        name: the data set's name.
-        num_classes: number of labels.
-        class_names: their names, in the order of the labels.
-        train_examples: size of the training split.
-        eval_examples: size of the evaluation split.
-        has_segmentation: whether examples carry a `segmentation_mask`.
+        name: Name of the data set.
+        num_classes: Number of classes.
+        class_names: Names of the classes, in the order of the labels.
+        train_examples: Number of examples of the training split.
+        eval_examples: Number of examples of the evaluation split.
+        has_segmentation: Whether examples have a `segmentation_mask`.
     """
 
     name: str
@@ -50,9 +50,9 @@ class Examples:
     """A split as a sequence of {'image': encoded bytes, 'label', 'index'[, 'segmentation_mask']}.
 
     Attributes:
-        name: data set and split, for messages.
-        source: the TFDS data source.
-        num_classes: labels are 0 to one less.
+        name: Names of the data set and split, for messages.
+        source: TFDS data source.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Examples:
         return self._example(index, self.source[int(index)])
 
     def in_order(self, chunk: int = 512) -> Iterator[dict[str, Any]]:
-        """Yields every example; reading by the chunk is faster than one by one."""
+        """Yields every example; reading in chunks is faster than one by one."""
         for start in range(0, len(self), chunk):
             indices = range(start, min(start + chunk, len(self)))
             for index, record in zip(indices, self.source.__getitems__(indices), strict=True):
@@ -86,7 +86,7 @@ class Examples:
 
 
 def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
-    """Names an example in messages: by its own id or file name where the data set has one."""
+    """Names an example in messages, with its id or file name if the data set has them."""
     for key in ("id", "file_name", "image/filename"):
         if isinstance(record.get(key), bytes):
             return f"{split}, example {index} ({key} {record[key].decode(errors='replace')!r})"
@@ -94,7 +94,7 @@ def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
 
 
 def data_root(data_dir: str) -> Path:
-    """Returns the folder of data sets: `data_dir`, or TFDS's default where that is empty."""
+    """Returns the folder of data sets: `data_dir`, or TFDS's default if that is empty."""
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return paths.parse(data_dir or default)
 
@@ -103,11 +103,12 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
     """Opens a prepared data set.
 
     Args:
-        name: `name`, `name/config`, `name:version` or `name/config:version`.
-        data_dir: folder that holds it; empty for TFDS's default (`TFDS_DATA_DIR`).
+        name: Name as `name`, `name/config`, `name:version` or `name/config:version`.
+        data_dir: Folder of data sets; empty for TFDS's default (`TFDS_DATA_DIR`).
 
     Raises:
-        UserError: it is unknown, missing, or not in array_record; with the command that makes it.
+        UserError: The data set is unknown, missing, not in array_record (the message includes the
+            command that makes it), or not one for classification.
     """
     root = data_root(data_dir)
     if name.partition(":")[0].partition("/")[0] == EMBEDDED:
@@ -126,7 +127,7 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
 
 
 def prepared_classes(name: str, data_dir: str = "") -> int | None:
-    """Number of labels of a data set if it is there; prepares nothing."""
+    """Number of classes of a data set, or None if it is missing; prepares nothing."""
     try:
         folder = _find(name, data_root(data_dir))
     except UserError:
@@ -136,7 +137,7 @@ def prepared_classes(name: str, data_dir: str = "") -> int | None:
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
-    """Opens a split, for instance 'train' or 'train[:90%]'; images stay encoded."""
+    """Opens a split, such as 'train' or 'train[:90%]'; images stay encoded."""
     num_examples(builder, split)
     encoded = {key: tfds.decode.SkipDecoding() for key in _image_keys(builder)}
     source = builder.as_data_source(split=split, decoders=encoded)
@@ -145,12 +146,12 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
 
 
 def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
-    """Returns the names of a data set's classes; their numbers where it has no names."""
+    """Returns the names of a data set's classes; their numbers if it has no names."""
     return tuple(builder.info.features["label"].names)
 
 
 def num_examples(builder: tfds.core.DatasetBuilder, split: str) -> int:
-    """Returns the size of a split; a `UserError` names the splits there are."""
+    """Returns the size of a split; raises a `UserError` that lists the splits if it is missing."""
     try:
         return int(builder.info.splits[split].num_examples)
     except (KeyError, ValueError) as error:
@@ -211,7 +212,7 @@ def _find(name: str, root: Path) -> Path:
 
 
 def _how_to_make(path: str, root: Path) -> str:
-    """Says how a data set that is not there comes to be."""
+    """Returns a hint on how to make a missing data set."""
     name = path.partition("/")[0]
     known = set(tfds.list_builders(with_community_datasets=False)) | {EMBEDDED}
     if name in known:
@@ -230,7 +231,7 @@ def _how_to_make(path: str, root: Path) -> str:
 
 
 def _prepare_embedded(name: str, root: Path) -> Path:
-    """Returns the folder of `scattered_digits`, preparing it where it is missing."""
+    """Returns the folder of `scattered_digits`, preparing it if it is missing."""
     path, _, version = name.partition(":")
     configs = {config.name for config in scattered_digits.ScatteredDigits.BUILDER_CONFIGS}
     config = path.partition("/")[2] or "default"
@@ -249,7 +250,7 @@ def _prepare_embedded(name: str, root: Path) -> Path:
 
 
 def _prepare_aside(config: str, root: Path, folder: Path) -> None:
-    """Prepares `scattered_digits`; of several processes that start at once the fastest wins."""
+    """Prepares `scattered_digits`; if several processes do so at once, the fastest one wins."""
     say = f"Preparing {EMBEDDED}/{config} in {root} (about half a minute, once)."
     print(say, file=sys.stderr, flush=True)
     try:
@@ -262,19 +263,19 @@ def _prepare_aside(config: str, root: Path, folder: Path) -> None:
     except FileExistsError:
         if not (folder / "dataset_info.json").exists():
             raise
-        # Another process was faster. Its data are the same, byte for byte.
+        # Another process was faster; its data are identical.
 
 
 def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -> Path:
-    """Runs a builder in a folder of its own and renames the result: all of it, or nothing.
+    """Runs a builder in a temporary folder and moves the result, so that it is complete or absent.
 
     Args:
-        make: returns the builder for a given data_dir.
-        root: where the data set belongs; made where it is missing.
+        make: Function that returns the builder for a given data_dir.
+        root: Folder of data sets; created if it is missing.
 
     Raises:
-        FileExistsError: the data set is there already.
-        UserError: the folder cannot be written.
+        FileExistsError: The data set already exists.
+        UserError: The folder cannot be written.
     """
     paths.check_writable(root)
     beside = None if paths.is_address(root) else root
@@ -299,7 +300,7 @@ def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -
 
 
 def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
-    """Prepares without the progress bars and lines that TFDS prints."""
+    """Prepares a data set without TFDS's progress bars and messages."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

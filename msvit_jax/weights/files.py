@@ -192,7 +192,7 @@ def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Raises ValueError unless a member is an array of plain values whose size matches its shape."""
+    """Raises ValueError unless a member is an array of plain values of the size it claims."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0}.get(
