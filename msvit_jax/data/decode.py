@@ -14,10 +14,10 @@ from msvit_jax.errors import UserError
 
 
 def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Resizes by bicubic interpolation without antialiasing, much faster than `resize_pillow`.
+    """Resizes by bicubic interpolation over 4 x 4 pixels, without antialiasing.
 
-    tf.data's default does not antialias either. JPEGs are decoded at a reduced scale first, which
-    leaves factors below 2.
+    It is several times faster than `resize_pillow`. tf.data's default does not antialias either.
+    JPEGs are decoded at a reduced scale first, which leaves factors below 2.
     """
     left, upper, right, lower = (round(edge) for edge in box)
     cut = np.asarray(rgb.crop((left, upper, right, lower)))

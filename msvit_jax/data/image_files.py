@@ -1,10 +1,10 @@
-"""Image files: how they are found, read and decoded, for everything that takes any.
+"""Finds, reads and decodes image files, for all parts of the library.
 
-Needs NumPy and Pillow alone, because an export carries a copy of this file beside its run.py.
+Needs only NumPy and Pillow, because exports contain a copy of this file for their run.py.
 
-Reading and decoding is one guarded step: whatever goes wrong in it is an `ImageError` whose text is
-one line. Images are turned upright by their EXIF orientation unless that is switched off, as it is
-in the pipelines that published ImageNet figures come from.
+Reading and decoding is one guarded step: any failure in it raises an `ImageError` with a one-line
+message. Images are rotated upright by their EXIF orientation unless that is turned off, as in the
+pipelines behind published ImageNet figures.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 Box: TypeAlias = tuple[float, float, float, float]  # left, upper, right, lower in pixels
 Resize: TypeAlias = Callable[[Image.Image, Box, int], np.ndarray]
 
-_LONGEST = 160  # characters of a decoder's own words
-MAX_BYTES = 2**30  # of an encoded image: beyond it a file is something else, or an attack
+_LONGEST = 160  # most characters quoted from a decoder's message
+MAX_BYTES = 2**30  # of an encoded image: a larger file is not an image, or an attack
 
-# Pillow warns and logs about metadata that nobody here asks for; what is fatal it raises. Once and
-# for the whole process, because filters set around a call are not safe with threads.
+# Pillow warns and logs about metadata, which is not used here; fatal errors are raised. This is set
+# once for the whole process, because filters around single calls are not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\b")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError, OSError):  # libtiff prints, in C, what Pillow also raises
+with contextlib.suppress(AttributeError, OSError):  # libtiff prints errors that Pillow also raises
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 
 # An external program (EPS: Ghostscript) or a handler that the user installs would decode these.
@@ -53,16 +53,16 @@ _TURNS = {
 }
 
 
-HIDDEN = "hidden"  # reasons to pass over what is no loss
+HIDDEN = "hidden"  # this and the next: reasons to skip entries without loss
 LOOPS = "links back to a folder that holds them"
 
 
 class ImageError(ValueError):
-    """A file that cannot be read or decoded: why, in one line, without the file's name."""
+    """A file cannot be read or decoded; the message is one line without the file's name."""
 
 
 class NoFilesError(ValueError):
-    """A name, folder or pattern that leads to no image file; the message names it."""
+    """A name, folder or pattern matches no image file; the message names it."""
 
 
 # Reading and decoding.
@@ -70,10 +70,10 @@ class NoFilesError(ValueError):
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Turns whatever reading or decoding raises into an `ImageError`.
+    """Turns any error raised by reading or decoding into an `ImageError`.
 
-    Decoders raise nearly anything on damaged data (zlib.error, struct.error, KeyError, ...), so
-    there is no list of types.
+    Decoders raise nearly any type of error on damaged data (zlib.error, struct.error, KeyError,
+    ...), so types are not listed.
     """
     try:
         yield
@@ -92,7 +92,7 @@ def _reason(error: Exception) -> str:
         return "there is not enough memory for it"
     if isinstance(error, OSError) and error.filename is not None:
         return error.strerror or "it cannot be read"
-    # Pillow names the memory address of the buffer, which tells nobody anything.
+    # Remove the memory address of the buffer, which Pillow includes.
     text = " ".join(re.sub(r"<_io\.BytesIO.*?>", "", shown(str(error))).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     if isinstance(error, ValueError | SyntaxError) and text:
@@ -107,7 +107,8 @@ def read_bytes(path: str | pathlib.Path) -> bytes:
     """Reads a file that may be an image.
 
     Raises:
-        ImageError: it is missing, no regular file (a pipe would block), empty, or too large.
+        ImageError: The file is missing, not a regular file (a pipe would block), empty, or too
+            large.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -117,10 +118,10 @@ def read_bytes(path: str | pathlib.Path) -> bytes:
 
 
 def check_length(length: int) -> None:
-    """Refuses lengths in bytes that no encoded image has.
+    """Checks that an encoded image can have this many bytes.
 
     Raises:
-        ImageError: nothing at all, or more than `MAX_BYTES`.
+        ImageError: The length is 0 or more than `MAX_BYTES`.
     """
     if length == 0:
         raise ImageError("it is empty (0 bytes)")
@@ -130,8 +131,8 @@ def check_length(length: int) -> None:
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read, in the order in which they are tried."""
-    Image.preinit()  # the common ones come first
+    """Pillow's names of the formats that can be read, in the order in which they are tried."""
+    Image.preinit()  # common formats come first
     Image.init()
     missing = [name for name, codec in _CODECS.items() if not features.check(codec)]
     left_out = (*_NOT_DECODED_BY_PILLOW, *missing)
@@ -140,7 +141,7 @@ def formats() -> tuple[str, ...]:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Endings of the files that a folder is searched for: '.jpg', '.jfif', '.avif', ..."""
+    """Suffixes of the files taken from folders: '.jpg', '.jfif', '.avif', ..."""
     known = {*formats(), "MPO"}  # multi-picture JPEGs are opened as JPEGs
     found = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in found if name in known)
@@ -151,8 +152,8 @@ class Opened:
     """An image whose header has been read; its pixels are decoded when they are needed.
 
     Attributes:
-        image: Pillow's, as stored.
-        turn: what makes it upright; None for nothing.
+        image: Pillow's image, as stored.
+        turn: Operation that rotates or mirrors it upright; None if none is needed.
     """
 
     image: Image.Image
@@ -166,21 +167,21 @@ class Opened:
         return (height, width) if swapped else (width, height)
 
     def rgb(self) -> Image.Image:
-        """Decodes it, upright."""
+        """Decodes the upright image."""
         rgb = _to_rgb(self.image)
         return rgb if self.turn is None else rgb.transpose(self.turn)
 
 
 @guarded()
 def open_image(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> Opened:
-    """Opens an image, the first one where the file holds several.
+    """Opens an image; if the file holds several, the first one.
 
     Args:
-        encoded: contents of a file, or decoded uint8 [H, W, C] pixels.
-        exif_orientation: turn it upright, as viewers do; False leaves it as stored.
+        encoded: Contents of a file, or decoded uint8 [H, W, C] pixels.
+        exif_orientation: Whether to rotate the image upright by its EXIF data, as viewers do.
 
     Raises:
-        ImageError: no image, or its header is damaged.
+        ImageError: The file is not an image, or its header is damaged.
     """
     if isinstance(encoded, np.ndarray):
         return Opened(Image.fromarray(encoded))
@@ -188,43 +189,43 @@ def open_image(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> Op
         raise ImageError("it is a pointer of Git LFS, not the file itself; run git lfs pull")
     image = Image.open(io.BytesIO(encoded), formats=formats())
     if len(image.size) != 2 or not all(isinstance(n, int) and n > 0 for n in image.size):
-        raise ImageError("its header is damaged")  # some decoders take any size from it
+        raise ImageError("its header is damaged")  # some decoders accept any size
     return Opened(image, _turn(image) if exif_orientation else None)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    if image.format == "TIFF":  # Pillow turns these itself, always
+    if image.format == "TIFF":  # Pillow always rotates these itself
         return None
     if image.format == "PNG":
-        image.load()  # the orientation may come after the pixels, which must be whole
+        image.load()  # the orientation may follow the pixels, which must be complete
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block does not spoil the pixels
+    except Exception:  # a damaged EXIF block does not affect the pixels
         return None
 
 
 @guarded()
 def resized_crop(opened: Opened, box: Box, size: int, resize: "Resize | None" = None) -> np.ndarray:
-    """Cuts a box out of an image and resizes it to uint8 [S, S, 3].
+    """Crops a box of an image and resizes it to uint8 [S, S, 3].
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size (in the DCT domain, at a fraction of the cost)
-    where the crop then still holds as many pixels as asked for.
+    if the crop then still has at least `size` pixels per side.
 
     Args:
-        opened: the image.
-        box: what to cut, in pixels of the full upright image.
-        size: side of the result.
-        resize: does the resizing; `resize_pillow` by default.
+        opened: The image.
+        box: Area to crop, in pixels of the full upright image.
+        size: Side S of the result.
+        resize: Function that crops and resizes; None: `resize_pillow`.
 
     Raises:
-        ImageError: damaged pixels.
+        ImageError: The pixels are damaged.
     """
     full = opened.size
     _decode_scaled(opened.image, min(box[2] - box[0], box[3] - box[1]), size)
     rgb = opened.rgb()
     across, down = rgb.width / full[0], rgb.height / full[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-    # Rounding must not put an edge a hair outside.
+    # Rounding must not put an edge slightly outside the image.
     box = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
     if rgb.size == (size, size) and box == (0, 0, size, size):
         return np.asarray(rgb)
@@ -232,19 +233,19 @@ def resized_crop(opened: Opened, box: Box, size: int, resize: "Resize | None" = 
 
 
 def resize_pillow(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Bicubic with antialiasing, as in the papers' PyTorch recipes."""
+    """Resizes by bicubic interpolation with antialiasing, as in the papers' PyTorch recipes."""
     return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def _decode_scaled(image: Image.Image, crop: float, size: int) -> None:
-    """Asks the JPEG decoder for the smallest scale at which `crop` is still `size` pixels long."""
+    """Sets the JPEG decoder to the smallest scale at which `crop` still spans `size` pixels."""
     if image.format == "JPEG" and crop >= 2 * size:
         factor = crop / size
         image.draft("RGB", (int(image.width / factor), int(image.height / factor)))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Decodes; grey, palette, RGBA, CMYK, 16-bit, ... become RGB (transparency is dropped)."""
+    """Decodes; gray, palette, RGBA, CMYK, 16-bit, ... become RGB (transparency is dropped)."""
     if image.mode == "RGB":
         image.load()
         return image
@@ -256,7 +257,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_least_to_greatest(values: np.ndarray) -> np.ndarray:
-    """Scales 32-bit integers or floats, of which no file says what is white, to uint8.
+    """Scales 32-bit integers or floats, for which files do not define white, to uint8.
 
     The image's least value becomes 0 and its greatest 255.
     """
@@ -270,8 +271,8 @@ def _from_least_to_greatest(values: np.ndarray) -> np.ndarray:
 def centre_box(width: int, height: int, fraction: float) -> Box:
     """Returns the central square whose side is `fraction` of the shorter side.
 
-    Cutting it and resizing it once is the same picture as resizing the short side to
-    size / fraction and cutting the centre, at less cost.
+    Cropping and resizing it once is equivalent to resizing the short side to size / fraction and
+    then cropping the center, but cheaper.
     """
     side = min(width, height) * fraction
     left, top = (width - side) / 2, (height - side) / 2
@@ -281,16 +282,16 @@ def centre_box(width: int, height: int, fraction: float) -> Box:
 def centre_crop(
     encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Cuts an image's central square and resizes it to uint8 [S, S, 3].
+    """Crops an image's central square and resizes it to uint8 [S, S, 3].
 
     Args:
-        encoded: contents of a file, or uint8 [H, W, C] pixels.
-        size: side S of the result.
-        fraction: share of the short side that is kept, see `centre_box`.
-        exif_orientation: see `open_image`.
+        encoded: Contents of a file, or uint8 [H, W, C] pixels.
+        size: Side S of the result.
+        fraction: Share of the short side that is kept, see `centre_box`.
+        exif_orientation: Whether to rotate the image upright by its EXIF data, as viewers do.
 
     Raises:
-        ImageError: no image, or a damaged one.
+        ImageError: The file is not an image, or is damaged.
     """
     opened = open_image(encoded, exif_orientation)
     return resized_crop(opened, centre_box(*opened.size, fraction), size)
@@ -299,20 +300,20 @@ def centre_crop(
 def read_image(
     path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Reads a file and does what `centre_crop` does: uint8 [S, S, 3].
+    """Reads a file and crops it as `centre_crop` does, to uint8 [S, S, 3].
 
     Raises:
-        ImageError: the file cannot be read, or holds no image or a damaged one.
+        ImageError: The file cannot be read, is not an image, or is damaged.
     """
     return centre_crop(read_bytes(path), size, fraction, exif_orientation)
 
 
 @guarded()
 def decode(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> np.ndarray:
-    """Decodes an image to its end: uint8 [H, W, 3].
+    """Decodes an image completely, to uint8 [H, W, 3].
 
     Raises:
-        ImageError: no image, or a damaged one.
+        ImageError: The file is not an image, or is damaged.
     """
     return np.asarray(open_image(encoded, exif_orientation).rgb())
 
@@ -322,12 +323,12 @@ def decode(encoded: bytes | np.ndarray, exif_orientation: bool = True) -> np.nda
 
 @dataclasses.dataclass
 class Found:
-    """What lies in a folder or is meant by a pattern.
+    """Files found in a folder or by a pattern.
 
     Attributes:
-        files: sorted.
-        folders: all that were entered, the first one included.
-        passed_over: by reason, what was not taken.
+        files: Paths of the files taken.
+        folders: Paths of all folders entered, including the first.
+        passed_over: Paths that were skipped, by reason.
     """
 
     files: list[pathlib.Path] = dataclasses.field(default_factory=list)
@@ -335,13 +336,13 @@ class Found:
     passed_over: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def pass_over(self, path: str | pathlib.Path, reason: str) -> None:
-        """Counts a file or folder that is not taken."""
+        """Records a skipped file or folder."""
         others = self.passed_over.setdefault(reason, [])
         if str(path) not in others:
             others.append(str(path))
 
     def add(self, other: "Found") -> None:
-        """Adds what is new in another one."""
+        """Adds the entries of another `Found`, without duplicate files."""
         self.files = list(dict.fromkeys([*self.files, *other.files]))
         self.folders += other.folders
         for reason, paths in other.passed_over.items():
@@ -350,16 +351,16 @@ class Found:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is the system's own: '.DS_Store', '._photo.jpg', 'Thumbs.db', ..."""
+    """Whether a file or folder is hidden or the system's: '.DS_Store', 'Thumbs.db', ..."""
     return name.startswith((".", "__MACOSX")) or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def walk(folder: str | pathlib.Path, endings: Container[str] | None = None) -> Found:
-    """Finds a folder's files at any depth; links are followed, and loops of links ended.
+    """Finds a folder's files at any depth; follows links but not loops of links.
 
     Args:
-        folder: where to start.
-        endings: suffixes of the files to take, in lower case; None takes all.
+        folder: Folder to search.
+        endings: Suffixes of the files to take, in lower case; None: all files.
     """
     found = Found()
     waiting: list[tuple[pathlib.Path, tuple[tuple[int, int], ...]]] = [(pathlib.Path(folder), ())]
@@ -391,7 +392,7 @@ def walk(folder: str | pathlib.Path, endings: Container[str] | None = None) -> F
 def _reason_to_pass_over(
     entry: os.DirEntry[str], above: tuple[tuple[int, int], ...], endings: Container[str] | None
 ) -> tuple[str, bool]:
-    """The reason or '', and whether the entry is a folder."""
+    """The reason to skip an entry, or '', and whether the entry is a folder."""
     if is_hidden(entry.name):
         return HIDDEN, False
     try:
@@ -419,11 +420,11 @@ def _kind(mode: int) -> str:
 def find(patterns: Sequence[str]) -> Found:
     """Finds image files that are named, lie in a named folder (at any depth), or match a glob.
 
-    Each appears once, in the order of the patterns. A file that is named, or matches a glob, is
-    taken whatever its suffix; folders are searched for `suffixes`.
+    Each file appears once, in the order of the patterns. Named files and matches of a glob are
+    taken regardless of suffix; folders are searched for `suffixes`.
 
     Raises:
-        NoFilesError: a pattern that finds nothing.
+        NoFilesError: A pattern finds nothing.
     """
     found = Found()
     for pattern in patterns:
@@ -459,7 +460,7 @@ def _matching(pattern: str) -> Found:
 
 
 def _glob(folder: pathlib.Path, parts: Sequence[str], found: Found) -> Iterator[pathlib.Path]:
-    """Paths below a folder that match; unlike pathlib's and glob's it ends loops of links."""
+    """Yields matching paths below a folder; unlike pathlib and glob, it stops at link loops."""
     if not parts:
         yield folder
         return
@@ -472,7 +473,7 @@ def _glob(folder: pathlib.Path, parts: Sequence[str], found: Found) -> Iterator[
     else:
         try:
             names = fnmatch.filter(os.listdir(folder), first)
-        except OSError:  # no folder, or one that cannot be read: nothing matches in it
+        except OSError:  # not a readable folder: nothing matches
             return
         for name in sorted(names):
             if is_hidden(name) and not first.startswith("."):
@@ -481,27 +482,27 @@ def _glob(folder: pathlib.Path, parts: Sequence[str], found: Found) -> Iterator[
                 yield from _glob(folder / name, rest, found)
 
 
-# Telling.
+# Display.
 
 
 def shown(name: object) -> str:
-    r"""A file's name for people: bytes that are no text, line ends, ... are escaped as '\xe9'."""
+    r"""A file's name for display: bytes that are not text, newlines, ... are escaped as '\xe9'."""
     return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
 
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python's file functions hand it on
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python's file functions return it
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def passed_over_lines(passed_over: Mapping[str, Sequence[str]], named: int = 3) -> list[str]:
-    """A line for each reason: '4 hidden: a/.x, a/.y, a/.z, ...'.
+    """A line for each reason, such as '4 hidden: a/.x, a/.y, a/.z, ...'.
 
     Args:
-        passed_over: names by reason.
-        named: how many names a line has at most.
+        passed_over: Names of skipped entries, by reason.
+        named: Most names listed in a line.
     """
     return [
         f"{len(paths)} {reason}: {', '.join(map(shown, paths[:named]))}"

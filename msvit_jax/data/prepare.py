@@ -1,11 +1,11 @@
-r"""Makes a data set of your own images: a TFDS folder in array_record, original bytes kept.
+r"""Makes a data set of your own images: a TFDS folder in array_record with the original bytes.
 
     python -m msvit_jax.data.prepare --source=<folder or zip of split/class/file> \
         --name=my_images --data_dir=<folder> [--on_error=skip] [--workers=4]
 
 `--source` may be given several times (one archive per split). Every file is decoded once before
-anything is written; those that cannot be read are listed by name, with what was passed over and
-what is odd about the classes.
+anything is written. Unreadable files are listed by name, together with skipped files and possible
+problems with the classes.
 """
 
 import concurrent.futures
@@ -31,9 +31,9 @@ from msvit_jax.data.image_files import ImageError, shown
 from msvit_jax.errors import UserError
 
 LAYOUT = "Expected split/class/file, for instance train/cat/1.jpg and validation/cat/2.jpg."
-NAMED = 20  # files or classes that a message lists at most
+NAMED = 20  # most files or classes listed in a message
 
-_DEFLATE64 = 9  # how Windows Explorer compresses files of more than 2 GB
+_DEFLATE64 = 9  # compression by Windows Explorer of files larger than 2 GB
 _UNZIP = "unpack the archive with another tool, for instance 7-Zip, and give the folder"
 
 
@@ -42,9 +42,9 @@ class SourceFile:
     """One image file in a folder or archive.
 
     Attributes:
-        container: the folder or zip archive.
-        path: its place in there, split/class/file with forward slashes.
-        entry: its name in the archive, if that is another.
+        container: Path of the folder or zip archive.
+        path: Path within the container, as split/class/file with forward slashes.
+        entry: Name in the archive if it differs from `path`; else empty.
     """
 
     container: str
@@ -53,19 +53,19 @@ class SourceFile:
 
     @property
     def split(self) -> str:
-        """The first of the three levels."""
+        """Name of the split, the first level of the path."""
         return self.path.split("/")[0]
 
     @property
     def label(self) -> str:
-        """The class's name."""
+        """Name of the class, the second level of the path."""
         return self.path.split("/")[1]
 
     def read(self) -> bytes:
         """Returns the file's bytes.
 
         Raises:
-            ImageError: it cannot be read, or is no image by its length.
+            ImageError: The file cannot be read, or its length is not that of an image.
         """
         archive = _archive(self.container)
         if archive is None:
@@ -90,7 +90,7 @@ def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """A file that is no image or cannot be decoded to its end."""
+    """A file that is not an image or cannot be decoded completely."""
 
     file: SourceFile
     reason: str
@@ -101,12 +101,12 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a folder or archive holds.
+    """Contents of a folder or archive.
 
     Attributes:
-        files: the visible ones, sorted.
-        folders: paths of its folders, with forward slashes.
-        passed_over: by reason, what was not taken.
+        files: Visible files, sorted by path.
+        folders: Paths of its folders, with forward slashes.
+        passed_over: Paths that were skipped, by reason.
     """
 
     files: list[SourceFile]
@@ -116,15 +116,15 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was made.
+    """A prepared data set.
 
     Attributes:
-        folder: the data set.
-        examples: their number in each split.
-        class_names: in the order of the labels.
-        skipped: files that could not be read.
-        passed_over: by reason, files and folders that were not looked into.
-        notes: what is odd about splits and classes, a sentence each.
+        folder: Folder of the data set.
+        examples: Number of examples of each split.
+        class_names: Names of the classes, in the order of the labels.
+        skipped: Files that could not be read.
+        passed_over: Files and folders that were skipped, by reason.
+        notes: Possible problems with splits and classes, one sentence each.
     """
 
     folder: Path
@@ -172,7 +172,7 @@ class ImageFiles(  # type: ignore[call-arg]
     def _generate_examples(self, split: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         for file in self._files:
             if file.split == split:
-                # As bytes, because a file's name need not be text.
+                # As bytes, because file names need not be text.
                 path = file.path.encode("utf-8", "surrogateescape")
                 label = self._labels[file.label]
                 yield path, {"image": file.read(), "label": label, "file_name": path}
@@ -183,12 +183,12 @@ def _labels(files: Iterable[SourceFile]) -> list[str]:
 
 
 def class_names(labels: Iterable[str]) -> list[str]:
-    r"""Names of class folders as TFDS can store them: text, on one line each, no spaces around.
+    r"""Class names that TFDS can store: one line of text each, without surrounding spaces.
 
-    What is no such text is escaped: a byte that is not UTF-8 becomes '\xe9'.
+    Other characters of the folders' names are escaped; a byte that is not UTF-8 becomes '\xe9'.
 
     Raises:
-        UserError: two folders get one name, or one gets none.
+        UserError: Two folders get the same name, or one gets an empty name.
     """
     names: dict[str, str] = {}
     for label in labels:
@@ -210,14 +210,14 @@ def prepare(
     """Makes the TFDS data set `name` in `data_dir` from folders or zips of split/class/file.
 
     Args:
-        container: the folders or archives.
-        name: lower case letters, digits and underscores.
-        data_dir: folder of data sets; empty for TFDS's default.
-        on_error: 'stop' at unreadable files with nothing written, or 'skip' them.
-        workers: processes that check the files.
+        container: Paths of the folders or archives.
+        name: Name of the data set: lower case letters, digits and underscores.
+        data_dir: Folder of data sets; empty for TFDS's default.
+        on_error: 'stop' at unreadable files without writing anything, or 'skip' them.
+        workers: Number of processes that check the files.
 
     Raises:
-        UserError: the source or its layout is wrong, the name is taken, or files are unreadable.
+        UserError: The source or its layout is wrong, the name is taken, or files are unreadable.
     """
     root = sources.data_root(data_dir)
     _check_name(name, root)
@@ -256,7 +256,7 @@ def prepare(
 
 
 def _check_accessible(passed_over: Mapping[str, Sequence[str]]) -> None:
-    """A dead link may have been a whole class."""
+    """Raises UserError for inaccessible entries: a broken link may stand for a whole class."""
     harmless = (image_files.HIDDEN, image_files.LOOPS)
     lost = {reason: paths for reason, paths in passed_over.items() if reason not in harmless}
     if lost:
@@ -289,10 +289,10 @@ def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
 def list_files(container: str) -> Listing:
     """Lists a folder or zip of split/class/file in order; links to folders are followed.
 
-    What lies at an address (gs://...) is copied first, see `paths.fetch`.
+    A source at an address (gs://...) is copied first, see `paths.fetch`.
 
     Raises:
-        UserError: it is missing, neither a folder nor an archive, or of another layout.
+        UserError: The source is missing, neither a folder nor an archive, or has a wrong layout.
     """
     place = paths.fetch(container)
     if not os.path.exists(place):
@@ -326,7 +326,7 @@ def _list_archive(place: str, archive: zipfile.ZipFile) -> Listing:
     files, folders, passed_over = [], set(), image_files.Found()
     for entry in archive.infolist():
         path = entry.filename
-        if "/" not in path:  # some tools of Windows part folders so, against the format's rules
+        if "/" not in path:  # some Windows tools use backslashes, against the format's rules
             path = path.replace("\\", "/")
         path = path.removeprefix("./")
         if any(map(image_files.is_hidden, path.split("/"))) and ".." not in path.split("/"):
@@ -360,10 +360,10 @@ def _archive(container: str) -> zipfile.ZipFile | None:
 
 
 def find_unreadable(files: Iterable[SourceFile], workers: int = 1) -> list[Unreadable]:
-    """Decodes every file to its end and returns those where that fails.
+    """Decodes every file completely and returns those for which that fails.
 
     Raises:
-        UserError: a worker process was ended, for instance for want of memory.
+        UserError: A worker process was killed, for instance for lack of memory.
     """
     if workers <= 1:
         return [bad for bad in map(_check, files) if bad]
@@ -429,7 +429,7 @@ def _check_splits_left(files: Sequence[SourceFile], good: Sequence[SourceFile]) 
 
 
 def _notes(listings: Sequence[Listing], good: Sequence[SourceFile]) -> Iterator[str]:
-    """What makes classes other than their owner may think, a sentence each."""
+    """Yields possible problems with splits and classes, one sentence each."""
     used = {file.path.rpartition("/")[0] for file in good}
     used |= {path.partition("/")[0] for path in used}
     held = {folder for listing in listings for folder in listing.folders if folder != "."}
@@ -474,7 +474,7 @@ _WORKERS = flags.DEFINE_integer("workers", 1, "Processes that check the files.")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
+    """Prepares the data set and prints a summary."""
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; the source is given as --source=...")
     made = prepare(

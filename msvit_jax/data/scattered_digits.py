@@ -228,7 +228,7 @@ def _digit_colour(
 
 
 def _background(config: ScatteredDigitsConfig, rng: np.random.Generator) -> np.ndarray:
-    """Returns float64 [S, S, 3] in 0..255: plain, a gradient, or (half of them) part of a photo."""
+    """Returns float64 [S, S, 3] in 0..255: plain, a gradient, or (half the time) a photo crop."""
     side = config.canvas
     kind = rng.choice(["plain", "graded", "photo"], p=[0.25, 0.25, 0.5])
     if kind == "photo":

@@ -1,4 +1,4 @@
-"""Drawings of what a model did with an image; `python -m msvit_jax.visualize` writes them."""
+"""Draws a model's decisions about an image; on the command line `python -m msvit_jax.visualize`."""
 
 from msvit_jax import extras
 

@@ -1,11 +1,11 @@
-"""Draws where a trained model keeps fine tokens, which tokens it merges, and what leaves early.
+"""Draws where a trained model keeps fine tokens, which it merges, and which images exit early.
 
     python -m msvit_jax.visualize --workdir=DIR [--out=DIR] <images>
 
-Each image appears beside its mixed-scale grid and its gate's heat map, and beside a map of its
-tokens after each layer that merges or drops some, whatever of it the model has: in a PNG of its own
-and on a contact sheet. Of a cascade the sheet shows images that leave at each exit, --examples of
-each. Without images, examples of the run's evaluation split are drawn.
+Each image is shown next to its mixed-scale grid and its gate's heat map (if the model has a gate),
+and next to a map of its tokens after each layer that merges or drops some (if it has such layers),
+in a PNG of its own and on a contact sheet. For a cascade the sheet shows images that leave at each
+exit, --examples per exit. Without images, examples of the run's evaluation split are drawn.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _BUDGET = flags.DEFINE_float(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads, runs, draws, and says where."""
+    """Runs the model, writes the pictures, and prints captions and paths."""
     checkpoint.quiet_orbax()
     run = checkpoint.load_run(_WORKDIR.value, _CHECKPOINT.value)
     if _DATA_DIR.value is not None:

@@ -1,4 +1,4 @@
-"""From a trained run and images to pictures on disk."""
+"""Runs a trained model on images and writes pictures of its decisions."""
 
 import dataclasses
 import pathlib
@@ -26,15 +26,15 @@ from msvit_jax.visualize.maps import (
 from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
 
 BATCH = 32  # images run at once
-ON_SHEET = 64  # more would make a picture that no viewer opens
-SIDE_BY_SIDE = 4  # pictures of a strip, at most, for two of them to stand beside each other
-MOST_STAGES = 6  # of a model that reduces in every layer more would make no readable line
+ON_SHEET = 64  # most strips on a sheet; viewers cannot open much larger pictures
+SIDE_BY_SIDE = 4  # most pictures per strip for a sheet of two columns
+MOST_STAGES = 6  # most merge maps per strip, to keep it readable
 SHEET = "contact_sheet.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture to be: uint8 [S, S, 3], what to call it, and its class where that is known."""
+    """An image to draw: uint8 [S, S, 3] pixels, its name, and its label (None if not known)."""
 
     image: np.ndarray
     name: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What was drawn and where it lies."""
+    """The strips that were drawn and the path of the sheet."""
 
     strips: list[Strip]
     sheet: pathlib.Path
@@ -52,16 +52,17 @@ class Drawn:
 def draw_run(
     run: checkpoint.Run, out: pathlib.Path | str, *, files: Sequence[str] = (), count: int = 8
 ) -> Drawn:
-    """Draws what a trained run does with image files, or with examples of its evaluation split.
+    """Draws a trained run's decisions for image files, or for examples of its evaluation split.
 
     Args:
-      run: of a model with a gate, or with layers that reduce tokens.
-      out: folder for the pictures and the contact sheet.
-      files: paths of images.
-      count: how many examples, where there are no files.
+      run: A run of a model with a gate or with layers that reduce tokens.
+      out: Folder for the pictures and the contact sheet.
+      files: Paths of images; empty: examples of the evaluation split.
+      count: Number of examples if there are no files.
 
     Raises:
-      UserError: see `from_files`, `from_dataset` and `predict`.
+      UserError: The model has nothing to draw, the folder cannot be written, or images or classes
+        are unusable (see `check_classes`, `from_files` and `from_dataset`).
     """
     config = run.config.data
     check_pictures(run.model)
@@ -75,10 +76,10 @@ def draw_run(
 
 
 def check_classes(run: checkpoint.Run) -> None:
-    """Compares a run's classes with those of the data set whose labels are about to be shown.
+    """Checks that a run's classes are those of the data set whose labels are shown.
 
     Raises:
-      UserError: they are not the same, see `labels`.
+      UserError: The classes differ, see `labels`.
     """
     names, how = pipeline.class_names(run.config.data), run.config.data.match_classes
     labels.check_count(run.model.num_classes, len(names), of="The run")
@@ -87,21 +88,21 @@ def check_classes(run: checkpoint.Run) -> None:
 
 
 def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
-    """Reads image files as evaluation does: the central square, resized.
+    """Reads image files as in evaluation: the central square, resized.
 
     Args:
-      paths: of the files.
-      config: the `data` section of the run's config.
+      paths: Paths of the files.
+      config: The `data` section of the run's config.
 
     Raises:
-      UserError: a file is missing or cannot be decoded; names it.
+      UserError: A file is missing or cannot be decoded; the message names it.
     """
     how = (config.image_size, config.eval_crop, config.exif_orientation)
     return [Example(decode.read_file(path, *how), shown(pathlib.Path(path).name)) for path in paths]
 
 
 def from_dataset(config: ConfigDict, count: int) -> list[Example]:
-    """Takes examples evenly spread over the evaluation split, which may be sorted by class."""
+    """Takes examples evenly spaced over the evaluation split, which may be sorted by class."""
     if count < 1:
         raise UserError(f"The number of examples must be at least 1, not {count}.")
     builder = sources.open_dataset(config.name, config.data_dir)
@@ -123,16 +124,16 @@ def from_dataset(config: ConfigDict, count: int) -> list[Example]:
 def predict(
     model: Any, variables: Any, examples: Sequence[Example], class_names: Sequence[str] = ()
 ) -> Predictions:
-    """Runs a model that decides about its tokens on examples.
+    """Runs a model with a gate or token reduction on examples.
 
     Args:
-      model: with a gate, or with layers that reduce tokens.
-      variables: for `model.apply`.
-      examples: at the model's image size.
-      class_names: in the order of the labels; without them classes are numbers.
+      model: A model with a gate or with layers that reduce tokens.
+      variables: Variables for `model.apply`.
+      examples: Images at the model's image size.
+      class_names: Names of the classes, in the order of the labels; empty: classes are numbers.
 
     Raises:
-      UserError: every image gets all of its tokens in every layer.
+      UserError: The model has neither a gate nor layers that reduce tokens.
     """
     check_pictures(model)
     predictor = Predictor(
@@ -146,7 +147,7 @@ def predict(
 
 
 def check_pictures(model: Any) -> None:
-    """Raises UserError for a model of which there is nothing to draw, see `has_pictures`."""
+    """Raises UserError for a model without anything to draw, see `has_pictures`."""
     if not has_pictures(model):
         raise UserError(
             "The model has no gate and reduces no tokens: every image gets all of its tokens in "
@@ -156,7 +157,7 @@ def check_pictures(model: Any) -> None:
 
 
 def has_pictures(model: Any) -> bool:
-    """Whether there is anything to draw of a model: a gate, or layers that reduce tokens."""
+    """Whether a model has anything to draw: a gate, or layers that reduce tokens."""
     return has_gate(model) or bool(reducing_layers(model))
 
 
@@ -167,7 +168,7 @@ def reducing_layers(model: Any) -> tuple[int, ...]:
 
 
 def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:
-    """Draws examples that a Predictor has run: the image, the gate's columns, the merge maps."""
+    """Draws predicted examples: the image, the gate's columns, and the merge maps."""
     return [
         Strip(
             [enlarge(example.image), *_pictures(example, predictions, index)],
@@ -181,12 +182,12 @@ def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]
 def headings(
     predictions: Predictions, layers: Sequence[int], images: slice = slice(None)
 ) -> list[Column]:
-    """Titles of the pictures of `strips`; merge maps are called "layer 4: 138 tokens".
+    """Titles of the pictures of `strips`; merge maps are titled "layer 4: 138 tokens".
 
     Args:
-      predictions: about the examples.
-      layers: that reduce tokens, counted from 1.
-      images: those on the sheet, whose tokens are counted.
+      predictions: Predictions for the examples.
+      layers: Numbers of the layers that reduce tokens, counted from 1.
+      images: Slice of the images on the sheet, whose tokens are counted.
     """
     columns = [Column("image")]
     if predictions.coarse is not None:
@@ -201,7 +202,7 @@ def headings(
 
 
 def shown_stages(count: int) -> list[int]:
-    """The stages that are drawn: all, or of many a few, the first and the last among them."""
+    """Indices of the reductions to draw: at most `MOST_STAGES`, including the first and last."""
     return np.linspace(0, count - 1, min(count, MOST_STAGES)).astype(int).tolist()
 
 
@@ -213,13 +214,13 @@ def write(
 ) -> Drawn:
     """Writes one PNG for each example and a contact sheet of the first 64.
 
-    Files are called after their numbers and names, which need not differ.
+    File names contain the examples' numbers and names; names need not be unique.
 
     Args:
-      examples: to draw.
-      predictions: about them, in their order; more are ignored.
-      layers: of the model that reduce tokens, counted from 1.
-      out: folder.
+      examples: Examples to draw.
+      predictions: Predictions for the examples, in the same order; any further ones are ignored.
+      layers: Numbers of the layers that reduce tokens, counted from 1.
+      out: Folder for the files.
     """
     out = paths.check_writable(out)
     drawn = strips(examples, predictions)
@@ -236,7 +237,7 @@ def write(
 
 
 def _pictures(example: Example, predictions: Predictions, index: int) -> list[Picture]:
-    """What a model made of an image."""
+    """The pictures of a model's decisions about an example."""
     pictures: list[Picture] = []
     coarse, probability = predictions.coarse, predictions.coarse_probability
     if coarse is not None and probability is not None:
@@ -255,7 +256,7 @@ def _pictures(example: Example, predictions: Predictions, index: int) -> list[Pi
 
 
 def _class_names(config: ConfigDict) -> tuple[str, ...]:
-    """The classes' names; none where the run's data set is not on this machine."""
+    """Names of the classes; empty if the run's data set is not available."""
     try:
         return pipeline.dataset_info(config).class_names
     except UserError:

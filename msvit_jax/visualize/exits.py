@@ -1,4 +1,4 @@
-"""Easy and hard examples: which images leave a cascade at which exit."""
+"""Draws easy and hard examples: the images that leave a cascade at each exit."""
 
 import pathlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from msvit_jax.visualize.examples import (
 from msvit_jax.visualize.maps import enlarge
 from msvit_jax.visualize.sheet import Strip, panel, save
 
-LOOKED_AT = 25  # times as many images of a split are run as are drawn for each exit
+LOOKED_AT = 25  # images of a split that are run for each picture in a strip
 
 
 def draw_run(
@@ -35,16 +35,18 @@ def draw_run(
     """Draws images that leave at each exit of a trained cascade.
 
     Args:
-      run: of a cascade.
-      out: folder for the picture.
-      workdir: of the run.
-      budget: mean GMACs per image, by the thresholds that eval.py fitted; None: halfway between
-        those of the first and the last exit, by thresholds set for these very images.
-      files: paths of images; without them examples of the evaluation split.
-      count: pictures of each exit.
+      run: A run of a cascade.
+      out: Folder for the picture.
+      workdir: Workdir of the run.
+      budget: Mean GMACs per image, which selects among the thresholds that eval.py fitted. None:
+        the mean of the first and last exit's cost, with thresholds calibrated on these images.
+      files: Paths of images; empty: examples of the evaluation split.
+      count: Number of pictures per exit.
 
     Raises:
-      UserError: see `examples.from_files`, `examples.from_dataset` and `fitted_thresholds`.
+      UserError: The folder cannot be written, images or classes are unusable (see
+        `examples.check_classes`, `examples.from_files` and `examples.from_dataset`), or no fitted
+        thresholds match the budget (see `fitted_thresholds`).
     """
     config = run.config.data
     paths.check_writable(out, make=False)  # before the work
@@ -66,13 +68,13 @@ def draw_run(
 def strips(
     examples: Sequence[Example], predictions: Predictions, tokens: np.ndarray, count: int
 ) -> list[Strip]:
-    """A strip for each exit: images that left there, from those it was surest of to the others.
+    """A strip for each exit: images that left there, in descending order of certainty.
 
     Args:
-      examples: the images.
-      predictions: of a cascade, about them.
-      tokens: [stages] patch tokens of each exit.
-      count: pictures of a strip; white ones where fewer left.
+      examples: Images.
+      predictions: Predictions of a cascade for the images.
+      tokens: [stages], number of patch tokens of each exit.
+      count: Number of pictures per strip; white ones fill up if fewer images left there.
     """
     assert predictions.exits is not None
     sure = predictions.probabilities.max(axis=1)
@@ -90,7 +92,7 @@ def strips(
 
 
 def _right(examples: Sequence[Example], predictions: Predictions, left: np.ndarray) -> str:
-    """How many of some images are classified rightly, where that is known."""
+    """Text with the share of correctly classified images; empty if labels are not known."""
     labels = [examples[index].label for index in left.tolist()]
     if not labels or None in labels:
         return ""

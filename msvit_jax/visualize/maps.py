@@ -1,6 +1,6 @@
-"""Pictures of what a model did with one image: numbers per region or patch drawn on its pixels.
+"""Pictures of a model's decisions about one image: values per region or patch, drawn on its pixels.
 
-A further kind of picture is one more function here and one more `Column` of its sheet.
+A new kind of picture needs one more function here and one more `Column` on the sheet.
 """
 
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from msvit_jax.tokens.grid import REGION
 from msvit_jax.visualize.sheet import HEAT_OPACITY, Column, Picture, Strip, heat
 
-MIN_SIDE = 256  # small sources are enlarged to this, or cells and captions cannot be read
+MIN_SIDE = 256  # small images are enlarged to this, so that cells and captions are legible
 GATE_COLUMNS = (
     Column("image"),
     Column("tokens: yellow fine, dim coarse"),
@@ -24,11 +24,11 @@ _FINE_LINE = (255, 221, 51)
 _COARSE_LINE = (112, 112, 112)
 _HOST_LINE = _FINE_LINE
 _GROUP_LINE = (150, 150, 150)
-_DROPPED = 0.12  # what dropped patches are multiplied with: something of them remains visible
+_DROPPED = 0.12  # brightness factor of dropped patches, which stay faintly visible
 
 
 def enlarge(image: Picture, scale: int | None = None) -> Picture:
-    """Repeats every pixel `scale` times in both directions; None: until the short side is 256."""
+    """Repeats every pixel `scale` times in both directions; None: to a short side of 256 or more."""
     _check_image(image)
     factor = scale or math.ceil(MIN_SIDE / min(image.shape[:2]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -47,17 +47,17 @@ def token_map(
     A coarse region is shown as the model sees it, pooled 2x2, and dimmed.
 
     Args:
-      image: uint8 [H, W, 3]; H and W are multiples of twice the grid.
-      coarse: [R] of 0 and 1, regions in row-major order, 1 for a coarse region.
-      grid: (rows, columns) of regions; R = rows * columns.
-      scale: enlargement in whole pixels; None makes the short side at least 256.
-      brightness: what coarse regions are multiplied with.
+      image: [H, W, 3] uint8, the image; H and W are multiples of twice the grid.
+      coarse: [R], 1 for a coarse region and 0 for others; regions are in row-major order.
+      grid: Numbers of rows and columns of regions; R = rows * columns.
+      scale: Integer enlargement factor; None makes the short side at least 256.
+      brightness: Brightness factor of coarse regions.
 
     Returns:
-      uint8 [H * scale, W * scale, 3].
+      [H * scale, W * scale, 3] uint8, the picture.
 
     Raises:
-      ValueError: the image or `coarse` does not fit the grid.
+      ValueError: The image or `coarse` does not fit the grid.
     """
     height, width = _region_size(image, grid)
     decisions = _per_region(coarse, grid, "coarse")
@@ -77,20 +77,20 @@ def gate_heat_map(
     scale: int | None = None,
     opacity: float = HEAT_OPACITY,
 ) -> Picture:
-    """Lays each region's probability of being fine, dark 0 to yellow 1, over the grey image.
+    """Draws each region's probability of being fine, dark 0 to yellow 1, over the gray image.
 
     Args:
-      image: uint8 [H, W, 3].
-      p_coarse: [R], the gate's probability of coarse, regions in row-major order.
-      grid: (rows, columns) of regions.
-      scale: enlargement in whole pixels; None makes the short side at least 256.
-      opacity: share of the heat in the blend.
+      image: [H, W, 3] uint8, the image; H and W are multiples of twice the grid.
+      p_coarse: [R], the gate's probability that a region is coarse; regions in row-major order.
+      grid: Numbers of rows and columns of regions; R = rows * columns.
+      scale: Integer enlargement factor; None makes the short side at least 256.
+      opacity: Share of the heat colors in the blend.
 
     Returns:
-      uint8 [H * scale, W * scale, 3].
+      [H * scale, W * scale, 3] uint8, the picture.
 
     Raises:
-      ValueError: the image or `p_coarse` does not fit the grid.
+      ValueError: The image or `p_coarse` does not fit the grid.
     """
     height, width = _region_size(image, grid)
     p_fine = 1 - _per_region(p_coarse, grid, "p_coarse").astype(np.float64)
@@ -108,27 +108,27 @@ def merge_map(
     scale: int | None = None,
     brightness: float = 0.7,
 ) -> Picture:
-    """Draws which patches are now part of the same token.
+    """Draws which patches are part of the same token.
 
-    The patch that holds a token shows its own pixels inside a yellow frame. Those that were merged
-    into it show the mean colour of the whole group, dimmed, and grey lines against other groups.
-    Dropped patches are nearly black.
+    The merge target of a group shows its own pixels inside a yellow frame. Patches merged into it
+    show the mean color of the whole group, dimmed, with gray lines to other groups. Dropped patches
+    are nearly black.
 
     Args:
-      image: uint8 [H, W, 3]; H and W are multiples of the grid.
-      hosts: [rows, columns] of integers: the patch, counted row by row, that holds the token which
-        a patch is part of, itself where nobody took it in; -1 if it was dropped
-        (`Output.merge_maps`). A coarse token's four patches name the first of them.
-      coarse: [rows / 2, columns / 2], of a mixed-scale model, 1 for a coarse region: it is shown as
-        one patch, pooled 2x2.
-      scale: enlargement in whole pixels; None makes the short side at least 256.
-      brightness: what merged patches are multiplied with.
+      image: [H, W, 3] uint8, the image; H and W are multiples of the grid.
+      hosts: [rows, columns] integers, the merge target of each patch as an index, row by row: the
+        patch itself if it was not merged into another, -1 if it was dropped
+        (`Output.merge_maps`). For a coarse token's four patches it is the first of them.
+      coarse: [rows / 2, columns / 2], 1 for a coarse region of a mixed-scale model, which is shown
+        as one patch, pooled 2x2; None for other models.
+      scale: Integer enlargement factor; None makes the short side at least 256.
+      brightness: Brightness factor of merged patches.
 
     Returns:
-      uint8 [H * scale, W * scale, 3].
+      [H * scale, W * scale, 3] uint8, the picture.
 
     Raises:
-      ValueError: the image does not fit the grid, or `hosts` names what is no host.
+      ValueError: The image does not fit the grid, or `hosts` is not a valid merge map.
     """
     hosts = _checked_hosts(hosts)
     height, width = _patch_size(image, hosts.shape)
@@ -147,7 +147,7 @@ def merge_map(
 
 
 def count_tokens(hosts: np.ndarray) -> np.ndarray:
-    """Tokens left in merge maps: [..., rows, columns] -> [...]."""
+    """Counts the tokens left in merge maps: [..., rows, columns] -> [...]."""
     cells = np.arange(math.prod(hosts.shape[-2:])).reshape(hosts.shape[-2:])
     return (hosts == cells).sum(axis=(-2, -1))
 
@@ -161,13 +161,13 @@ def gate_strip(
     caption: str = "",
     wrong: bool = False,
 ) -> Strip:
-    """Puts an image beside its mixed-scale grid and its gate heat map (GATE_COLUMNS)."""
+    """A strip of an image, its mixed-scale grid and its gate's heat map (GATE_COLUMNS)."""
     pictures = enlarge(image), token_map(image, coarse, grid), gate_heat_map(image, p_coarse, grid)
     return Strip(pictures, caption, wrong)
 
 
 def _pooled(image: Picture) -> Picture:
-    """The mean of every 2x2 pixels, on all four of them."""
+    """Replaces every 2x2 block of pixels by its mean."""
     height, width, _ = image.shape
     small = np.asarray(Image.fromarray(image).reduce(2))
     return small.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
@@ -190,7 +190,7 @@ def _patch_size(image: Picture, grid: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _region_size(image: Picture, grid: tuple[int, int]) -> tuple[int, int]:
-    """Pixels of a region; even, because a region holds two fine cells each way."""
+    """Height and width of a region in pixels; both are even, because it has 2 x 2 fine cells."""
     _check_image(image)
     rows, columns = grid
     if image.shape[0] % (2 * rows) or image.shape[1] % (2 * columns):
@@ -212,7 +212,7 @@ def _per_region(values: np.ndarray, grid: tuple[int, int], name: str) -> np.ndar
 
 
 def _spread(per_region: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[rows, columns] -> [H, W]: every region's value on all of its pixels."""
+    """Repeats every region's value over all of its pixels: [rows, columns] -> [H, W]."""
     return per_region.repeat(height, axis=0).repeat(width, axis=1)
 
 
@@ -247,19 +247,19 @@ def _checked_hosts(hosts: np.ndarray) -> np.ndarray:
 
 
 def _held(hosts: np.ndarray, is_coarse: np.ndarray) -> np.ndarray:
-    """[rows, columns] bool, the patches that hold a token: one, or a coarse token's four."""
+    """[rows, columns] bool, True for merge targets: one patch, or a coarse token's four."""
     row, column = np.indices(hosts.shape)
     first = row // REGION * REGION * hosts.shape[1] + column // REGION * REGION
     return hosts == np.where(is_coarse, first, np.arange(hosts.size).reshape(hosts.shape))
 
 
 def _outline_groups(picture: Picture, hosts: np.ndarray, held: np.ndarray) -> Picture:
-    """Lines just inside a patch: frames around those that hold a token, borders between groups."""
+    """Draws lines just inside patches: frames around merge targets, and borders between groups."""
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
     rows, columns = hosts.shape
     height, width = picture.shape[0] // rows, picture.shape[1] // columns
-    # Outside is another group.
+    # The area outside the image is another group.
     groups, frames = np.pad(hosts, 1, constant_values=-2), np.pad(held, 1)
     for row, column in np.ndindex(rows, columns):
         top, left = row * height, column * width

@@ -1,4 +1,4 @@
-"""Setting pictures of examples on one sheet: strips with captions under common headings."""
+"""Arranges pictures of examples on one sheet: strips with captions under common headings."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from msvit_jax import paths
 
 Picture = np.ndarray  # uint8 [h, w, 3]
 
-HEAT_OPACITY = 0.6  # share of the heat colours over the image
+HEAT_OPACITY = 0.6  # share of the heat colors over the image
 _HEAT = matplotlib.colormaps["inferno"]
 _INK = (24, 24, 24)
 _WRONG_INK = (190, 20, 20)
@@ -24,7 +24,7 @@ _LINE = 32  # height of a line of text
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The heading of one picture of every strip, with the ends of its colour bar if it has one."""
+    """The heading of one picture of every strip, with the labels of its color bar, if any."""
 
     title: str
     heat: tuple[str, str] | None = None
@@ -32,7 +32,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """One example: pictures of equal height side by side and the line written under them."""
+    """One example: pictures of equal height in a row, with a caption below."""
 
     pictures: Sequence[Picture]
     caption: str
@@ -42,16 +42,17 @@ class Strip:
 def panel(
     strips: Sequence[Strip], headings: Sequence[Column] = (), *, columns: int = 1, legend: str = ""
 ) -> Picture:
-    """Sets strips of one size below each other, in one or several columns, on white paper.
+    """Arranges strips of one size in one or several columns on a white background.
 
     Args:
-      strips: the examples; all with pictures of the same number and sizes.
-      headings: one for each picture of a strip, written once at the top; none for no top line.
-      columns: strips beside each other.
-      legend: a line at the bottom, if any.
+      strips: Strips, all with the same number and sizes of pictures.
+      headings: Headings, one for each picture of a strip, shown once at the top; empty: no top
+        line.
+      columns: Number of columns of strips.
+      legend: Line at the bottom; empty: none.
 
     Raises:
-      ValueError: no strips, or strips that differ in their pictures' sizes.
+      ValueError: There are no strips, or their pictures differ in size.
     """
     sizes = {tuple(picture.shape for picture in strip.pictures) for strip in strips}
     if len(sizes) != 1:
@@ -69,7 +70,7 @@ def panel(
 
 
 def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
-    """Writes a PNG, making the folders above it, and returns its path."""
+    """Writes a PNG, creating its parent folders, and returns its path."""
     path = paths.parse(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file, paths.named(path):
@@ -78,7 +79,7 @@ def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
 
 
 def heat(share: np.ndarray, grey: np.ndarray, opacity: float = HEAT_OPACITY) -> Picture:
-    """Blends shares [h, w], dark for 0 to yellow for 1, with grey values [h, w] of 0 to 255."""
+    """Blends shares [h, w], dark for 0 to yellow for 1, with gray values [h, w] of 0 to 255."""
     colours = 255 * _HEAT(share)[..., :3]
     return np.rint(opacity * colours + (1 - opacity) * grey[..., None]).astype(np.uint8)
 
@@ -94,7 +95,7 @@ def _draw_strip(strip: Strip) -> Picture:
 
 
 def _draw_headings(headings: Sequence[Column], widths: Sequence[int]) -> Picture:
-    """The line above the pictures; a strip is one margin wider than its columns."""
+    """The line of headings above the pictures; a strip is one margin wider than its columns."""
     cells = []
     for heading, width in zip(headings, widths, strict=True):
         bar = _colour_bar(heading.heat, width // 3) if heading.heat else _white(_LINE, 0)
@@ -104,7 +105,7 @@ def _draw_headings(headings: Sequence[Column], widths: Sequence[int]) -> Picture
 
 
 def _colour_bar(ends: tuple[str, str], width: int) -> Picture:
-    """The heat map's colours over mid grey between the names of their ends."""
+    """The heat map's colors over medium gray, between the labels of their ends."""
     grey = np.full((_LINE, width), 128)
     bar = heat(np.tile(np.linspace(0, 1, width), (_LINE, 1)), grey)
     bar[: _LINE // 3] = bar[-(_LINE // 3) :] = 255
@@ -117,7 +118,7 @@ def _white(height: int, width: int) -> Picture:
 
 
 def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Picture:
-    """One line of text on white, cut with an ellipsis where it would not fit."""
+    """One line of text on white, shortened with an ellipsis if it does not fit."""
     font = _font()
     room = width - 2 * _MARGIN
     if font.getlength(text) > room:
@@ -131,6 +132,6 @@ def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Pi
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib: the same on every machine, and wider than Latin-1."""
+    """matplotlib's own font: the same on every machine, with more characters than Latin-1."""
     path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(str(path), 14)
