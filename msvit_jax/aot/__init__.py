@@ -1,1 +1,1 @@
-"""Compiles a run's step for TPUs that are not there, and says what they would do with it."""
+"""Compiles a run's step for TPUs without having one, and reports the compiler's estimates."""

@@ -1,9 +1,9 @@
-"""What a TPU would do with a run, without a TPU.
+"""Estimates a run's memory and time on a TPU, without a TPU.
 
     python -m msvit_jax.aot --config=configs/imagenet/msvit_deit_small.py --topology=v5e:16x16
 
 Compiles the step that train.py runs (--what=train) or the forward pass (--what=predict), prints a
-table and then one JSON object. Needs no data set. Config keys are given as --config.key=value.
+table and then one JSON object. Needs no data set. Config keys are set by --config.key=value.
 """
 
 import sys
@@ -35,7 +35,7 @@ _SPREAD = flags.DEFINE_float("spread", 30.0, "Their standard deviation, for rows
 _WIDTH = flags.DEFINE_integer("row_width", None, "Tokens of a row; by default whole TPU tiles.")
 
 DOES_NOT_FIT = 3  # the exit code
-CLASSES = 1000  # where neither config nor data set says
+CLASSES = 1000  # if neither config nor data set states the number
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _config() -> Any:
-    """The config with the data set's classes, or with what is assumed said."""
+    """The config with the data set's number of classes; a number that is assumed is printed."""
     config = configs.load(_CONFIG.value, overrides)
     classes = sources.prepared_classes(config.data.name, config.data.data_dir)
     if classes is None and "num_classes" not in config.model:

@@ -1,4 +1,4 @@
-"""Compiles one variant of a run and says what the compiler knows of it."""
+"""Compiles one variant of a run and reports the compiler's figures."""
 
 import dataclasses
 import re
@@ -21,9 +21,9 @@ from msvit_jax.train.program import Program
 from msvit_jax.train.step import normalise
 
 TRAIN, PREDICT = WHAT = ("train", "predict")
-# The schedule's length is a constant in the step and changes nothing else.
+# The schedule's length is a constant in the step and affects nothing else.
 _STEPS_PER_EPOCH = 1000
-# The two forms in which XLA says that a program needs more memory than there is.
+# XLA's two messages for a program that needs more memory than there is.
 _TOO_LARGE = (
     re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
     re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
@@ -33,13 +33,13 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip.
+    """Memory on one chip, in bytes.
 
     Attributes:
-      arguments: state or parameters, and the batch.
-      temporaries: what a step needs besides.
-      outputs: results that take no argument's place.
-      code: the program.
+      arguments: Bytes of the state or parameters, and of the batch.
+      temporaries: Bytes of temporary values.
+      outputs: Bytes of the outputs that do not reuse the memory of an argument.
+      code: Bytes of the program.
     """
 
     arguments: int
@@ -59,12 +59,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.arguments + self.temporaries + self.outputs + self.code
 
 
 def too_large(message: str) -> tuple[float, float] | None:
-    """Bytes needed and bytes there are, of a compiler's message that a program does not fit."""
+    """Parses a compiler's message that a program does not fit: bytes needed, and available."""
     for pattern in _TOO_LARGE:
         if found := pattern.search(message):
             return float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
@@ -72,12 +72,12 @@ def too_large(message: str) -> tuple[float, float] | None:
 
 
 def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered:
-    """Traces a variant's step, the one that train.py runs, or its forward pass.
+    """Traces a variant's training step, as train.py runs it, or its forward pass.
 
     Raises:
-      UserError: the config cannot be run on that many chips.
+      UserError: The config cannot be run on this number of chips.
     """
-    # A forward pass is the same whatever is trained, and no layout is refused then.
+    # Freezing does not change the forward pass, and allows every layout.
     config = variant.config if what == TRAIN else with_frozen_gate(variant.config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology.devices)
     schedule = optimizer.schedule(
@@ -101,7 +101,7 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
 
 
 def batch_of(config: config_dict.ConfigDict, what: str) -> tuple[int, str]:
-    """Global batch size, and the config key that says it."""
+    """Global batch size, and the config key that sets it."""
     if what == PREDICT and config.eval_batch_size:
         return config.eval_batch_size, "eval_batch_size"
     return config.batch_size, "batch_size"
@@ -125,11 +125,11 @@ def _teacher_shapes(config: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str, Any]:
-    """Compiles and measures one variant.
+    """Compiles one variant and collects its figures.
 
     Returns:
-      A record; every figure is of one chip, MACs also of one image. `fits` says whether the chip's
-      memory is enough; where it is not, only `needs_gib` and `has_gib` are known.
+      A record with figures per chip, and MACs also per image. `fits` is whether the program fits
+      the chip's memory; if not, the only figures are `needs_gib` and `has_gib`.
     """
     size, _ = batch_of(variant.config, what)
     record: dict[str, Any] = {
@@ -156,11 +156,11 @@ def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str
 
 
 def figures(compiled: Any, images: int) -> dict[str, Any]:
-    """What a compiled program says of itself.
+    """Collects the compiler's figures for a program.
 
     Args:
-      compiled: of `jax.stages`.
-      images: that a chip works on.
+      compiled: A `jax.stages.Compiled`.
+      images: Number of images per chip.
     """
     memory = Memory.of(compiled.memory_analysis())
     cost = compiled.cost_analysis()

@@ -1,7 +1,7 @@
-"""Reads compiled programs: what the TPU compiler writes into the text of its HLO modules.
+"""Reads cost estimates and transfers from the text of the TPU compiler's HLO modules.
 
-Every instruction that the compiler has a cost model for carries its own estimate of the cycles it
-takes; Pallas kernels and some others have none.
+Every instruction that the compiler has a cost model for states its estimated cycles; Pallas kernels
+and some others do not.
 """
 
 import collections
@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A module's computations by name, and the name of its entry."""
+    """A module's computations by name, and the name of its entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
@@ -51,10 +51,10 @@ class Cycles:
     """Estimated cycles of a program.
 
     Attributes:
-      total: summed over everything that has an estimate, loops times their trips.
-      kernels: calls of Pallas kernels, none of which is estimated.
-      loops: loops in the program.
-      unknown: those whose number of trips is not in the program, counted once.
+      total: Sum of all estimates, with loops multiplied by their trip counts.
+      kernels: Number of calls of Pallas kernels, which have no estimates.
+      loops: Number of loops in the program.
+      unknown: Number of loops whose trip count is unknown; their cycles are counted once.
     """
 
     total: int = 0
@@ -71,7 +71,7 @@ class Cycles:
         )
 
     def times(self, trips: int) -> "Cycles":
-        """The same work that many times; a loop inside stays one loop."""
+        """The same work repeated `trips` times; a loop inside still counts as one loop."""
         return Cycles(self.total * trips, self.kernels * trips, self.loops, self.unknown)
 
 
@@ -80,8 +80,8 @@ class Collective:
     """Transfers of one kind between chips.
 
     Attributes:
-      count: operations in a step.
-      bytes: that they leave on each chip.
+      count: Number of operations in a step.
+      bytes: Bytes of their results on each chip.
     """
 
     count: int
@@ -89,10 +89,10 @@ class Collective:
 
 
 def parse(text: str) -> Module:
-    """Reads a module's text, as `compiled.as_text()` gives it.
+    """Parses a module's text, as returned by `compiled.as_text()`.
 
     Raises:
-      ValueError: it has no ENTRY computation.
+      ValueError: The text has no ENTRY computation.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
@@ -110,7 +110,7 @@ def parse(text: str) -> Module:
 
 
 def cycles(module: Module) -> Cycles:
-    """Estimated cycles of a step: of the entry, and of loops times their trips."""
+    """Estimated cycles of the entry computation, with loops multiplied by their trip counts."""
     return _cycles(module, module.entry)
 
 
@@ -149,7 +149,7 @@ def _loop(module: Module, instruction: Instruction) -> Cycles:
 
 
 def _trips(module: Module, instruction: Instruction, condition: str) -> int | None:
-    """Trips of a loop: what XLA says, or the bound of a count from 0 in steps of 1, as JAX's."""
+    """Trip count of a loop: stated by XLA, or the bound of a counter from 0 by 1, as in JAX."""
     if known := _TRIPS.search(instruction.rest):
         return int(known[1])
     inside = module.computations.get(condition, [])
@@ -166,7 +166,7 @@ def _trips(module: Module, instruction: Instruction, condition: str) -> int | No
 
 
 def collectives(module: Module) -> dict[str, Collective]:
-    """Transfers between chips by kind; inside a loop they count once."""
+    """Transfers between chips by kind; those inside a loop are counted once."""
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for instructions in module.computations.values():
@@ -179,7 +179,7 @@ def collectives(module: Module) -> dict[str, Collective]:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Bytes of what a collective leaves; the start of some also carries their operands."""
+    """Bytes of a collective's result; the type of some start operations includes operands."""
     shapes = _SHAPE.findall(instruction.type)
     if instruction.opcode == "all-gather-start":
         shapes = shapes[len(shapes) // 2 :]
@@ -189,6 +189,6 @@ def _result_bytes(instruction: Instruction) -> int:
 
 
 def shape_bytes(dtype: str, dims: str) -> int:
-    """Bytes of an array, e.g. of 'bf16' and '128,197'."""
+    """Bytes of an array, given for example 'bf16' and '128,197'."""
     bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return math.ceil(math.prod(int(d) for d in dims.split(",") if d) * bits / 8)

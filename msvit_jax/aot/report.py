@@ -1,4 +1,4 @@
-"""Shows what was compiled: a table for people, then one JSON object."""
+"""Prints the results: a table, then one JSON object."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ _SMALLER = {
 
 
 def show(records: Sequence[dict[str, Any]], topology: Topology) -> bool:
-    """Prints records of `compiling.compile_variant`, and on stderr those that do not fit.
+    """Prints records of `compiling.compile_variant`, and on stderr errors for those too large.
 
     Returns:
       Whether all fit.
@@ -80,7 +80,7 @@ def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 
 
 def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What the figures leave out, where they leave something out."""
+    """Notes on what the figures do not include."""
     notes = []
     if any(r.get("loops") for r in records):
         notes.append(

@@ -1,4 +1,4 @@
-"""TPUs that are not there: JAX's compiler for them runs on any Linux machine that has libtpu."""
+"""TPU topologies to compile for without TPUs, on any Linux machine that has libtpu."""
 
 import dataclasses
 import importlib.util
@@ -11,8 +11,8 @@ import jax
 from msvit_jax.errors import UserError
 
 GIB = 2.0**30
-# Read by libtpu when it starts: no metadata server, no lock held on chips, no other hosts, no logs.
-# The accelerator named here only lets it start; what is compiled for is the topology asked for.
+# Read by libtpu when it starts: no metadata server, no lock on chips, no other hosts, no logs. The
+# accelerator named here only lets it start; programs are compiled for the requested topology.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -21,7 +21,7 @@ _ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-_HOST = (2, 2, 1)  # chips of one host along each axis; smaller slices are smaller hosts
+_HOST = (2, 2, 1)  # chips per TPU host along each axis; smaller slices have smaller hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Chip:
     """A kind of TPU.
 
     Attributes:
-      name: Google's, in lower case.
-      memory: GiB that a chip has, as its maker states.
-      axes: of a slice of such chips.
-      example: a topology.
-      options: for the compiler. A v4 chip's two cores are compiled for as one device, as JAX
-        shows them on the machine.
+      name: Google's name, in lower case.
+      memory: Memory of a chip in GiB, according to its manufacturer.
+      axes: Number of axes of a slice.
+      example: Example of a topology.
+      options: Options for the compiler. For v4 they combine a chip's two cores to one device, as
+        JAX does on the machine.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Topology:
     """A slice to compile for.
 
     Attributes:
-      name: as asked for, e.g. 'v5e:16x16'.
-      chip: its kind.
-      devices: one a chip.
+      name: Name as requested, such as 'v5e:16x16'.
+      chip: Kind of its chips.
+      devices: Devices of the slice, one per chip.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Topology:
 
 
 def without_a_tpu() -> None:
-    """Sets this process up to compile for TPUs and to use none; call it before JAX is used.
+    """Sets up this process to compile for TPUs without using any; call it before using JAX.
 
     Raises:
       UserError: libtpu is not installed.
@@ -83,18 +83,18 @@ def without_a_tpu() -> None:
         )
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
-    # Programs for chips that are not there cannot be read back from the cache.
+    # Programs for absent chips cannot be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def find(name: str) -> Topology:
-    """Returns the slice of that name.
+    """Finds a slice by its name.
 
     Args:
-      name: kind of chip and number of chips along each axis: 'v5e:2x2', 'v4:2x2x4'.
+      name: Kind of chip and number of chips along each axis, such as 'v5e:2x2' or 'v4:2x2x4'.
 
     Raises:
-      UserError: it is no topology; the message names the forms.
+      UserError: The name is not that of a topology; the message shows valid names.
     """
     from jax.experimental import topologies
 
@@ -111,7 +111,7 @@ def find(name: str) -> Topology:
 
 
 def _parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """Splits 'v5e:2x2'."""
+    """Splits a name such as 'v5e:2x2' into the kind of chip and the sides."""
     kind, _, shape = name.partition(":")
     sides = (
         tuple(int(side) for side in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()

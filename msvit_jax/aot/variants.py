@@ -1,4 +1,4 @@
-"""What is compiled side by side: a config's model dense, and in layouts of given sizes."""
+"""Variants of a config to compare: its dense model, and layouts of given sizes."""
 
 import dataclasses
 import statistics
@@ -20,20 +20,21 @@ LADDER = "ladder"
 REDUCED = "reduced"
 ALTERNATIVES = "alternatives"
 KNOWN = (DENSE, REDUCED, *LAYOUTS, ALTERNATIVES, LADDER)
-_STEPS = 8  # budgets of a ladder
+_STEPS = 8  # most bucket capacities of the variant "ladder"
 _TILE = 128  # lanes of a TPU's registers
 _SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How many tokens the layouts are made for.
+    """Numbers of tokens that the layouts are sized for.
 
     Attributes:
-      tokens: mean of the active patch tokens of an image.
-      spread: their standard deviation, for rows and ladders; a budget takes the mean for all.
-      row_width: tokens of a row, prefix included; None: the fewest whole tiles of a TPU that hold
-        any image.
+      tokens: Mean number of active patch tokens of an image.
+      spread: Standard deviation of this number, for "rows" and "ladder"; other layouts give every
+        image the mean.
+      row_width: Tokens per row, prefix included; None: the smallest multiple of a TPU tile (128)
+        that holds any image.
     """
 
     tokens: int = 128
@@ -46,10 +47,10 @@ class Variant:
     """A config to compile.
 
     Attributes:
-      name: of `KNOWN`.
-      places: what the transformer works on, in words.
-      config: the config.
-      capacity: of the training step, where a schedule decides on it.
+      name: One of `KNOWN`.
+      places: Description of the token capacities, for display.
+      config: The config.
+      capacity: Capacity of the training step, if a schedule determines it; else None.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Variant:
 
 
 def default_names(config: config_dict.ConfigDict) -> list[str]:
-    """Dense and what the config says."""
+    """Names of the default variants: dense, and what the config describes."""
     if config.model.name not in registry.MIXED_SCALE:
         return [DENSE, REDUCED] if configs.build_model(config).reductions else [DENSE]
     return [DENSE, config.model.get("layout", "slots")]
@@ -68,20 +69,20 @@ def default_names(config: config_dict.ConfigDict) -> list[str]:
 def variant(
     config: config_dict.ConfigDict, name: str, *, batch_size: int, chips: int, sizes: Sizes
 ) -> Variant:
-    """Returns a config's variant of that name; a layout that the config itself has stays as it is.
+    """Returns a config's variant by name; the layout that the config itself has is left unchanged.
 
     Args:
-      config: resolved.
+      config: Resolved config.
       name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one
-        of `LAYOUTS`, 'alternatives' (the training step in the trimmed layout that carries what a
-        gate learns from, where 'trimmed' is one of the other steps), or 'ladder', budgets of
-        several sizes.
-      batch_size: global.
-      chips: that the batch is spread over.
-      sizes: of the layouts.
+        of `LAYOUTS`, 'ladder' (several bucket capacities), or 'alternatives' (the training step of
+        the trimmed layout that computes what the gate learns from; 'trimmed' is one of the other
+        steps).
+      batch_size: Global batch size.
+      chips: Number of chips that the batch is spread over.
+      sizes: Numbers of tokens to size the layouts for.
 
     Raises:
-      UserError: unknown name, or the model has no layouts.
+      UserError: The name is unknown, or the model has no layouts.
     """
     if name not in KNOWN:
         raise UserError(
@@ -113,7 +114,7 @@ def variant(
 
 
 def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:
-    """One of the two kinds of steps of a run whose budgets have settled."""
+    """One of the two kinds of training steps of a run, with settled capacities."""
     rows, columns = configs.build_model(config).gate_grid
     schedule = CapacitySchedule.start(config.capacity, regions=rows * columns, images=1)
     schedule.budgets = (sizes.tokens,)
@@ -124,7 +125,7 @@ def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Varia
 
 
 def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-    """Returns a copy that leaves a learned gate as it is: budgets and rows do not train one."""
+    """Returns a copy that freezes a learned gate, which "budget" and "rows" cannot train."""
     made = config.copy_and_resolve_references()
     learned = made.model.name in registry.MIXED_SCALE and made.model.get("gate", "mlp") == "mlp"
     if learned and "gate" not in made.optimizer.freeze:
@@ -134,7 +135,7 @@ def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
 
 def _to_dense(config: config_dict.ConfigDict) -> str:
-    """Turns a config into that of its model's backbone."""
+    """Turns a config into that of the dense model; returns a description of its tokens."""
     taken = {"name"} | registry.dense_options(config.model.name)
     config.model.name = registry.dense_model(config.model.name)
     for key in set(config.model) - taken:
@@ -143,7 +144,7 @@ def _to_dense(config: config_dict.ConfigDict) -> str:
 
 
 def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, sizes: Sizes) -> str:
-    """Sets a layout's sizes for `images` images on each chip and says them."""
+    """Sets a layout's sizes for `images` images per chip; returns a description of them."""
     options = config.model
     if name == "slots":
         return "whole grid"
@@ -172,7 +173,7 @@ def _forget_layout(config: config_dict.ConfigDict) -> None:
 
 
 def draw_counts(model: registry.MSViT, images: int, sizes: Sizes) -> np.ndarray:
-    """Active patch tokens of a batch of images, ascending: a normal distribution's quantiles."""
+    """Active patch tokens of a batch of images, in ascending order: normal quantiles."""
     rows, columns = model.gate_grid
     regions = rows * columns
     normal = statistics.NormalDist(sizes.tokens, max(sizes.spread, 1e-9))
@@ -182,7 +183,7 @@ def draw_counts(model: registry.MSViT, images: int, sizes: Sizes) -> np.ndarray:
 
 
 def rows_needed(lengths: Sequence[int] | np.ndarray, width: int) -> int:
-    """Rows of a width that images of those lengths are packed into."""
+    """Number of rows of a given width that images of given lengths are packed into."""
     count = len(lengths)
     runs = packing.rows(jnp.asarray(lengths)[None], count, width)
     return int(jnp.where(runs.fits, runs.start // width, 0).max()) + 1

@@ -1,6 +1,6 @@
-"""Dense against dynamic, side by side: what the tokens that are saved give in time.
+"""Compares the speed of a model with dynamic token counts and of its dense counterpart.
 
-`run` measures; `python -m msvit_jax.benchmark --help` is the command.
+The function is `run`; the command is `python -m msvit_jax.benchmark`.
 """
 
 from msvit_jax import extras

@@ -1,24 +1,26 @@
-"""Images per second, dense against dynamic, and what of the saved arithmetic becomes time.
+"""Measures images per second of a dense and a dynamic model, and the time saved per MAC saved.
 
     python -m msvit_jax.benchmark --batch=1,32,128 [--model=msvit_deit_small_patch16_224]
         [--tokens=128 --spread=30] [--layouts=slots,budget,rows] [--dtype=bfloat16]
         [--rounds=10] [--set=width=64 --set=depth=4] [--train]
 
-A model and the dense model it is built over run in one process, in turns, warm. Weights
-and images are random, and the numbers of active tokens are forced: drawn with the given mean and
-spread; the gate runs all the same. A layout's sizes are chosen so that everything fits. At batch 1
-there are 16 images with different counts, one after the other, one program for each 8 tokens. With
---tokens=196 --spread=0 everything is fine, and what remains is the price of being able to choose.
+A model and its dense counterpart run in one process, interleaved and after a warmup. Weights and
+images are random. The numbers of active tokens are not the gate's: they are drawn with the given
+mean and spread, but the gate still runs. A layout's sizes are chosen so that everything fits. At
+batch 1 there are 16 images with different counts, run one after the other, with token capacities
+in multiples of 8. With --tokens=196 --spread=0 all regions are fine, which shows the overhead of
+the gate and the layouts.
 
-A model whose layers reduce tokens and that has no gate (mergence_..., or any with
---set=reducer=...) has one dynamic side, "reduced".
+A model without a gate whose layers reduce tokens (mergence_..., or any with --set=reducer=...) has
+a single dynamic case, "reduced".
 
-With --train it is the step that train.py runs, by default in the layouts slots and trimmed:
-forward, backward, optimiser and the gate's loss. In budget and rows the gate is frozen.
+With --train the training step of train.py is measured, by default in the layouts slots and trimmed:
+forward, backward, optimizer and the gate's loss. In budget and rows the gate is frozen.
 
-A table, then one JSON object as the last line: machine, versions, commit, and under "records" one
-record for each batch and layout. `speedup` is the median of the ratios of pairs, dense / dynamic;
-`mac_ratio` that of the analytic multiply-accumulates; `realised` = speedup / mac_ratio.
+Prints a table, then one JSON object as the last line: machine, versions, commit, and under
+"records" one record for each batch and layout. `speedup` is the median ratio of paired times, dense
+/ dynamic; `mac_ratio` is the ratio of analytic multiply-accumulates; `realised` = speedup /
+mac_ratio.
 """
 
 import json
@@ -55,7 +57,7 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
+    """Runs the benchmark and prints its results."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)

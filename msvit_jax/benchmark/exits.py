@@ -1,12 +1,12 @@
-"""What of a cascade's early exits becomes time.
+"""Measures the time that a cascade's early exits save.
 
     python -m msvit_jax.benchmark.exits [--model=dvt_deit_small] [--batch=32] [--images=256]
         [--shares=0.5,0.3,0.2] [--rounds=5] [--set=width=64 --set=depth=4]
 
-Three Predictors answer the same random images in turns, with random weights: the cascade with
-thresholds by which given shares of the images leave at each exit, the same cascade run to its last
-exit, and the dense backbone. A table, then one JSON object as the last line; `realised` is the
-speed-up over what the multiply-accumulates promise.
+Three Predictors run interleaved on the same random images, with random weights: the cascade with
+thresholds at which given shares of the images leave at each exit, the same cascade run to its last
+exit, and the dense backbone. Prints a table, then one JSON object as the last line; `realised` is
+the speed-up divided by the ratio of multiply-accumulates.
 """
 
 import json
@@ -51,19 +51,19 @@ def measure(
     overrides: dict[str, Any],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Measures; one record for each side and, of "exits", for each of the others.
+    """Measures all cases; returns a record for each, and for "exits" one per comparison.
 
     Args:
-      model: a cascade's name.
-      batch: images of a call of a compiled program.
-      images: that are answered in each round.
-      shares: of the images that leave at each exit.
-      rounds: how often, after two to warm up.
-      overrides: attributes of the cascade; the dense model takes those that it has.
-      seed: of weights and images.
+      model: Name of a cascade.
+      batch: Number of images of a call of a compiled program.
+      images: Number of images answered in each round.
+      shares: Share of the images that leaves at each exit.
+      rounds: Number of measured rounds, after one warmup round.
+      overrides: Attributes of the cascade; the dense model takes those that it has.
+      seed: Seed of the weights and images.
 
     Raises:
-      UserError: no cascade, or shares that do not fit its exits.
+      UserError: The model is not a cascade, or the shares do not fit its exits.
     """
     if model not in registry.CASCADES:
         raise UserError(f"{model!r} is no cascade; there are {', '.join(registry.CASCADES)}.")
@@ -123,7 +123,7 @@ def _random(model: Any, seed: int) -> Any:
 def _timed(predictor: Predictor, pixels: np.ndarray) -> Callable[[], float]:
     def call() -> float:
         start = time.perf_counter()
-        predictor(pixels)  # its answers are on the host
+        predictor(pixels)  # returns once its answers are in CPU memory
         return time.perf_counter() - start
 
     return call
@@ -137,7 +137,7 @@ def _overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
+    """Runs the benchmark and prints its results."""
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Decisions forced on a model, so that random weights show what trained ones would cost."""
+"""Forces decisions on a model, so that random weights cost as much as trained ones would."""
 
 import numpy as np
 
@@ -11,23 +11,23 @@ _MORE = grid.REGION**2 - 1  # tokens that a fine region has more than a coarse o
 def token_counts(
     images: int, regions: int, *, tokens: float, spread: float, seed: int = 0
 ) -> np.ndarray:
-    """Draws how many patch tokens are active in each image.
+    """Draws the number of active patch tokens of each image.
 
-    Normally distributed, clipped and rounded to what a grid can give (one token for a coarse
-    region, four for a fine one), then changed by single regions until the mean is right.
+    Counts are normally distributed, clipped and rounded to what a grid allows (one token for a
+    coarse region, four for a fine one), then adjusted by single regions until the mean is right.
 
     Args:
-      images: number of counts.
-      regions: of an image.
-      tokens: mean.
-      spread: standard deviation, before clipping.
-      seed: of the random numbers.
+      images: Number of images.
+      regions: Number of regions of an image.
+      tokens: Mean number of active patch tokens.
+      spread: Standard deviation before clipping.
+      seed: Seed of the random numbers.
 
     Returns:
-      [images] int, whose mean is as near to `tokens` as whole regions allow.
+      [images] int, token counts; their mean is as close to `tokens` as whole regions allow.
 
     Raises:
-      UserError: a mean that the grid cannot give, or a negative spread.
+      UserError: The grid does not allow such a mean, or the spread is negative.
     """
     most = regions * grid.REGION**2
     if not regions <= tokens <= most:
@@ -52,12 +52,12 @@ def decisions(counts: np.ndarray, regions: int, seed: int = 0) -> np.ndarray:
     """Chooses at random which regions are fine.
 
     Args:
-      counts: [...] active patch tokens, as `token_counts` gives them.
-      regions: of an image.
-      seed: of the random numbers.
+      counts: [...], numbers of active patch tokens, from `token_counts`.
+      regions: Number of regions of an image.
+      seed: Seed of the random numbers.
 
     Returns:
-      [..., regions] float32, 1 = coarse.
+      [..., regions] float32, 1 for coarse regions.
     """
     fine = (np.asarray(counts) - regions) // _MORE
     order = np.random.default_rng(seed).random((*fine.shape, regions)).argsort(axis=-1)

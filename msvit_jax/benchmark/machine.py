@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, devices, versions, commit."""
+"""Describes what a measurement was made on: processor, devices, versions, commit."""
 
 import importlib.metadata
 import os
@@ -14,10 +14,10 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def describe() -> dict[str, Any]:
-    """What a figure needs to be compared with another, ready for JSON.
+    """Describes the conditions of a measurement, ready for JSON.
 
-    `load` is the machine's, over the last minute: call this before measuring, and a load well above
-    0 says that something else was running.
+    `load` is the machine's average over the last minute. If this is called before measuring, a load
+    well above 0 means that something else was running.
     """
     devices = jax.devices()
     return {
@@ -49,7 +49,7 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it."""
+    """Name of the processor, if the system provides it."""
     about = pathlib.Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -57,7 +57,7 @@ def processor() -> str:
 
 
 def commit(root: pathlib.Path = _ROOT) -> str | None:
-    """The commit that the code was read from, "-dirty" if it was changed; None: not a checkout."""
+    """The checked-out commit, with "-dirty" if files were changed; None if not in a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -66,7 +66,7 @@ def commit(root: pathlib.Path = _ROOT) -> str | None:
 
     try:
         if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # installed inside somebody else's repository
+            return None  # installed inside another repository
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""What to measure, and the models that it is measured on."""
+"""Options of a benchmark, and the models that it measures."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from msvit_jax.models import registry
 from msvit_jax.models.registry import MIXED_SCALE, model_options
 
 DENSE = "dense"
-REDUCED = "reduced"  # of a model without a gate, whose layers reduce tokens
+REDUCED = "reduced"  # for a model without a gate whose layers reduce tokens
 LAYOUTS = {
     "forward": ("slots", "budget", "rows"),
     "train": ("slots", "trimmed", "budget", "rows"),
 }
-# In training these give a gate no gradient: they are for gates that are frozen.
+# In training these layouts give the gate no gradient, so it must be frozen.
 FROZEN_GATE = ("budget", "rows")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,24 +28,24 @@ class Options:
     """What to measure.
 
     Attributes:
-      model: a mixed-scale model's name, or one whose layers reduce tokens; the plain model under
-        it is the dense side.
-      batches: batch sizes.
-      layouts: of the dynamic sides; only "reduced" for a model without a gate.
-      train: whether training steps are measured, not forward passes.
-      dtype: of the computation.
-      tokens: mean of the forced numbers of active patch tokens.
-      spread: their standard deviation.
-      rounds: how often everything is measured.
-      overrides: attributes of both models, 'key=value'; the dense one takes those that it has,
-        but for those that reduce tokens.
-      budget: instead of the ladder that the counts give ("budget", "trimmed").
-      rows: instead of the number that the counts give ("rows").
-      row_width: instead of the cheapest ("rows").
-      seed: of token counts and decisions.
+      model: Name of a model with a gate or with layers that reduce tokens; its plain model is the
+        dense case.
+      batches: Batch sizes.
+      layouts: Layouts of the dynamic cases; only "reduced" for a model without a gate.
+      train: Whether training steps are measured instead of forward passes.
+      dtype: Type of the computation.
+      tokens: Mean of the forced numbers of active patch tokens.
+      spread: Standard deviation of these numbers.
+      rounds: Number of measured rounds.
+      overrides: Attributes of both models, as 'key=value'. The dense model takes those that it has,
+        except those that reduce tokens.
+      budget: Bucket capacities for "budget" and "trimmed"; None: chosen from the token counts.
+      rows: Number of rows for "rows"; None: chosen from the token counts.
+      row_width: Tokens per row for "rows"; None: the cheapest.
+      seed: Seed of token counts and decisions.
 
     Raises:
-      UserError: a value that is not possible.
+      UserError: A value is not possible.
     """
 
     model: str
@@ -88,24 +88,24 @@ class Options:
 
     @property
     def dense(self) -> str:
-        """The dense model's name."""
+        """Name of the dense model."""
         return registry.dense_model(self.model)
 
     @property
     def gated(self) -> bool:
-        """Whether the model has a gate, and with it layouts."""
+        """Whether the model has a gate, and therefore layouts."""
         return self.model in MIXED_SCALE
 
 
 def make_config(
     options: Options, attributes: Mapping[str, Any] | None = None, *, dense: bool = False
 ) -> config_dict.ConfigDict:
-    """The training config of a side; forward passes take their model from it, too.
+    """The training config of a case; forward passes use its model as well.
 
     Args:
-      options: what to measure.
-      attributes: the layout's.
-      dense: whether it is the dense side's.
+      options: Options of the benchmark.
+      attributes: Model attributes of the layout.
+      dense: Whether the config is for the dense case.
     """
     config = configs.base()
     config.model = {"name": options.dense if dense else options.model}
@@ -128,5 +128,5 @@ def make_config(
 def build(
     options: Options, attributes: Mapping[str, Any] | None = None, *, dense: bool = False
 ) -> nn.Module:
-    """A side's model; `attributes` are its layout's."""
+    """Builds the model of a case; `attributes` are those of its layout."""
     return configs.build_model(make_config(options, attributes, dense=dense))

@@ -1,4 +1,4 @@
-"""Measurements as records, and as a table for people."""
+"""Reports measurements as records and as a table."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from msvit_jax.benchmark.sides import Case, draw, forward_sides
 from msvit_jax.benchmark.training import train_sides
 from msvit_jax.benchmark.turns import spread, time_interleaved
 
-# What a table for people shows: heading, width, key in the record, and how it is written.
+# Columns of the table: heading, width, key in the record, and format.
 _COLUMNS = (
     ("batch", 6, "batch", "d"),
     ("layout", 14, "layout", "s"),
@@ -27,15 +27,15 @@ _COLUMNS = (
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measures everything that the options ask for, and prints a table on the way.
+    """Measures everything that the options ask for and prints a table meanwhile.
 
     Returns:
-      The machine, versions and commit, and under "records" one record for each batch and layout,
-      the dense side first; ready for JSON. Multiply-accumulates are those of a forward pass; a
-      training step does about three times as many, on every side alike.
+      Machine, versions and commit, and under "records" one record for each batch and layout, the
+      dense case first; ready for JSON. Multiply-accumulates are those of a forward pass; a training
+      step needs about three times as many in every case.
 
     Raises:
-      UserError: something that the model or the machine cannot do.
+      UserError: The model or the machine does not support the options.
     """
     about = machine.describe()
     print_headings()
@@ -63,14 +63,14 @@ def measure(options: Options, batch: int) -> list[dict[str, Any]]:
 def record(
     options: Options, side: Case, dense: Case, seconds: np.ndarray, dense_seconds: np.ndarray
 ) -> dict[str, Any]:
-    """What was measured of a side.
+    """The record of a case's measurement.
 
     Args:
-      options: what was to be measured.
-      side: what was measured.
-      dense: the side that it is compared with.
-      seconds: [rounds] of the side.
-      dense_seconds: [rounds] of the other one, pair by pair.
+      options: Options of the benchmark.
+      side: Case that was measured.
+      dense: Dense case that it is compared with.
+      seconds: [rounds], seconds per round of the case.
+      dense_seconds: [rounds], seconds of the dense case in the same rounds.
     """
     speedup = spread("speedup", dense_seconds / seconds)
     mac_ratio = float(dense.macs.mean() / side.macs.mean())
@@ -102,7 +102,7 @@ def record(
 
 
 def _distinct(side: Case) -> list[dict[str, Any]]:
-    """The sizes that a side's programs were compiled for; none for dense and slots."""
+    """The sizes that a case's programs were compiled for; empty for dense and slots."""
     given = {tuple(size.attributes.items()) for size in side.sizes}
     plain = [{k: v for k, v in sorted(each) if k != "layout"} for each in sorted(given)]
     return [sizes for sizes in plain if sizes]
@@ -114,7 +114,7 @@ def print_headings() -> None:
 
 
 def print_row(record: dict[str, Any]) -> None:
-    """Prints a record as a line of the table, with a dash for what it does not have."""
+    """Prints a record as a line of the table, with dashes for missing values."""
     cells = []
     for _, width, key, kind in _COLUMNS:
         value = record.get(key)

@@ -1,4 +1,4 @@
-"""The sides of a comparison: compiled programs, ready to be timed, and what they cost."""
+"""The cases of a comparison: compiled programs, ready to be timed, and their cost."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from msvit_jax.benchmark.sizes import Sizes, size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.errors import UserError
 
-SINGLES = 16  # images that take turns where the batch is one
+SINGLES = 16  # images that are run one after the other at batch 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Program:
     """A compiled function.
 
     Attributes:
-      run: takes the arguments.
-      compile_seconds: tracing, lowering and compilation.
-      memory_bytes: arguments, outputs and temporaries; None where the compiler does not tell.
+      run: The compiled function.
+      compile_seconds: Seconds for tracing, lowering and compilation.
+      memory_bytes: Bytes of arguments, outputs and temporaries; None if the compiler does not
+        report them.
     """
 
     run: Callable[..., Any]
@@ -37,17 +38,17 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One side of a comparison.
+    """One case of a comparison: the dense model, or a dynamic one in a layout.
 
     Attributes:
-      layout: "dense" or a layout.
-      model: its name.
-      calls: one for each batch.
-      programs: that the calls use.
-      sizes: of the layout, for each batch.
-      tokens: [n, B] active patch tokens.
-      macs: [n, B] multiply-accumulates of a forward pass.
-      unfit: share of the images that found no places.
+      layout: "dense" or the name of a layout.
+      model: Name of the model.
+      calls: Timed calls, one for each batch.
+      programs: Compiled programs that the calls use.
+      sizes: Sizes of the layout, for each batch.
+      tokens: [n, B], number of active patch tokens of each image.
+      macs: [n, B], multiply-accumulates of a forward pass for each image.
+      unfit: Share of the images that did not fit.
     """
 
     layout: str
@@ -62,13 +63,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What all sides are given.
+    """The inputs that all cases share.
 
     Attributes:
-      model: the model, in slots if it has layouts.
-      dense: the plain model under it.
-      counts: [n, B] active patch tokens, for n batches that are run one after the other.
-      coarse: [n, B, R] float32 decisions, 1 = coarse; None without a gate.
+      model: The dynamic model, in the slots layout if it has layouts.
+      dense: The plain model that it is built over.
+      counts: [n, B], number of active patch tokens of each image, for n batches that are run one
+        after the other.
+      coarse: [n, B, R] float32, decisions, 1 = coarse; None without a gate.
     """
 
     model: nn.Module
@@ -94,7 +96,7 @@ def compiled(function: Any, *arguments: Any) -> Program:
     """Compiles a jitted function for its arguments.
 
     Raises:
-      UserError: the model does not take them.
+      UserError: The model does not accept the arguments.
     """
     start = time.perf_counter()
     try:
@@ -114,7 +116,7 @@ def compiled(function: Any, *arguments: Any) -> Program:
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
-    """A call that waits for its result and returns its seconds."""
+    """Returns a call that waits for its result and returns its seconds."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -128,7 +130,7 @@ def forward_sides(options: Options, work: Work) -> list[Case]:
     """The dense model's and each layout's forward passes, with the same weights and images."""
     key = jax.random.key(options.seed)
     shape = (work.model.image_size, work.model.image_size, 3)
-    # Parameters are the same whatever computes attention; slots, which hide keys, want "auto".
+    # Parameters do not depend on the attention implementation; slots, which mask keys, need "auto".
     plain = build(options, {"attention_impl": "auto"})
     variables = jax.jit(plain.init)(key, jnp.zeros((1, *shape), jnp.float32))
     images = [
@@ -164,9 +166,9 @@ def _forward_side(
 
 
 def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
-    """A function of variables, images and forced decisions, if the model is not dense.
+    """Returns a function of variables, images and, unless the model is dense, forced decisions.
 
-    The gate decides nothing then, but its logits are returned, so that it is run.
+    The gate's decisions are not used then, but its logits are returned, so that it still runs.
     """
 
     def run(variables: Any, images: jax.Array, *coarse: jax.Array) -> dict[str, jax.Array]:
@@ -181,12 +183,12 @@ def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
 
 
 def side_name(layout: str, options: Options) -> str:
-    """The name of a side's model."""
+    """Name of a case's model."""
     return options.dense if layout == DENSE else options.model
 
 
 def check_fits(fits: jax.Array | None, size: Sizes) -> None:
-    """Raises UserError unless all images found their places."""
+    """Raises UserError unless all images fit."""
     if fits is not None and not (held := np.asarray(fits)).all():
         raise no_room(f"{(~held).sum()} of {held.size} images", size)
 
@@ -209,7 +211,7 @@ def make_side(
     sizes: list[Sizes],
     unfit: float = 0.0,
 ) -> Case:
-    """Puts a side together and counts its multiply-accumulates."""
+    """Assembles a case and counts its multiply-accumulates."""
     name, model, tokens = side_name(layout, options), work.model, work.counts
     if layout == DENSE:
         model = work.dense

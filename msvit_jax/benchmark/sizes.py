@@ -1,4 +1,4 @@
-"""Sizes of layouts for the token counts of a batch: everything fits, with little room left over."""
+"""Chooses sizes of layouts for a batch's token counts: everything fits, with little padding."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid, plan
 from msvit_jax.train import capacity_schedule
 
-_BUDGETS = 8  # different ones in a batch, at most
-_MULTIPLE = 8  # budgets and widths of rows are multiples of this,
-_BUCKET = 8  # and of this where each is a program of its own, at batch 1
-_SEEN = 8192  # images whose counts the trainer's schedule is shown
-_WIDTHS = np.arange(1.5, 4.01, 0.25)  # of rows that are tried, in mean lengths of an image
+_BUDGETS = 8  # most capacities in a batch
+_MULTIPLE = 8  # capacities and row widths are multiples of this
+_BUCKET = 8  # capacities at batch 1, each with its own program, are multiples of this
+_SEEN = 8192  # images whose counts the trainer's schedule observes
+_WIDTHS = np.arange(1.5, 4.01, 0.25)  # row widths to try, in multiples of an image's mean length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Sizes:
     """A layout's sizes for one batch.
 
     Attributes:
-      attributes: of the model.
-      places: tokens that are computed, for the whole batch.
-      active: of those, how many are active.
+      attributes: Attributes of the model that set the sizes.
+      places: Number of tokens computed for the whole batch, padding included.
+      active: Number of active tokens among them.
     """
 
     attributes: Mapping[str, Any]
@@ -38,19 +38,19 @@ class Sizes:
 
 
 def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Options) -> Sizes:
-    """Chooses a layout's sizes; those that the options give come first.
+    """Chooses a layout's sizes; sizes in the options take precedence.
 
-    "budget" and "rows" hold just what the counts need; "trimmed" gets what the trainer would use,
-    which does not know the next batch: a few images may find no places.
+    "budget" and "rows" are just large enough for the counts. "trimmed" gets the trainer's sizes,
+    which do not depend on the batch, so a few images may not fit.
 
     Args:
-      layout: "dense" or a layout.
-      model: the mixed-scale model.
-      counts: [B] active patch tokens.
-      options: may give sizes.
+      layout: "dense" or the name of a layout.
+      model: The dynamic model.
+      counts: [B], number of active patch tokens of each image.
+      options: Options of the benchmark, which may set sizes.
 
     Raises:
-      UserError: the given sizes are not possible.
+      UserError: The given sizes are not possible.
     """
     batch, active = counts.size, int(counts.sum())
     if layout == REDUCED:
@@ -59,7 +59,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     if layout == DENSE:
         return Sizes({}, batch * most, batch * most)
     if layout == "slots":
-        # A gate learns from both scales of every region.
+        # To train a gate, both scales of every region are computed.
         carried = model.most_places if options.train and model.gate == "mlp" else most
         return Sizes({"layout": layout}, batch * carried, active)
     if layout == "rows":
@@ -82,7 +82,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
 
 
 def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedule.CapacitySchedule:
-    """The trainer's schedule of budgets where it arrives when counts are spread like this."""
+    """The trainer's capacity schedule after it has adapted to counts of this distribution."""
     most = (model.image_size // model.patch_size) ** 2
     regions = most // grid.REGION**2
     seen = forced.token_counts(

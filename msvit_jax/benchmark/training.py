@@ -1,4 +1,4 @@
-"""Training steps as sides: the step that train.py runs, without its input pipeline."""
+"""Training steps as cases: the step that train.py runs, without its input pipeline."""
 
 import dataclasses
 import time
@@ -20,7 +20,8 @@ from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import Program
 from msvit_jax.train.state import TrainState
 
-_STEPS, _STEPS_PER_EPOCH = 1000, 100.0  # of the learning rate's schedule: no matter
+# Of the learning rate's schedule; they do not affect the timing.
+_STEPS, _STEPS_PER_EPOCH = 1000, 100.0
 
 
 def train_sides(options: Options, work: Work) -> list[Case]:
@@ -77,7 +78,7 @@ def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
 def _stepping(
     cycle: Sequence[Callable[..., Any]], state: TrainState, batch: dict[str, jax.Array]
 ) -> Timed:
-    """A call that takes the next steps, one of each kind, and returns the seconds of one."""
+    """Returns a call that runs the next steps, one of each kind, and returns their mean seconds."""
 
     def once() -> float:
         nonlocal state

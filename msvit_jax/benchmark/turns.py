@@ -1,4 +1,4 @@
-"""Taking turns: sides are measured in alternation, and compared pair by pair."""
+"""Interleaved measurement: cases are timed alternately and compared in pairs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,18 +9,19 @@ Timed = Callable[[], float]  # runs once and returns its seconds
 
 
 def time_interleaved(sides: Sequence[Sequence[Timed]], rounds: int, warmup: int = 2) -> np.ndarray:
-    """Runs all sides in alternation, so that what the machine does besides meets all alike.
+    """Runs all cases interleaved, so that background load affects all equally.
 
-    A side is a list of calls, one for each batch; all sides have as many. Each call of one side is
-    followed by that call of the next; which side begins changes from round to round.
+    A case is a list of calls, one for each batch; all cases have the same number of calls. The
+    first call of every case runs, then the second of every case, and so on. The case that runs
+    first changes from round to round.
 
     Args:
-      sides: calls that return their seconds.
-      rounds: how often everything is run.
-      warmup: rounds before those, not counted.
+      sides: Cases, each a list of calls that return their seconds.
+      rounds: Number of measured rounds.
+      warmup: Number of rounds before those, which are not counted.
 
     Returns:
-      [rounds, sides] seconds, all calls of a side together.
+      [rounds, cases], seconds of all calls of a case together.
     """
     times = np.zeros((rounds + warmup, len(sides)))
     for turn in range(rounds + warmup):
@@ -31,6 +32,6 @@ def time_interleaved(sides: Sequence[Sequence[Timed]], rounds: int, warmup: int 
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Median, quartiles and range, named after what they are of."""
+    """Median, quartiles and range of values, under keys that begin with `name`."""
     least, first, middle, third, most = (float(x) for x in np.percentile(values, range(0, 101, 25)))
     return {name: middle, f"{name}_quartiles": [first, third], f"{name}_range": [least, most]}

@@ -199,7 +199,7 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
     to_canvas = to_canvas @ np.diag([size * aspect, size / aspect]) / 8
     to_scan = np.linalg.inv(to_canvas)
 
-    padded = np.pad(ink, 2).astype(np.float32)  # soft edges for strokes that touch the scan's border
+    padded = np.pad(ink, 2).astype(np.float32)  # soft edges for strokes at the scan's border
     offset = 6.0 - to_scan @ centre
     scan = Image.fromarray(padded).transform(
         (config.canvas, config.canvas),

@@ -101,7 +101,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
     Args:
       source: Model and parameters.
       directory: Path of the directory to create.
-      options: How the model is compiled.
+      options: Options of the compiled functions.
 
     Raises:
       UserError: Options do not fit the model, or flatbuffers is not installed.

@@ -125,7 +125,9 @@ class Model:
     ) -> dict[str, np.ndarray]:
         last = len(self._functions) - 1
         waiting: list[list[tuple[int, Any]]] = [[(i, None) for i in range(len(images))]]
-        waiting += [[] for _ in range(last)]  # images that wait for each stage: number, handed on
+        waiting += [
+            [] for _ in range(last)
+        ]  # per stage, waiting images: number, and arrays of the previous stage
         logits: list[Any] = [None] * len(images)
         exits = np.zeros(len(images), np.int32)
         while any(waiting):

@@ -90,7 +90,7 @@ def open_images(images: Images, how: Reading) -> Source:
     Args:
       images: An array [N, H, W, 3] or a sequence of [H, W, 3] arrays: uint8 of 0 to 255, or floats
         that are already normalized; or one or several paths of files.
-      how: How images are read.
+      how: Size, crop and error handling.
 
     Raises:
       UserError: There are no images, they have a wrong shape, size or type, NaN pixels or floats

@@ -129,7 +129,7 @@ class Predictor:
       class_names: Names of the classes; empty if they are not known.
       crop: Share of the short side of image files that is kept.
       exif_orientation: Whether image files are rotated upright by their EXIF data.
-      report: How the parameters of a weights file were used; None otherwise.
+      report: Report on how the parameters of a weights file were used; None otherwise.
     """
 
     report: Report | None = None

@@ -257,7 +257,7 @@ def _thresholds_for(
 ) -> tuple[float, ...]:
     """Thresholds at which given shares of the remaining images leave at each exit.
 
-    At the last exit but one more images leave than `leaving` says if that keeps within `most`.
+    At the last exit but one, more images than `leaving` gives leave if `most` requires it.
 
     Args:
       certain: [n, stages], certainty of every exit.

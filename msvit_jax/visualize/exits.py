@@ -68,7 +68,7 @@ def draw_run(
 def strips(
     examples: Sequence[Example], predictions: Predictions, tokens: np.ndarray, count: int
 ) -> list[Strip]:
-    """A strip for each exit: images that left there, in descending order of certainty.
+    """A strip for each exit: images that left there, from the most to the least certain.
 
     Args:
       examples: Images.

@@ -24,11 +24,11 @@ _FINE_LINE = (255, 221, 51)
 _COARSE_LINE = (112, 112, 112)
 _HOST_LINE = _FINE_LINE
 _GROUP_LINE = (150, 150, 150)
-_DROPPED = 0.12  # brightness factor of dropped patches, which stay faintly visible
+_DROPPED = 0.12  # brightness factor of dropped patches; they stay faintly visible
 
 
 def enlarge(image: Picture, scale: int | None = None) -> Picture:
-    """Repeats every pixel `scale` times in both directions; None: to a short side of 256 or more."""
+    """Repeats every pixel `scale` times in both directions; None: to at least 256."""
     _check_image(image)
     factor = scale or math.ceil(MIN_SIDE / min(image.shape[:2]))
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -132,6 +132,6 @@ def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Pi
 
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
-    """matplotlib's own font: the same on every machine, with more characters than Latin-1."""
+    """The font of matplotlib: the same on every machine, with more characters than Latin-1."""
     path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(str(path), 14)

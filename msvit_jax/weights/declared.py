@@ -415,7 +415,7 @@ def _settings(found: Declared, values: Mapping[str, Any]) -> None:
         where = f"the {prefix.rstrip('.')} beside the tensors"
         _named(found, given.get("model") or given.get("arch"), where)
         _timm_pixels(found, given, where)
-        # timm's training script hands model_kwargs to the model.
+        # timm's training script passes model_kwargs to the model.
         arguments = {
             name.removeprefix(start): value
             for start in ("", "model_kwargs.", "model.")
@@ -471,7 +471,7 @@ def build(found: Declared, seen: Mapping[str, Any]) -> Any:
     """Builds the model of a source that describes it sufficiently.
 
     Args:
-      found: What the source states.
+      found: Statements of the source.
       seen: Attributes inferred from the arrays, and the defaults of the source's project.
 
     Raises:

@@ -105,7 +105,7 @@ class Loaded:
     Attributes:
       model: The model, with the options that the source states.
       params: Parameters of the model.
-      report: How each parameter was used, and which options were adopted.
+      report: Report on how each parameter was used and which options were adopted.
       class_names: Names of the classes, in the order of the labels; empty if the source has none.
       crop: Share of an image's short side used in evaluation; None if the source does not state it.
       exif_orientation: Whether images are rotated upright by their EXIF data; None if the source
