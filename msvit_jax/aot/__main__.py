@@ -39,7 +39,7 @@ CLASSES = 1000  # if neither config nor data set states the number
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compiles all variants asked for."""
+    """Compiles all requested variants and prints the results."""
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; keys are written --config.key=value.")
     topology.without_a_tpu()

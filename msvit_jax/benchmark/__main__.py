@@ -7,9 +7,9 @@
 A model and its dense counterpart run in one process, interleaved and after a warmup. Weights and
 images are random. The numbers of active tokens are not the gate's: they are drawn with the given
 mean and spread, but the gate still runs. A layout's sizes are chosen so that everything fits. At
-batch 1 there are 16 images with different counts, run one after the other, with token capacities
-in multiples of 8. With --tokens=196 --spread=0 all regions are fine, which shows the overhead of
-the gate and the layouts.
+batch 1 there are 16 images with different counts, run one after the other, with one program for
+each token capacity (a multiple of 8). With --tokens=196 --spread=0 all regions are fine, which
+shows the overhead of the gate and the layouts.
 
 A model without a gate whose layers reduce tokens (mergence_..., or any with --set=reducer=...) has
 a single dynamic case, "reduced".

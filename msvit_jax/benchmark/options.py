@@ -83,7 +83,7 @@ class Options:
 
     @property
     def what(self) -> str:
-        """'forward' or 'train'."""
+        """What is measured: 'forward' or 'train'."""
         return "train" if self.train else "forward"
 
     @property

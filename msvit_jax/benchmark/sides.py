@@ -194,7 +194,7 @@ def check_fits(fits: jax.Array | None, size: Sizes) -> None:
 
 
 def no_room(images: str, size: Sizes) -> UserError:
-    """The error that images do not fit the sizes."""
+    """The error for images that do not fit the sizes."""
     given = ", ".join(f"{key}={value}" for key, value in size.attributes.items())
     return UserError(
         f"{images} do not fit {given}; give more places, or leave the sizes to be chosen from the "

@@ -48,7 +48,7 @@ def random_box(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Box:
-    """Draws the box of a random resized crop (Szegedy et al. 2015, as torchvision does it).
+    """Draws the box of a random resized crop (Szegedy et al. 2015, as in torchvision).
 
     Args:
         width: Width of the image in pixels.

@@ -55,7 +55,7 @@ _BATCH = "b"  # name of the batch dimension in the functions' shapes
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model is compiled.
+    """Options of compiled functions.
 
     Attributes:
       layout: Layout of a model with a gate, one of `LAYOUTS`; None: slots.
@@ -90,7 +90,7 @@ class Function:
     inputs: dict[str, Any]
 
     def exported(self) -> export.Exported:
-        """The function for all platforms."""
+        """Exports the function for all platforms."""
         make = export.export(jax.jit(self.call), platforms=PLATFORMS)
         return make(self.params, *self.inputs.values())
 

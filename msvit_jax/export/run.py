@@ -125,9 +125,7 @@ class Model:
     ) -> dict[str, np.ndarray]:
         last = len(self._functions) - 1
         waiting: list[list[tuple[int, Any]]] = [[(i, None) for i in range(len(images))]]
-        waiting += [
-            [] for _ in range(last)
-        ]  # per stage, waiting images: number, and arrays of the previous stage
+        waiting += [[] for _ in range(last)]  # per stage: images and arrays of the stage before
         logits: list[Any] = [None] * len(images)
         exits = np.zeros(len(images), np.int32)
         while any(waiting):

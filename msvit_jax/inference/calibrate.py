@@ -7,7 +7,7 @@ import numpy as np
 from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid
 
-_EXTRA = grid.REGION**2 - 1  # tokens that a fine region has more than a coarse one
+_EXTRA = grid.REGION**2 - 1  # additional tokens of a fine region compared with a coarse one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from msvit_jax.inference.images import Source
 from msvit_jax.inference.programs import Programs
 from msvit_jax.models.dvt import Exit
 
-_ON_THE_WAY = 2  # calls given to the devices before the answers of the first are read
+_ON_THE_WAY = 2  # calls in flight before the answers of the oldest are read
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class CascadeJob:
     def __init__(
         self, programs: Programs, stages: int, thresholds: Sequence[float], count: int
     ) -> None:
-        """Starts without images.
+        """Creates a job without images.
 
         Args:
           programs: Programs of the model.

@@ -25,7 +25,7 @@ _NORMALIZED_MOST = 4  # pixels beyond this multiple of the greatest normalized v
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Images of one size and type.
+    """A source of images of one size and type.
 
     Attributes:
       count: Number of images.
@@ -63,7 +63,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How images are read.
+    """Settings for reading images.
 
     Attributes:
       size: Side S of the model's images; arrays must have this size, files are cropped and resized

@@ -15,7 +15,7 @@ from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
 from msvit_jax.models.output import Features
 from msvit_jax.tokens import grid
 
-_ON_THE_WAY = 2  # calls given to the devices before the answers of the first are read
+_ON_THE_WAY = 2  # calls in flight before the answers of the oldest are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Job:
     """The images of one call: waiting ones, running ones, and the answers."""
 
     def __init__(self, programs: Programs, policy: Policy, count: int) -> None:
-        """Starts without images.
+        """Creates a job without images.
 
         Args:
           programs: Programs of the model.

@@ -151,7 +151,7 @@ class Predictor:
         mesh: Mesh | None = None,
         max_programs: int = 24,
     ) -> None:
-        """Prepares; programs are compiled when they are first needed, or by `warm_up`.
+        """Sets up the predictor; programs are compiled on first use, or by `warm_up`.
 
         Args:
           model: A model of the registry.
@@ -242,7 +242,7 @@ class Predictor:
             raise UserError(f"There is no weights file or workdir {str(path)!r}.")
         if model is not None:
             raise UserError("model= is for weights files; a run says itself what its model is.")
-        step = str(checkpoint.find_step(path, which))  # once: a run may go on and get a better one
+        step = str(checkpoint.find_step(path, which))  # resolved once: a run may still be improving
         run = checkpoint.load_run(path, step)
         about = checkpoint.read_about(path, step)
         known = {

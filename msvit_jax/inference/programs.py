@@ -95,7 +95,7 @@ class Programs:
 
         Args:
           images: Images of uint8 pixels, which are normalized on the devices, or of float32.
-          places: Positions of the images in the batch. Other positions are padding.
+          places: Positions of the images in the batch; the pixels of other positions are zero.
         """
         placed = jax.device_put(self._batch_of(images, places), self._split)
         if placed.dtype != np.uint8:

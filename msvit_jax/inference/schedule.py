@@ -64,7 +64,7 @@ class Call:
 
 
 class Policy(Protocol):
-    """Decides what runs next."""
+    """Decides which images run next, and in which shape."""
 
     @property
     def shapes(self) -> Sequence[Shape]:
@@ -94,7 +94,7 @@ class Buckets:
         self._sizes = [shape.tokens for shape in shapes]
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
-        """See `Policy`."""
+        """Returns the next call; see `Policy`."""
         buckets: list[list[int]] = [[] for _ in self.shapes]
         for image, tokens in waiting.items():
             buckets[bisect.bisect_left(self._sizes, tokens)].append(image)
@@ -122,7 +122,7 @@ class Rows:
         self.shapes = shapes
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
-        """See `Policy`."""
+        """Returns the next call; see `Policy`."""
         batch = self.shapes[-1].batch
         if len(waiting) < batch and not last:
             return None
@@ -136,7 +136,7 @@ class Rows:
         return Call(shape, tuple(self._places(images, order)))
 
     def _places(self, images: Sequence[int], order: Sequence[Sequence[int]]) -> Iterator[int]:
-        """Yields the images of each group, then its padding, which needs no room in the rows."""
+        """Yields the images of each group, then its padding, for which rows may lack room."""
         for group in order:
             yield from (images[position] for position in group)
             yield from [PADDING] * (self.shapes[-1].batch // len(order) - len(group))
@@ -149,12 +149,12 @@ class Cheapest:
     """
 
     def __init__(self, buckets: Buckets, rows: Rows) -> None:
-        """Takes the two policies."""
+        """Combines two policies."""
         self._buckets, self._rows = buckets, rows
         self.shapes = (*rows.shapes, *buckets.shapes)
 
     def call(self, waiting: Waiting, *, last: bool) -> Call | None:
-        """See `Policy`."""
+        """Returns the next call; see `Policy`."""
         call = self._buckets.call(waiting, last=False)
         if call is not None or not last:
             return call
@@ -197,7 +197,7 @@ class Queue:
     """Images that wait to be run."""
 
     def __init__(self, policy: Policy) -> None:
-        """Starts empty."""
+        """Creates an empty queue."""
         self._policy = policy
         self._waiting: dict[int, int] = {}
         self._again: list[int] = []

@@ -17,7 +17,7 @@ _LANES = 128  # columns that accelerators compute at a time
 
 
 def has_gate(model: Any) -> bool:
-    """Whether the model's images have different numbers of tokens."""
+    """Whether a model has a gate, so that its images differ in their number of tokens."""
     return getattr(model, "gate_grid", None) is not None
 
 

@@ -38,7 +38,7 @@ _SMALL = (ml_dtypes.bfloat16, np.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
       arrays: Arrays by name; names of nested mappings are joined with '.'. PyTorch's tensors are
