@@ -140,7 +140,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
         weights = mask.weights.astype(jnp.float32)
         return _plain(query, key, value, weights, mask.bias, _size_bias(mask.sizes))
     if mask.segments is not None:
-        # Zero times NaN is NaN, so what empty positions hold is replaced, not just weighted by zero.
+        # Zero times NaN is NaN, so the contents of empty positions are replaced, not just hidden.
         empty = (mask.segments == NOBODY)[:, :, None, None]
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":

@@ -23,8 +23,8 @@ from msvit_jax.models.output import Output, also_empty
 from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
 
-# Operations that the paper's counter charges for each number that a layer norm outputs; it counts no
-# other element-wise operations.
+# Operations that the paper's counter charges for each number that a layer norm outputs; it counts
+# no other element-wise operations.
 PUBLISHED_NORM_COST = 5.0
 
 
@@ -91,7 +91,7 @@ class FeatureReuse(nn.Module):
 
 
 def _uniform(fan_in: int) -> Any:
-    """PyTorch's initializer of a convolution's weights and bias, which DVT keeps for these alone."""
+    """PyTorch's initializer of a convolution's weights and bias, which DVT keeps only here."""
     bound = fan_in**-0.5
     return lambda key, shape: nn.initializers.uniform(2 * bound)(key, shape, jnp.float32) - bound
 
@@ -162,7 +162,7 @@ class Reuse(nn.Module):
         return self.relation(handed.scores)
 
     def relation_of(self, layer: int, mixed: Array | None) -> Array | None:
-        """Returns a layer's bias r, prefix rows and columns kept as they are: [B, H, P + N, P + N]."""
+        """Returns a layer's bias r, resized except for the prefix: [B, H, P + N, P + N]."""
         if mixed is None:
             return None
         vit = self.backbone

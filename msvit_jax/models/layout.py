@@ -51,7 +51,7 @@ class Layout:
         """Checks sizes against a model.
 
         Args:
-          grid: Number of slots of an image.
+          grid: Largest number of patch tokens that an image can have.
           smallest: Least number of active patch tokens that an image can have.
           prefix: Number of class, distillation and register tokens.
 
