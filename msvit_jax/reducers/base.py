@@ -150,8 +150,8 @@ class KeepTable:
         if images == 1:
             kept = prefix + int(self.kept[length - prefix])
             return kept, length - kept
-        # `kept` lies between two lines of this slope, whose distances from slope * n are `over` and
-        # `under`; summed over the images of a row, only the lines' offsets depend on their number.
+        # An image keeps at most `over` tokens more than slope * its length, prefix included, and at
+        # most `under` patch tokens less; sums over the images of a row give the bounds.
         slope = self.kept[-1] / n[-1]
         over = float((self.kept - slope * n).max()) + prefix * (1 - slope)
         under = float((slope * n - self.kept).max())
@@ -388,7 +388,7 @@ def place(
     position = jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
     if order is not None:  # reorders within an image; images stay where they are
         position = position - position_in_image(tokens, kept) + order
-    # Inactive tokens follow the kept ones, so that every position holds a token; they stay inactive.
+    # Every position must hold a token: inactive ones, which stay inactive, follow the kept ones.
     last = kept.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
     behind = last + jnp.cumsum(~active, axis=1, dtype=jnp.int32)
     # Removed tokens get an index beyond the capacity, which stands for no position.

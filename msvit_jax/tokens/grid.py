@@ -91,7 +91,7 @@ def fill_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
 
 
 def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """Returns weights of slots, 0 for slots without a token: [B, R] -> [B, R, slots]; 1 for slot 0."""
+    """Returns 1 for slots that hold a token, else 0: [B, R] -> [B, R, slots]; slot 0 always does."""
     rest = 1 - is_coarse[:, :, None]
     return jnp.concatenate([jnp.ones_like(rest), jnp.repeat(rest, slots - 1, axis=2)], axis=2)
 
@@ -118,7 +118,7 @@ def both_scales(fine: Array, coarse: Array) -> Array:
 
 
 def both_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """Returns the weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
+    """Weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
     fine = jnp.repeat(1 - is_coarse[:, :, None], slots, axis=2)
     return jnp.concatenate([is_coarse[:, :, None], fine], axis=2)
 

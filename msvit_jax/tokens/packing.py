@@ -183,7 +183,7 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
 
 
 def _owners(start: Array, total: int) -> tuple[Array, Array]:
-    """Finds the last image that starts at or before each position, and where: [T], [T]; b for none."""
+    """Finds the last image to start at or before each position, and where: [T], [T]; b: none."""
     images = start.shape[0]
     # Images are marked at their first positions; each position takes the last mark before it.
     here = jnp.full((total,), images, jnp.int32)
