@@ -91,7 +91,7 @@ def fill_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
 
 
 def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """Returns 1 for slots that hold a token, else 0: [B, R] -> [B, R, slots]; slot 0 always does."""
+    """Returns 1 for slots with a token, else 0: [B, R] -> [B, R, slots]; slot 0 always has one."""
     rest = 1 - is_coarse[:, :, None]
     return jnp.concatenate([jnp.ones_like(rest), jnp.repeat(rest, slots - 1, axis=2)], axis=2)
 

@@ -28,7 +28,7 @@ def default_config() -> dict[str, Any]:
         "num_buckets": 8,  # length buckets of a device's share of the batch, each with a capacity
         "alternatives": 0.25,  # capacity for regions' alternatives, as a share of the grid's tokens
         "alternatives_every": 4,  # steps, one of which carries alternatives, with their gradient
-        "every_steps": 200,  # steps between changes to smaller capacities; to larger ones, 1/8 of it
+        "every_steps": 200,  # steps between changes to smaller capacities; to larger ones, 1/8
         "min_saving": 0.08,  # least share of capacity that new ones must save to be compiled
         "max_overflow": 0.02,  # share of images that do not fit above which capacities grow
         "max_recompiles": 8,  # changes of capacities in a run, each a compilation; then all tokens
@@ -145,7 +145,7 @@ class CapacitySchedule:
         self.unfit += float(unfit)
 
     def due(self, step: int) -> bool:
-        """Tells whether to look after this step: often, because a gate can move within few steps."""
+        """Tells whether to look after this step; often, because a gate can move in few steps."""
         every = self.options.every_steps
         return step % every == 0 or step % max(1, every // 8) == 0
 
@@ -187,7 +187,7 @@ class CapacitySchedule:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, so that a resumed run continues with these capacities."""
+        """Returns what a checkpoint keeps, so that a resumed run has the same capacities."""
         return {
             "budgets": list(self.budgets),
             "histogram": self.histogram.tolist(),

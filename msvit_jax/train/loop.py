@@ -162,7 +162,7 @@ class _Run:
         return self.program.fresh_state(loaded)
 
     def _check_classes(self, step: int) -> None:
-        """Raises UserError where a checkpoint was trained on other classes than the data has now."""
+        """Raises UserError where a checkpoint was trained on other classes than the data's."""
         names = self.checkpoints.about(step).get("class_names") or ()
         how = self.config.data.match_classes
         if labels.order(names, self.info.class_names, how, of="The run") is not None:
@@ -265,7 +265,7 @@ class _Run:
         return figures or evaluate(_weights(state)).figures
 
     def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """Returns the compiled step with the current capacities and keep rates, each compiled once."""
+        """Returns the step for the current capacities and keep rates, each compiled once."""
         step_capacity = None if self.capacity is None else self.capacity.at(step)
         rates = None if self.keep_rate is None else self.keep_rate.at(step)
         if (step_capacity, rates) not in self._compiled_steps:

@@ -84,7 +84,7 @@ def decays(name: str) -> bool:
 
 
 def frozen(name: str, patterns: tuple[str, ...]) -> bool:
-    """Tells whether a pattern matches the start of the path below 'model/', or of the whole path."""
+    """Tells whether a pattern matches the start of the path, with or without 'model/'."""
     short = name.removeprefix("model/")
     return any(re.match(p, short) or re.match(p, name) for p in patterns)
 

@@ -132,7 +132,7 @@ class _Claim:
                 raise self._refusal(self._read())
 
     def _lock(self) -> bool | None:
-        """Takes the kernel's lock and returns whether that worked; None where there are no locks."""
+        """Takes the kernel's lock and returns whether that worked; None where there is none."""
         while True:
             self.close()
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)

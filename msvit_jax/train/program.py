@@ -84,7 +84,7 @@ class Program:
     def jit_step(
         self, capacity: StepCapacity | None = None, rates: Rates | None = None
     ) -> jax.stages.Wrapped:
-        """Returns the jitted step (state, batch, teacher) -> (state, metrics); the state is donated.
+        """Jits the step (state, batch, teacher) -> (state, metrics); the state is donated.
 
         Args:
           capacity: Capacities of the trimmed layout and factor of the gate's gradient; None for the
