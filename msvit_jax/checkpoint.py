@@ -1,7 +1,7 @@
 """Checkpoints of runs: saved asynchronously, the latest and the best kept, restored exactly.
 
 A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with the items `model`
-(parameters), `ema` (their moving average, where there is one), `trainer` (step, optimiser, priors
+(parameters), `ema` (their moving average, where there is one), `trainer` (step, optimizer, priors
 of the gate's loss) and `about` (config, model metadata).
 """
 
@@ -308,7 +308,7 @@ def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
       UserError: It is not a workdir, or has no checkpoint, or a damaged one.
     """
     config = read_config(workdir)
-    step = str(find_step(workdir, which))  # found once, because a run that goes on may get a better one
+    step = str(find_step(workdir, which))  # once: a running run may get a better one
     params = load_params(workdir, step)
     model = with_dense_layout(configs.build_model(config))
     names = tuple(read_about(workdir, step).get("class_names") or ())

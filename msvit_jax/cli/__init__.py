@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a subcommand and exits with its code.
 
     Args:
-      argv: Name of the subcommand, then its arguments; by default the process's own.
+      argv: Name of the subcommand, then its arguments; None for the process's own.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("--help", "-h", "help"):

@@ -29,10 +29,10 @@ class BackboneMixin:
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
+        """Mean that images are normalized with."""
         return self.backbone.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
+        """Standard deviation that images are normalized with."""
         return self.backbone.std

@@ -207,7 +207,7 @@ def finest(logits: Array, share: float) -> Decisions:
     Straight-through to the probabilities, so that a gate can also be trained with a fixed share.
 
     Args:
-      logits: [B, R] logits of staying coarse.
+      logits: [B, R], logits of staying coarse.
       share: Share of the regions that get fine tokens, rounded to whole regions.
     """
     count = round(share * logits.shape[1])

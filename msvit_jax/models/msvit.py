@@ -26,7 +26,7 @@ from msvit_jax.tokens import alternatives, grid, packing
 
 
 class CoarseResidual(nn.Module):
-    """APT's residual: a zero-initialised projection of a 2x2 convolution of the fine tokens."""
+    """APT's residual: a zero-initialized projection of a 2x2 convolution of the fine tokens."""
 
     width: int
     dtype: Any = jnp.float32

@@ -83,7 +83,7 @@ class ViT(nn.Module):
       distilled: Whether there are DeiT's second token and head; in evaluation the two heads' logits
         are averaged.
       register_tokens: Number of extra learned tokens without position.
-      prefix_positions: whether class and distillation token have positions of their own (timm's
+      prefix_positions: Whether class and distillation token have positions of their own (timm's
         `no_embed_class` negated).
       pos_init: Initialization of the position embeddings. "normal" draws small random numbers.
         "sincos" takes sines and cosines of row and column (Beyer et al. 2022), from which a small
@@ -96,11 +96,11 @@ class ViT(nn.Module):
       pool: Input of the head: "token" (the class token) or "mean" (mean of the patch tokens after
         the last norm).
       layer_scale: Initial value of LayerScale; None for no LayerScale.
-      norm_epsilon: epsilon of the layer norms.
+      norm_epsilon: Epsilon of the layer norms.
       gelu: Variant of GELU in the blocks, "exact" or "tanh" (its approximation, as in JAX's own
         ViTs).
       drop_path: Stochastic depth's rate in the last block; it rises linearly from 0 in the first.
-      dtype: compute dtype; parameters, softmax and logits stay float32.
+      dtype: Compute dtype; parameters, softmax and logits stay float32.
       remat: Whether the blocks' activations are recomputed in the backward pass instead of kept.
       attention_impl: Implementation of attention, one of `models.attention.IMPLEMENTATIONS`.
       scan_layers: Whether one compiled block is scanned over stacked parameters (`blocks`, layers
@@ -373,7 +373,7 @@ class ViT(nn.Module):
         """Runs all blocks and the last norm.
 
         Args:
-          x: [B, N, D] tokens with positions, prefix included, in any order and layout.
+          x: [B, N, D], tokens with positions, prefix included, in any order and layout.
           train: Whether stochastic depth is on.
           mask: Attention mask, which also tells the images of a row apart; None if a row is one
             image and all its tokens count.

@@ -243,7 +243,7 @@ def add_by_product(onto: Array, moved: Array, target: Array) -> Array:
 
     Args:
       onto: [B, K, D] float32, tokens that are added to.
-      moved: [B, R, D] tokens to add.
+      moved: [B, R, D], tokens to add.
       target: [B, R] int32, index into K for each moved token; K adds it to none.
     """
     to_target = jax.nn.one_hot(target, onto.shape[1], dtype=moved.dtype)

@@ -36,7 +36,7 @@ def places(images: Array, size: int, times: int) -> list[Array]:
     """Sorts small squares by their offset within larger ones: times**2 of [B, H/t, W/t, C].
 
     Args:
-      images: [B, H, W, C] images of a whole number of the larger squares.
+      images: [B, H, W, C], images that are a whole number of the larger squares.
       size: Side of the small squares.
       times: Number of small squares along a side of a larger one.
     """
