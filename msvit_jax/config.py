@@ -65,9 +65,7 @@ def base() -> config_dict.ConfigDict:
     config.batch_size = 128  # global, images per optimizer step
     config.eval_batch_size = optional(int)  # None: batch_size
     config.epochs = 10.0
-    config.steps = optional(
-        int
-    )  # stops here, part of the way through `epochs`; a later run can go on
+    config.steps = optional(int)  # step to stop at, within `epochs`; a later run can go on
     config.eval_every_epochs = 1.0
     config.log_every_steps = 50
     config.terminal = "lines"  # one line per report, or "bar": a progress bar alone
@@ -96,8 +94,9 @@ def base() -> config_dict.ConfigDict:
     ).default_config()
     config.loss = {
         "label_smoothing": 0.0,
-        # correction: share of the way, every step, that the gate's bias moves to where the batch has
-        # exactly the target's share of fine regions; 0: only the loss asks for it, as in the papers
+        # correction: share of the way that the gate's bias moves, every step, to the value at which
+        # the batch has exactly the target's share of fine regions; 0: only the loss asks for it, as
+        # in the papers
         "gate": {"weight": 1.0, "correction": 0.1, **_gate_loss_defaults()},
         "distillation": {
             "teacher": "",  # a workdir, or a weights file together with `model`

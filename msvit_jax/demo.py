@@ -123,7 +123,7 @@ def _evaluation_images(run: checkpoint.Run) -> np.ndarray:
 def _train(name: str, workdir: pathlib.Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Trains or resumes one config and returns the figures of its evaluation at the end."""
     figures = loop.train(config.load(str(config.packaged_folder() / name), overrides), workdir)
-    if "step" in figures:  # only of a run that was told to stop
+    if "step" in figures:  # only for a run that was stopped
         raise errors.UserError("The demo was stopped; the same command goes on from there.")
     return figures
 

@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 class UserError(ValueError):
-    """Bad input; the message says what is wrong and what to do about it."""
+    """Bad input; the message says what is wrong and how to fix it."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Analytic multiply-accumulates (MACs), and XLA's own count to check them against.
 
-What papers of this field call "FLOPs" are multiply-accumulates; so are these. Matrix products are
-counted, element-wise work (softmax, norms, GELU) is not.
+Papers of this field call multiply-accumulates "FLOPs". Matrix products are counted, element-wise
+work (softmax, norms, GELU) is not.
 """
 
 from collections.abc import Callable

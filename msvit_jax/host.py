@@ -22,7 +22,7 @@ _KEEP = {
 def keep_freed_memory() -> bool:
     """Makes this process reuse the memory it frees instead of handing it back to the kernel.
 
-    XLA allocates its large temporary arrays anew in every call on CPU. glibc maps fresh pages for
+    XLA allocates its large temporary arrays again in every call on CPU. glibc maps fresh pages for
     each and the kernel fills them with zeros, which is a third of the CPU time of a training step
     of the small models here. Call it before threads start; the process keeps its peak memory.
 

@@ -13,7 +13,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes, with --coordinator.")
 _INDEX = flags.DEFINE_integer("process_index", None, "This process, with --coordinator.")
-# Set on the hosts of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.
+# Set on machines of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
 
 

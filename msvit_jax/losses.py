@@ -67,7 +67,7 @@ def exits_loss(
 
 
 def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array) -> Array:
-    """CDF of the relaxed Bernoulli (binary concrete) distribution at x = sigmoid(logits).
+    """Computes the relaxed Bernoulli (binary concrete) distribution's CDF at x = sigmoid(logits).
 
     P(x > 1/2) = probability. A function of x would have to clip x away from 0 and 1, where it would
     then have no gradient; as a function of the logits it is sigmoid(temperature * logits -
@@ -79,13 +79,13 @@ def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array)
 
 
 def beta_cdf(x: Array, a: float, b: float) -> Array:
-    """CDF of the Beta distribution; `x` is clipped to [1e-3, 1 - 1e-3]."""
+    """Computes the Beta distribution's CDF; `x` is clipped to [1e-3, 1 - 1e-3]."""
     x = jnp.clip(x, _EDGE, 1 - _EDGE)
     return betainc(jnp.full_like(x, a), jnp.full_like(x, b), x)
 
 
 def normal_cdf(x: Array, mean: float, std: float) -> Array:
-    """CDF of the normal distribution."""
+    """Computes the normal distribution's CDF."""
     return norm.cdf(x, jnp.asarray(mean, x.dtype), jnp.asarray(std, x.dtype))
 
 

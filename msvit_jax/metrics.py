@@ -37,7 +37,7 @@ class GateSums:
 
 @struct.dataclass
 class Sums:
-    """Sums over examples.
+    """Sums of metrics over examples.
 
     Attributes:
       count: Number of examples.
@@ -80,7 +80,7 @@ def batch_sums(
     Args:
       output: Output of the model for the batch.
       labels: [B] int32 labels.
-      loss: [B] float32 task loss.
+      loss: [B] float32, loss of the task.
       max_tokens: Number of patch tokens of an image on the fine grid.
       valid: [B] bool, False for padding, which is not counted.
       mask: [B, H, W], segmentation mask, 0 where there is no content.
@@ -206,12 +206,14 @@ def percentile(histogram: np.ndarray, percent: float) -> float:
 def gate_figures(gate: GateSums, count: float) -> dict[str, float]:
     """Describes a gate's decisions, and whether they depend on the image at all.
 
-    fine_share: share of regions that are fine. decision_variance: variance over images of each
-    position's decision, mean over positions; 0 for a fixed pattern, at most 0.25. agreement:
-    share of positions in which two different images agree, mean over pairs; 1 for a fixed
-    pattern. With a segmentation mask: content_fine, share of the regions with content that is
-    fine; plain_coarse, share of the others that is coarse; fine_per_content, fine regions over
-    regions with content.
+    * fine_share: share of regions that are fine.
+    * decision_variance: variance over images of each position's decision, mean over positions; 0
+      for a fixed pattern, at most 0.25.
+    * agreement: share of positions in which two different images agree, mean over pairs; 1 for a
+      fixed pattern.
+    * content_fine, with a segmentation mask: share of the regions with content that is fine.
+    * plain_coarse, with a segmentation mask: share of the other regions that is coarse.
+    * fine_per_content, with a segmentation mask: fine regions divided by regions with content.
     """
     rate = gate.coarse / count
     fine = gate.content_fine + gate.plain - gate.plain_coarse

@@ -213,8 +213,8 @@ class Lines:
 def fetch(path: PathLike) -> pathlib.Path:
     """Returns a local copy of a file or folder at an address, for readers of local files.
 
-    Copies are kept in `~/.cache/msvit_jax` (variable MSVIT_JAX_CACHE) and made anew when names,
-    sizes or dates at the address change. A local path is returned as it is.
+    Copies are kept in `~/.cache/msvit_jax` (variable MSVIT_JAX_CACHE) and renewed when names, sizes
+    or dates at the address change. A local path is returned as it is.
 
     Raises:
       UserError: There is nothing at the path, it cannot be read, or the disk is too full for a

@@ -1,4 +1,4 @@
-"""The console command `msvit`: one subcommand for each thing the library does.
+"""The console command `msvit`: one subcommand for each task of the library.
 
     msvit train --config=digits_msvit --workdir=runs/msvit
 
@@ -18,7 +18,7 @@ from msvit_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand of `msvit`.
 
     Attributes:
       module: Module that is run as the main program.

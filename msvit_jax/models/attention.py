@@ -87,7 +87,7 @@ def attention(
       [B, N, H, d] in the dtype of `value`. Scores and exponentials are float32.
 
     Raises:
-      ValueError: unknown implementation, or one that does not support the mask.
+      ValueError: The implementation is unknown, or does not support the mask.
     """
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)

@@ -61,7 +61,7 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """Normalizes the last axis: [..., D] -> [..., D]."""
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -88,7 +88,7 @@ class QKV(nn.Module):
         return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
 
     def __call__(self, x: Array) -> list[Array]:
-        """[B, N, D] -> three of [B, N, heads, D / heads]."""
+        """Projects tokens: [B, N, D] -> three of [B, N, heads, D / heads]."""
         kernel, bias = self._parameters(x.shape[-1])
         tokens = x.shape[0] * x.shape[1]
         # A batch whose size is known only at run time (`export`) is treated as a large one.
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., C] -> [..., width]."""
+        """Maps each token on its own: [..., C] -> [..., width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         hidden = GELUS[self.gelu](nn.Dense(self.hidden, name="fc1", **dense)(x))
         return nn.Dense(self.width, name="fc2", **dense)(hidden)
@@ -163,7 +163,7 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """Scales the channels: [..., D] -> [..., D]."""
         gamma = self.param("gamma", nn.initializers.constant(self.start), (x.shape[-1],))
         return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 

@@ -83,7 +83,7 @@ class FeatureReuse(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """[B, n, D] -> [B, n, width]."""
+        """Computes the context of each token: [B, n, D] -> [B, n, width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         x = LayerNorm(epsilon=self.norm_epsilon, name="norm")(tokens)
         x = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
@@ -104,7 +104,7 @@ class ChannelMix(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, C, h, w] -> [B, channels, h, w]."""
+        """Mixes the channels: [B, C, h, w] -> [B, channels, h, w]."""
         fan_in = x.shape[1]
         kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.channels))
         bias = self.param("bias", _uniform(fan_in), (self.channels,))
@@ -258,7 +258,7 @@ class DVT(BackboneMixin, nn.Module):
 
     @property
     def exit_tokens(self) -> np.ndarray:
-        """[stages], number of patch tokens of each stage."""
+        """Number of patch tokens of each stage: [stages]."""
         return np.asarray(self.grids) ** 2
 
     def exit_macs(self, norm_cost: float = 0.0) -> np.ndarray:

@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, 3] -> [B, H/p, W/p, D]; the kernel is [p, p, 3, D]."""
+        """Embeds patches: [B, H, W, 3] -> [B, H/p, W/p, D]; the kernel is [p, p, 3, D]."""
         squares = grid.patches(images.astype(self.dtype), self.patch_size)
         return nn.DenseGeneral(
             self.width,

@@ -1,10 +1,10 @@
 """Token Mergence: multi-scale patch features, then unimportant tokens merged into important ones.
 
-Bian et al. 2023 (arXiv 2306.04897). The paper has no public code and only its abstract was at hand:
-tokens are split by importance, unimportant ones merged into important ones by similarity, and
-multi-scale features fused before that; 33 % fewer MACs for 0.1 points on DeiT-S. Everything else
-here is our reconstruction. Merging itself is an attribute of any `ViT` (`reducer`, see
-`reducers`); this module adds the scales.
+Bian et al. 2023 (arXiv 2306.04897). The paper has no public code and only its abstract was
+available: tokens are split by importance, unimportant ones are merged into important ones by
+similarity, and multi-scale features are fused before that; 33 % fewer MACs for 0.1 points on
+DeiT-S. Everything else here is our reconstruction. Merging itself is an attribute of any `ViT`
+(`reducer`, see `reducers`); this module adds the scales.
 """
 
 import functools
@@ -44,7 +44,7 @@ class ScaleFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, 3] -> [B, H / cell, W / cell, D]."""
+        """Computes the features: [B, H, W, 3] -> [B, H / cell, W / cell, D]."""
         embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
         parts = max(1, self.cell // self.patch_size)
         # One offset within the cells at a time, so that no map of all small patches is in memory.

@@ -1,8 +1,8 @@
 """MSViT: a vision transformer on mixed-scale tokens (Havtorn et al. 2023, arXiv 2307.02321).
 
-The paper masks a sequence of all coarse and all fine tokens (49 + 196 at 224 px). Here tokens live
+The paper masks a sequence of all coarse and all fine tokens (49 + 196 at 224 px). Here tokens are
 in slots (see `tokens.grid`), as many as the fine grid has cells, with the same output: our
-reconstruction. Where the paper leaves a choice open the attribute's docstring says so.
+reconstruction. Where the paper leaves a choice open, the attribute's docstring says so.
 """
 
 import dataclasses

@@ -65,7 +65,7 @@ class ReductionState:
 
     @property
     def targets(self) -> Array:
-        """[B, N0] int32, index of the input token that each is part of now; -1 if dropped."""
+        """Index of the input token that each is part of now: [B, N0] int32; -1 if dropped."""
         found = base.take(self.token_id, jnp.maximum(self.place, 0))
         return jnp.where(self.place < 0, -1, found)
 

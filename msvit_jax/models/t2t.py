@@ -28,7 +28,7 @@ _WINDOW, _STRIDE, _PADDING = 3, 2, 1  # for the second and the third soft split
 
 @dataclasses.dataclass(frozen=True)
 class SoftSplit:
-    """The first soft split: window, stride and zeros around the image in px; its grid's side."""
+    """The first soft split: window, stride and padding in px, and the side of its grid."""
 
     window: int
     stride: int
@@ -89,7 +89,7 @@ class Performer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """[B, N, C] -> [B, N, width]; in training with dropout (rng stream "dropout")."""
+        """Mixes tokens: [B, N, C] -> [B, N, width]; in training with dropout (rng "dropout")."""
         norm = {"epsilon": _NORM_EPSILON}
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         drop = nn.Dropout(DROPOUT, deterministic=not train)
@@ -113,7 +113,7 @@ def _linear_attention(query: Array, key: Array, value: Array, matrix: Array) -> 
 
 
 def _exponential_features(x: Array, matrix: Array) -> Array:
-    """exp(W x - |x|^2 / 2) / sqrt(m): [B, N, d] -> [B, N, m]."""
+    """Computes exp(W x - |x|^2 / 2) / sqrt(m): [B, N, d] -> [B, N, m]."""
     square = (x**2).sum(axis=-1, keepdims=True) / 2
     return jnp.exp(jnp.einsum("bnd,md->bnm", x, matrix) - square) / math.sqrt(matrix.shape[0])
 
@@ -130,7 +130,7 @@ class Tokenizer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """[B, H, W, 3] -> [B, h, w, D]."""
+        """Makes tokens: [B, H, W, 3] -> [B, h, w, D]."""
         first, later = self.split, (_WINDOW, _STRIDE, _PADDING)
         x = images.astype(self.dtype)
         x = grid.windows(x, first.window, first.stride, first.padding)

@@ -58,7 +58,7 @@ class Encoded:
 
     @property
     def alive(self) -> Array | None:
-        """[B, N] bool, whether each input token was not dropped; None if none can be."""
+        """Whether each input token was not dropped: [B, N] bool; None if none can be."""
         return None if self.state is None else self.state.place >= 0
 
 
@@ -256,7 +256,7 @@ class ViT(nn.Module):
         """The layers that reduce tokens, counted from 0.
 
         Raises:
-          ValueError: the attributes do not fit together.
+          ValueError: The attributes do not fit together.
         """
         return reduction.reduction_specs(
             reducer=self.reducer,

@@ -1,4 +1,4 @@
-"""What all reducers share: the tokens they see, their decisions, and how these are applied.
+"""The parts that all reducers share: their inputs, their decisions, and how these are applied.
 
 Pure functions with static shapes: every reducer returns a `Merge`, made of comparisons, cumulative
 sums and gathers; merging is one sum into the tokens that stay.
@@ -45,12 +45,12 @@ class Tokens:
 
     @property
     def patch(self) -> Array:
-        """[B, N] bool, active tokens that may be merged."""
+        """Whether each token is active and may be merged: [B, N] bool."""
         return self.member.any(axis=2) & ~self.prefix
 
     @property
     def counts(self) -> Array:
-        """[B, M] int32, number of active patch tokens of each image."""
+        """Number of active patch tokens of each image: [B, M] int32."""
         return (self.member & self.patch[:, :, None]).sum(axis=1, dtype=jnp.int32)
 
     def of_image(self, values: Array) -> Array:
@@ -120,7 +120,7 @@ class Merge:
         return jax.nn.one_hot(self.target, self.kept.shape[1], dtype=jnp.float32)
 
     def _collected(self, values: Array) -> Array:
-        """Sums over the tokens that are merged into each position: [B, R] -> [B, K]."""
+        """Sums values of the tokens that are merged into each position: [B, R] -> [B, K]."""
         return jnp.einsum("brk,br->bk", self._to_target, values, precision=lax.Precision.HIGHEST)
 
 
@@ -185,7 +185,7 @@ class Reducer(nn.Module):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether all tokens stay, so that there is nothing to do."""
         return self.keep == 1 and not self.remove
 
     @property

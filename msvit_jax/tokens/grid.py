@@ -55,7 +55,7 @@ def pool(cells: Array, size: int = REGION) -> Array:
 
     On an image, bilinear resizing by one half is exactly this mean.
     """
-    # As sums of strided slices: a mean over axes of the reshaped image costs a TPU five times more.
+    # Sums of strided slices: a mean over axes of the reshaped image costs a TPU five times more.
     rows = sum(cells[..., i::size, :, :] for i in range(size))
     return sum(rows[..., i::size, :] for i in range(size)) / size**2
 

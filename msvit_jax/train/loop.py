@@ -40,7 +40,7 @@ LAG = 2
 
 
 class NotFiniteError(UserError):
-    """The loss or its gradient became NaN or infinite."""
+    """Error for a loss or gradient that became NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Run:
             self.messages.append(f"resumed at step {int(state.step)}")
             if self.capacity is not None:
                 about = self.checkpoints.about(int(state.step))
-                self.capacity.restore(about.get("capacity") or about["trim"])  # its name before
+                self.capacity.restore(about.get("capacity") or about["trim"])  # the earlier name
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
@@ -462,7 +462,7 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
 
 @dataclasses.dataclass
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether the run was asked to stop."""
 
     asked: bool = False
 

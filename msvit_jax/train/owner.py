@@ -29,14 +29,14 @@ from msvit_jax.errors import UserError, describe
 
 try:
     import fcntl
-except ImportError:  # Windows: by what the owner says alone
+except ImportError:  # Windows: the owner's signs of life alone decide
     fcntl = None  # type: ignore[assignment]
 
 FILE = "owner.json"
-_BEAT = 15.0  # seconds between two signs of life
-_PATIENCE = 4  # beats without one after which an owner is gone
-_SETTLE = 2.0  # seconds in which another process that starts at the same time has written
-_SIZE = 1024  # bytes of the file, always: it is written in place
+_BEAT = 15.0  # seconds between signs of life
+_PATIENCE = 4  # missed signs of life after which an owner counts as gone
+_SETTLE = 2.0  # seconds within which a process that starts at the same time has written
+_SIZE = 1024  # fixed bytes of the file, which is written in place
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ class _Claim:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            except OSError:  # of several kinds, for file systems that have none
+            except OSError:  # several kinds, from file systems without locks
                 return None
             # An owner that ends removes the file, and a lock on a removed file does not count.
             with contextlib.suppress(FileNotFoundError):
@@ -151,7 +151,7 @@ class _Claim:
 
     def _gone(self, found: dict[str, Any], locked: bool) -> bool:
         """Tells whether the owner that a file names no longer runs."""
-        if locked and found.get("host") == self._about["host"]:  # started anew since, perhaps
+        if locked and found.get("host") == self._about["host"]:  # perhaps it restarted since
             return True
         if found.get("machine") == self._about["machine"] and not _alive(found.get("pid")):
             return True
