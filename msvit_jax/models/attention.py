@@ -310,7 +310,10 @@ def _heads_first(x: Array) -> Array:
 
 
 def _scores(query: Array, key: Array, bias: Array | None, marks: BiasFactors | None) -> Array:
-    """Computes scores [B, H, N, N] float32, with bias [B, H, N, N] and marks [B, N, C]."""
+    """Computes scores [B, H, N, N] float32 of queries and keys [B, N, H, d].
+
+    `bias` is [B, H, N, N], and each of `marks` is [B, N, C].
+    """
     pair = [query * query.shape[-1] ** -0.5, key]
     if marks is not None:
         spread = [

@@ -38,7 +38,9 @@ GELUS = {"exact": gelu, "tanh": _tanh_gelu}  # values of `ViT.gelu`
 
 
 def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Array:
-    """Stochastic depth (Huang et al. 2016): drops whole images' branch, rescales the others.
+    """Applies stochastic depth (Huang et al. 2016): drops a branch for whole images.
+
+    The branch of the other images is rescaled.
 
     Args:
       x: [B, N, D], output of a branch.
@@ -243,7 +245,7 @@ class Block(nn.Module):
         state: ReductionState,
         train: bool,
     ) -> tuple[Array, Mask, ReductionState]:
-        """Both halves, with a reduction between them: [B, N, D] -> [B, K, D], mask and state."""
+        """Applies both halves, reducing tokens in between: [B, N, D] -> [B, K, D], mask, state."""
         assert self.reduction is not None
         attn_input = self.norm1(x)
         x, _, key = self._attn_residual(x, attn_input, drop_rate, mask)
@@ -259,7 +261,7 @@ class Block(nn.Module):
     def reusing(
         self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
     ) -> tuple[Array, Array]:
-        """Both halves, reusing an earlier transformer's results (DVT, sections 3.2 and 3.3).
+        """Applies both halves, reusing another transformer's results (DVT, sections 3.2, 3.3).
 
         Args:
           x: [B, N, D] tokens.

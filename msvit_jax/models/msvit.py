@@ -45,7 +45,8 @@ class MSViT(BackboneMixin, nn.Module):
     Attributes:
       backbone: Transformer on the tokens; its patch size is the fine scale, twice that the coarse
         one.
-      gate: Kind of the gate: "mlp" (learned), or one of `gate.untrained_logits`.
+      gate: Kind of the gate: "mlp" (learned), or one that learns nothing, listed in
+        `gate.untrained_logits`.
       gate_hidden: Hidden width of the learned gate; None for the backbone's width (fits the
         published MACs).
       gate_bias: Initial bias of the learned gate's logits, toward coarse as in the paper (value:

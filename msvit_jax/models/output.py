@@ -51,13 +51,15 @@ class Output:
       gate: Decisions of a mixed-scale model; None for other models.
       distilled_logits: [B, classes] float32, logits of the distillation head, in training only.
       fits: [B] bool, whether an image's tokens fit in a layout with less capacity than the grid;
-        None in the slots layout, where all do.
+        None without such a layout, where all fit.
       merged: Tuple with, for each reduction, [B, N] int32: position in the shortened sequence,
         prefix included, of the token that each patch of the grid (each slot of a mixed-scale model)
-        is part of; -1 if it was dropped. None in packed layouts and if no layer reduces tokens.
-      hosts: Tuple with, for each reduction, in every layout, [B, N] int32: the patch (slot) whose
-        token each patch (slot) was merged into, itself if it was not merged; -1 if it was dropped,
-        for slots without a token, and for images that do not fit.
+        is part of; -1 if it was dropped. None in packed layouts, if no layer reduces tokens, and
+        while training a gate carries tokens of both scales.
+      hosts: Tuple with, for each reduction, in every layout, [B, N] int32: index of the patch
+        (slot) whose token each patch (slot) was merged into, its own if it was not merged; -1 if it
+        was dropped, for slots without a token, and for images that do not fit. None if no layer
+        reduces tokens, and while training a gate carries tokens of both scales.
       exits: [B, stages, classes] float32, logits of every exit of a cascade, whose `logits` are the
         last exit's; None for other models.
       features: Features from a model without a head, whose `logits` are [B, 0]; None for others.

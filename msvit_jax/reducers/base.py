@@ -169,6 +169,11 @@ class Reducer(nn.Module):
     Attributes:
       keep: Share of an image's patch tokens that stays, rounded up; above 0 and up to 1.
       remove: Number of tokens to remove instead, for reducers that take one; 0 leaves it to `keep`.
+      needs_importance: Whether the reducer needs `Tokens.importance`.
+      needs_keys: Whether the reducer needs `Tokens.keys`.
+      needs_random_score: Whether the reducer needs `Tokens.random_score`.
+      takes_remove: Whether the reducer takes `remove`.
+      least_keep: Least share of the patch tokens that the reducer can leave.
     """
 
     keep: float = 1.0

@@ -133,7 +133,10 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
 
 
 def _placed(lengths: Array, widths: Sequence[int], part: int) -> Array:
-    """Decides which images, longest first, get a run: [b] bool; `widths` descend, `part` each."""
+    """Decides which images, longest first, get a run: [b] bool.
+
+    `widths` are descending, with `part` runs of each.
+    """
     placed = jnp.zeros(lengths.shape, bool)
     for index, width in enumerate(widths):
         narrower = widths[index + 1] if index + 1 < len(widths) else -1
@@ -183,7 +186,10 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
 
 
 def _owners(start: Array, total: int) -> tuple[Array, Array]:
-    """Finds the last image to start at or before each position, and where: [T], [T]; b: none."""
+    """Finds the last image that starts at or before each position, and where it starts.
+
+    Both are [T]; the image is b where there is none.
+    """
     images = start.shape[0]
     # Images are marked at their first positions; each position takes the last mark before it.
     here = jnp.full((total,), images, jnp.int32)

@@ -228,7 +228,7 @@ class _Claim:
 
 @functools.cache
 def _machine() -> str:
-    """Names this machine since its boot, and the name space that its process numbers belong to."""
+    """Names this machine since its boot, and the namespace that its process numbers belong to."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())

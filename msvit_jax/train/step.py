@@ -125,7 +125,10 @@ def _accumulate(
     teacher: Teacher | None,
     pieces: int,
 ) -> tuple[Any, StepMetrics]:
-    """Averages the gradient over k pieces of every k-th row, so that rows stay on their device."""
+    """Averages the gradient over k pieces of a batch.
+
+    Piece j has every k-th row, so that rows stay on their device.
+    """
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(index: Array) -> tuple[Any, StepMetrics]:
