@@ -306,7 +306,7 @@ def evaluate_weights(
     """Evaluates weights of any format and prints a table, as `msvit eval --weights` does.
 
     Args:
-      source: Weights file or workdir, see `weights.load`.
+      source: Workdir, weights file, or directory that transformers or timm wrote.
       config_file: Config of the model and the data.
       split: Split to evaluate; None for the config's.
       batch_size: Global batch size; None for the config's.
