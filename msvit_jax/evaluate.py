@@ -180,7 +180,7 @@ class Evaluator:
 def _layer_tokens(model: nn.Module, counts: np.ndarray) -> np.ndarray | None:
     """Patch tokens into each layer's MLP, by initial number of tokens; None if none reduces."""
     backbone = getattr(model, "backbone", model)
-    return backbone.layer_tokens(counts) if getattr(backbone, "stages", None) else None
+    return backbone.layer_tokens(counts) if getattr(backbone, "reductions", None) else None
 
 
 def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
