@@ -1,7 +1,7 @@
 """Checkpoints of runs: saved asynchronously, the latest and the best kept, restored exactly.
 
 A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with the items `model`
-(parameters), `ema` (their moving average, where there is one), `trainer` (step, optimiser, priors
+(parameters), `ema` (their moving average, where there is one), `trainer` (step, optimizer, priors
 of the gate's loss) and `about` (config, model metadata).
 """
 
@@ -57,16 +57,16 @@ class Checkpoints:
         """Opens a workdir's checkpoints.
 
         Args:
-          workdir: made if it does not exist.
-          keep_latest: how many of the newest to keep beside the best.
-          about: saved with each checkpoint as JSON.
+          workdir: Directory of the run; made if it does not exist.
+          keep_latest: Number of the newest checkpoints to keep besides the best.
+          about: Dict saved with each checkpoint as JSON.
         """
         self._directory = checked_workdir(workdir) / CHECKPOINTS
         self._about = about or {}
         best = _metric
         self._manager = ocp.CheckpointManager(
             self._directory,
-            # Exactly these options: other spellings lose the newest or the best after a restart.
+            # Other ways to set these options lose the newest or the best after a restart.
             options=ocp.CheckpointManagerOptions(
                 best_fn=best,
                 best_mode="max",
@@ -91,16 +91,16 @@ class Checkpoints:
         """Starts saving in the background.
 
         Args:
-          state: to save.
-          step: its step.
-          metrics: decide which checkpoint is best; None: not evaluated.
+          state: State to save.
+          step: Step of the state.
+          metrics: Metrics that decide which checkpoint is best; None if it was not evaluated.
           extra: JSON values saved beside `about`.
         """
         if self._manager.latest_step() == step:
             return
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
         items["about"] = ocp.args.JsonSave({**self._about, **(extra or {})})
-        # Only that one figure: Orbax keeps metrics as JSON, and best_fn needs no other.
+        # Only this figure is kept: Orbax saves metrics as JSON, and best_fn needs no other.
         kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
@@ -111,13 +111,13 @@ class Checkpoints:
         Damaged newer ones are moved to `damaged_checkpoints/`.
 
         Args:
-          like: a state of shapes (`jax.ShapeDtypeStruct`) with shardings.
+          like: State of shapes (`jax.ShapeDtypeStruct`) with shardings.
 
         Returns:
-          The state, or None if there is no checkpoint; and a message for each damaged one.
+          State, or None if there is no checkpoint; and a message for each damaged one.
 
         Raises:
-          UserError: there are checkpoints, and none can be restored.
+          UserError: There are checkpoints, and none can be restored.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -154,7 +154,7 @@ class Checkpoints:
         )
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was saved as JSON with a checkpoint."""
+        """Returns what was saved as JSON with a checkpoint."""
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         return dict(self._manager.restore(step, args=args)["about"])
 
@@ -173,20 +173,20 @@ class Checkpoints:
         self._manager.reload()
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes were told to stop; needs `jax.distributed.initialize`."""
+        """Tells whether all processes were asked to stop; needs `jax.distributed.initialize`."""
         return self._manager.reached_preemption(step)
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint."""
+        """Returns the step of the newest checkpoint."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Blocks until what was started is on disk."""
+        """Waits until all started saves are on disk."""
         with self._saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and lets go of the directory."""
+        """Waits and releases the directory."""
         try:
             self.wait()
         finally:
@@ -194,7 +194,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Says of a checkpoint that could not be written why, and what is left."""
+        """Reports why a checkpoint could not be written, and which ones are left."""
         try:
             yield
         except Exception as error:  # tensorstore's are ValueErrors with a text
@@ -207,7 +207,7 @@ class Checkpoints:
             ) from error
 
 
-# How tensorstore words what the operating system said.
+# Texts of tensorstore for errors of the operating system.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'|No space left|PERMISSION_DENIED")
 
 
@@ -222,7 +222,7 @@ def checked_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Parses a workdir, see `paths.parse`, and makes it absolute.
 
     Raises:
-      UserError: it is no path, or at an address that checkpoints cannot be at.
+      UserError: It is not a path, or is at an address that cannot hold checkpoints.
     """
     place = paths.absolute(workdir)
     if paths.is_address(place) and not str(place).startswith("gs://"):
@@ -259,7 +259,7 @@ def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
     """Reads the config that a workdir was trained with.
 
     Raises:
-      UserError: it is not a workdir.
+      UserError: It is not a workdir.
     """
     file = checked_workdir(workdir) / CONFIG_FILE
     if not file.is_file():
@@ -273,10 +273,10 @@ def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
 def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
     """Returns the step of a workdir's 'best' or 'latest' checkpoint, or checks a number.
 
-    'best' is the newest where no checkpoint was evaluated.
+    'best' is the newest if no checkpoint was evaluated.
 
     Raises:
-      UserError: there is no such checkpoint.
+      UserError: There is no such checkpoint.
     """
     directory = checked_workdir(workdir) / CHECKPOINTS
     steps = _steps(workdir)
@@ -298,17 +298,17 @@ def _score(directory: pathlib.Path) -> float | None:
 
 
 def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
-    """Loads a trained run: the moving average of its parameters where it has one.
+    """Loads a trained run, with the moving average of its parameters where it has one.
 
     Args:
-      workdir: of the run.
-      which: 'best', 'latest', or a step.
+      workdir: Directory of the run.
+      which: Checkpoint: 'best', 'latest', or a step.
 
     Raises:
-      UserError: not a workdir, no checkpoint, or one that is damaged.
+      UserError: It is not a workdir, or has no checkpoint, or a damaged one.
     """
     config = read_config(workdir)
-    step = str(find_step(workdir, which))  # once: a run may go on and get a better one
+    step = str(find_step(workdir, which))  # once: a running run may get a better one
     params = load_params(workdir, step)
     model = with_dense_layout(configs.build_model(config))
     names = tuple(read_about(workdir, step).get("class_names") or ())
@@ -330,11 +330,11 @@ def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, A
 
 
 def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, Any]:
-    """Reads what a checkpoint says of its model: `config`, `class_names`, `mean`, `std`.
+    """Reads a checkpoint's description: `config`, `class_names`, `mean`, `std`.
 
     Args:
-      workdir: of the run.
-      which: 'best', 'latest', or a step.
+      workdir: Directory of the run.
+      which: Checkpoint: 'best', 'latest', or a step.
     """
     step = find_step(workdir, which)
     directory = checked_workdir(workdir) / CHECKPOINTS / str(step) / "about"
@@ -343,7 +343,7 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
 
 
 def has_checkpoint(workdir: str | pathlib.Path) -> bool:
-    """Whether a run has saved something there that it can go on from."""
+    """Tells whether a run has saved a checkpoint there that it can resume from."""
     return (pathlib.Path(workdir) / CONFIG_FILE).is_file() and bool(_steps(workdir))
 
 
@@ -352,7 +352,7 @@ def _steps(workdir: str | pathlib.Path) -> list[int]:
     if not directory.is_dir():
         return []
     steps = [p for p in directory.iterdir() if p.name.isdigit()]
-    if paths.is_address(directory):  # where Orbax cannot rename, this file says that all is there
+    if paths.is_address(directory):  # Orbax cannot rename there; this file marks a whole one
         steps = [p for p in steps if (p / _COMMITTED).exists()]
     return sorted(int(p.name) for p in steps)
 
@@ -372,11 +372,11 @@ def _read_tree(path: pathlib.Path) -> dict[str, Any]:
 def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:
     """Writes the config into a new workdir, or checks that an old one was made with the same.
 
-    A workdir without a checkpoint holds nothing to lose: its run ended before it saved one, on a
-    mistake in the config perhaps, and the mended config takes its place.
+    A workdir without a checkpoint holds nothing to lose: its run ended before it saved one, perhaps
+    because of a mistake in the config, and the corrected config takes its place.
 
     Raises:
-      UserError: it belongs to another config; the message lists what differs.
+      UserError: It belongs to another config; the message lists the differences.
     """
     directory = checked_workdir(workdir)
     file = directory / CONFIG_FILE
@@ -394,9 +394,10 @@ def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's notes out of the terminal report; what goes wrong is raised.
+    """Keeps Orbax's notes out of the terminal report; errors are still raised.
 
-    Its errors, too: it prints the traceback of each of its threads before it raises them.
+    This hides its logged errors, too: it prints the traceback of each of its threads before it
+    raises them.
     """
     logging.set_verbosity(logging.FATAL)
 
@@ -405,7 +406,7 @@ def quiet_orbax() -> None:
 def _quietly() -> Iterator[None]:
     """Keeps Orbax quiet for a while: it warns of metadata that our checkpoints do without."""
     before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))  # absl counts down to what is worse
+    logging.set_verbosity(min(before, logging.ERROR))  # absl's levels fall with severity
     try:
         yield
     finally:

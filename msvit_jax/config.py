@@ -1,7 +1,7 @@
 """Configs: the defaults that every file in `configs/` builds on, and command-line overrides.
 
 One config file is one result: it defines `get_config()`, which starts from `base()`, changes what
-it needs and says in its docstring how to run it, what that costs and what to expect.
+it needs and states in its docstring how to run it, what that costs and what to expect.
 """
 
 import ast
@@ -23,8 +23,8 @@ from msvit_jax.errors import UserError, nearest
 with extras.needed("train"):
     from ml_collections import config_dict
 
-# What may differ between a run and its resumption: where things lie and how often things are
-# shown, never what is computed.
+# Keys that may differ between a run and its resumption: where things are stored and how often they
+# are shown, never what is computed.
 FREE_TO_CHANGE = (
     "steps",
     "log_every_steps",
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = (
 def packaged_folder() -> pathlib.Path:
     """Returns the folder of the configs that come with the library.
 
-    In a wheel it lies in the package, in the repository beside it.
+    In a wheel it is in the package, in the repository beside it.
     """
     package = pathlib.Path(__file__).parent
     inside = package / "configs"
@@ -60,17 +60,15 @@ def base() -> config_dict.ConfigDict:
     config.seed = 0
     # name: one of msvit_jax.list_models(); every other key overrides an attribute of that model.
     config.model = {"name": "vit_tiny_patch16_224"}
-    config.dtype = "float32"  # of the computation; parameters are float32 always
+    config.dtype = "float32"  # dtype of the computation; parameters are always float32
     config.data = data.default_config()
-    config.batch_size = 128  # global, images per optimiser step
+    config.batch_size = 128  # global, images per optimizer step
     config.eval_batch_size = optional(int)  # None: batch_size
     config.epochs = 10.0
-    config.steps = optional(
-        int
-    )  # stops here, part of the way through `epochs`; a later run can go on
+    config.steps = optional(int)  # step to stop at, within `epochs`; a later run can go on
     config.eval_every_epochs = 1.0
     config.log_every_steps = 50
-    config.terminal = "lines"  # a line for each report, or "bar": a progress bar alone
+    config.terminal = "lines"  # one line per report, or "bar": a progress bar alone
     config.log_images = 8  # token maps drawn for TensorBoard at each evaluation
     config.init_from = ""  # another run's workdir, or a weights file
     config.ema_decay = 0.0  # 0: no moving average of the parameters
@@ -78,26 +76,27 @@ def base() -> config_dict.ConfigDict:
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-5,
         "warmup_epochs": 0.0,
-        "cooldown_epochs": 0.0,  # the last of `epochs`, at min_learning_rate
+        "cooldown_epochs": 0.0,  # last ones of `epochs`, at min_learning_rate
         "weight_decay": 0.05,
         "b1": 0.9,
         "b2": 0.999,
         "layer_decay": 1.0,  # factor per layer counted from the head down
-        "clip_norm": 1.0,  # of backbone, gate and priors each; 0: no clipping
+        "clip_norm": 1.0,  # for backbone, gate and priors each; 0: no clipping
         "accum_steps": 1,  # pieces a batch is computed in
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
-    # of the model's layout "trimmed", where model.budget is not given
+    # for the model's layout "trimmed", where model.budget is not given
     config.capacity = importlib.import_module("msvit_jax.train.capacity_schedule").default_config()
-    # of the keep rate of models that reduce tokens, in training from scratch
+    # for the keep rate of models that reduce tokens, in training from scratch
     config.keep_rate = importlib.import_module(
         "msvit_jax.train.keep_rate_schedule"
     ).default_config()
     config.loss = {
         "label_smoothing": 0.0,
-        # correction: share by which the gate's bias moves, every step, to where the batch has just
-        # the target's share of fine regions; 0: the loss alone asks for it, as in the papers
+        # correction: share of the way that the gate's bias moves, every step, to the value at which
+        # the batch has exactly the target's share of fine regions; 0: only the loss asks for it, as
+        # in the papers
         "gate": {"weight": 1.0, "correction": 0.1, **_gate_loss_defaults()},
         "distillation": {
             "teacher": "",  # a workdir, or a weights file together with `model`
@@ -106,7 +105,7 @@ def base() -> config_dict.ConfigDict:
             "temperature": 1.0,
             "kind": "soft",
         },
-        # of a cascade: how much its earlier exits learn from its last one instead of the labels
+        # for a cascade: weight with which earlier exits learn from the last instead of the labels
         "exits": {"distillation": 0.0, "temperature": 1.0},
     }
     config.mesh = {"data": -1, "fsdp": 1}  # devices per axis; -1: all that remain
@@ -115,7 +114,7 @@ def base() -> config_dict.ConfigDict:
 
 
 def _gate_loss_defaults() -> dict[str, Any]:
-    """Attributes of `losses.GateLoss` and their defaults; the loss is off until a config asks."""
+    """Returns attributes of `losses.GateLoss` with defaults; the loss is off by default."""
     fields = dataclasses.fields(importlib.import_module("msvit_jax.losses").GateLoss)
     ours = ("parent", "name", "grid_size")  # the grid is the model's
     defaults = {f.name: f.default for f in fields if f.name not in ours}
@@ -126,14 +125,14 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
     """Reads a config file and applies overrides.
 
     Args:
-      path: a Python file that defines `get_config()`. Where there is no such file,
+      path: Python file that defines `get_config()`. Where there is no such file,
         'configs/digits_vit.py' and 'digits_vit' name a config that comes with the library, and a
         line on stderr says so.
-      overrides: {'data.mixup': 0.8}, or texts such as 'data.mixup=0.8'.
+      overrides: Dict such as {'data.mixup': 0.8}, or texts such as 'data.mixup=0.8'.
 
     Raises:
-      UserError: no such file, a key that does not exist (with the nearest that does), or a value
-        of the wrong type.
+      UserError: There is no such file, a key does not exist (the message names the nearest that
+        does), or a value has the wrong type.
     """
     config = _read(path)
     _check_keys(config, base(), path)
@@ -147,10 +146,10 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
 
 
 def check(config: config_dict.ConfigDict) -> None:
-    """Checks that every value means something, see `config_rules`.
+    """Checks that every value is valid, see `config_rules`.
 
     Raises:
-      UserError: one does not; the message says what does.
+      UserError: A value is not valid; the message says which values are.
     """
     _check_values(config, "")
 
@@ -164,7 +163,7 @@ def _check_values(config: config_dict.ConfigDict, prefix: str) -> None:
 
 
 def sibling(config_file: str, name: str) -> config_dict.ConfigDict:
-    """Reads the config `name` that lies beside another, given that one's `__file__`."""
+    """Reads the config `name` beside another one, given that one's `__file__`."""
     return _read(str(paths.parse(config_file).with_name(name)))
 
 
@@ -172,8 +171,8 @@ def take_overrides(argv: list[str], sections: Iterable[str] = ("config",)) -> li
     """Removes `--config.key=value` arguments from argv and returns them as 'key=value'.
 
     Args:
-      argv: the command line; changed in place.
-      sections: prefixes to take. All but 'config' stay part of the key: '--model.gate=random'
+      argv: Command line; changed in place.
+      sections: Prefixes to take. All but 'config' stay part of the key: '--model.gate=random'
         becomes 'model.gate=random'.
     """
     taken, rest = [], []
@@ -192,7 +191,7 @@ def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
     """Sets one dotted key; texts are read as Python literals of the type the key has.
 
     Raises:
-      UserError: the key does not exist, or the value does not fit its type.
+      UserError: The key does not exist, or the value does not fit its type.
     """
     key = config_aliases.current_key(key)
     *parents, leaf = key.split(".")
@@ -229,7 +228,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
     """Returns the attributes that the config gives its model, without the name."""
-    _check_values(config, "model.")  # of a run that is long over, nothing else matters any more
+    _check_values(config, "model.")  # other keys do not matter for a run that is over
     attributes = {**config.model.to_dict()}
     attributes.pop("name")
     attributes.setdefault("dtype", config.dtype)
@@ -247,7 +246,7 @@ def build_model(config: config_dict.ConfigDict) -> nn.Module:
     """Builds the config's model at the size of the config's images.
 
     Raises:
-      UserError: unknown model, an attribute it does not have, or sizes that do not fit.
+      UserError: The model is unknown, it lacks an attribute, or sizes do not fit.
     """
     registry = importlib.import_module("msvit_jax.models.registry")
     attributes = model_attributes(config)
@@ -267,10 +266,10 @@ def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Modu
 
 
 def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.ConfigDict:
-    """Returns a copy that says what the config left to the data set: class count, image size.
+    """Returns a copy with what was left to the data set filled in: class count, image size.
 
     Raises:
-      UserError: a value means nothing, or the config says another number of classes.
+      UserError: A value is not valid, or the config states another number of classes.
     """
     check(config)
     named = config.model.get("num_classes", num_classes)
@@ -318,9 +317,9 @@ def from_json(text: str) -> config_dict.ConfigDict:
 
 
 def with_defaults(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-    """Returns a copy with the keys that are new since it was written, at their defaults.
+    """Returns a copy with the keys that are newer than the config, at their defaults.
 
-    A new key's default is what was done before there was the key.
+    A new key's default is the behavior from before the key existed.
     """
     filled = base()
     with filled.unlocked(), filled.ignore_type():
@@ -350,7 +349,7 @@ def _read(path: str) -> config_dict.ConfigDict:
 
 
 def _find(path: str) -> pathlib.Path:
-    """The file that a path names, or the packaged config."""
+    """Returns the file that a path names, or the packaged config."""
     file = paths.parse(path)
     if file.is_file():
         return file
@@ -365,7 +364,7 @@ def _find(path: str) -> pathlib.Path:
 
 
 def _packaged(path: str) -> pathlib.Path | None:
-    """The packaged config named by 'configs/imagenet/x.py' or 'imagenet/x'."""
+    """Returns the packaged config named by 'configs/imagenet/x.py' or 'imagenet/x', or None."""
     name = path.removeprefix("configs/").removesuffix(".py") + ".py"
     file = packaged_folder() / name
     inside = not name.startswith("/") and ".." not in file.parts

@@ -1,4 +1,4 @@
-"""Names that config keys had before: files, command lines and runs that say them go on working."""
+"""Earlier names of config keys: files, command lines and runs that use them keep working."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,12 @@ RENAMED = {
 
 
 def current_key(key: str) -> str:
-    """The name that a dotted config key has now."""
+    """Returns the current name of a dotted config key."""
     return RENAMED.get(key, key)
 
 
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested config, as JSON has it, with the names of now."""
+    """Renames the keys of a nested config, as JSON has it, to their current names."""
     renamed: dict[str, Any] = {}
     for key, value in _leaves(config):
         *parents, leaf = current_key(key).split(".")
@@ -36,7 +36,7 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hint(message: str) -> str:
-    """What an error that names a section or key of before should say besides; else nothing."""
+    """Returns a hint for an error that names an earlier section or key; empty if none does."""
     sections = {name.split(".")[0] for name in RENAMED.values()}
     quoted = message.replace('"', "'").split("'")[1::2]
     for old, new in RENAMED.items():
@@ -47,7 +47,7 @@ def hint(message: str) -> str:
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values; an empty section is a value."""
+    """Lists dotted keys and values; an empty section is a value."""
     found: list[tuple[str, Any]] = []
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -1,7 +1,7 @@
-"""Which values mean something: one rule for each key of `config.base`, beside its type.
+"""Rules for the values of config keys: one for each key of `config.base`, besides its type.
 
-A key that may be None says so here. Attributes of models have types and ranges, too; whether they
-fit together is the model's own business (`check`).
+A rule tells whether its key may be None. Attributes of models have types and ranges, too; whether
+they fit together is checked by the model itself (`check`).
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ class Number:
     """A finite number in a range.
 
     Attributes:
-      least: the smallest value.
-      most: the largest; None: none.
-      above: whether `least` itself is too small.
-      below: whether `most` itself is too large.
-      optional: whether None is a value.
-      besides: a value outside of the range that has a meaning.
+      least: Smallest value; None for no limit.
+      most: Largest value; None for no limit.
+      above: Whether `least` itself is too small.
+      below: Whether `most` itself is too large.
+      optional: Whether None is a value.
+      besides: Value outside of the range that has a meaning; None if there is none.
     """
 
     least: float | None = None
@@ -38,7 +38,7 @@ class Number:
     besides: float | None = None
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         parts = []
         if self.least is not None:
             parts.append(f"more than {self.least:g}" if self.above else f"at least {self.least:g}")
@@ -50,7 +50,7 @@ class Number:
         return text + (", or None" if self.optional else "")
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one of them."""
+        """Tells whether a value follows the rule."""
         if value is None:
             return self.optional
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -68,13 +68,13 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """So many finite numbers in a range.
+    """A fixed number of finite numbers in a range.
 
     Attributes:
-      each: rule of each.
-      count: how many.
-      rising: whether none may be smaller than the one before.
-      optional: whether None is a value.
+      each: Rule of each number.
+      count: Number of numbers.
+      rising: Whether no number may be smaller than the one before.
+      optional: Whether None is a value.
     """
 
     each: Number
@@ -83,13 +83,13 @@ class Numbers:
     optional: bool = False
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         order = " in rising order" if self.rising else ""
         text = f"{self.count} numbers{order}, each {self.each.wanted()}"
         return text + (", or None" if self.optional else "")
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one of them."""
+        """Tells whether a value follows the rule."""
         if value is None:
             return self.optional
         if not isinstance(value, tuple | list) or len(value) != self.count:
@@ -105,26 +105,26 @@ class OneOf:
     values: tuple[str, ...]
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         return "one of " + ", ".join(map(repr, self.values))
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one of them."""
+        """Tells whether a value follows the rule."""
         return value in self.values
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text; `empty` says whether it may be empty."""
+    """A text; `empty` tells whether it may be empty."""
 
     empty: bool = True
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         return "a text" if self.empty else "a text that is not empty"
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one."""
+        """Tells whether a value follows the rule."""
         return isinstance(value, str) and (self.empty or bool(value.strip()))
 
 
@@ -133,11 +133,11 @@ class Texts:
     """A tuple of texts."""
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         return "texts, separated by commas"
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one."""
+        """Tells whether a value follows the rule."""
         return isinstance(value, tuple | list) and all(isinstance(text, str) for text in value)
 
 
@@ -146,11 +146,11 @@ class Flag:
     """True or false."""
 
     def wanted(self) -> str:
-        """What is expected, for messages."""
+        """Describes the expected values, for messages."""
         return "true or false"
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is one."""
+        """Tells whether a value follows the rule."""
         return isinstance(value, bool)
 
 
@@ -250,7 +250,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep_latest": _COUNT,
     "checkpoint.every_steps": _NOT_NEGATIVE,
 }
-# Attributes of models, whose types are those of their fields.
+# Rules for attributes of models; their types are those of the fields.
 MODEL_RULES: dict[str, Rule] = {
     "num_classes": _NOT_NEGATIVE,
     "image_size": _COUNT,
@@ -275,7 +275,7 @@ MODEL_RULES: dict[str, Rule] = {
     "std": Numbers(_POSITIVE, 3),
     "dtype": _DTYPE,
 }
-# Types that fields of models have, and what their values may be.
+# Types that fields of models have, with the types that values may have.
 _PLAIN: dict[Any, Any] = {
     bool: bool,
     int: int,
@@ -290,12 +290,12 @@ def check(key: str, value: Any, annotation: Any = None) -> None:
     """Checks one value.
 
     Args:
-      key: dotted.
-      value: it has.
-      annotation: of a model's attribute, its field's type.
+      key: Dotted key.
+      value: Value of the key.
+      annotation: Type of the field, for a model's attribute.
 
     Raises:
-      UserError: it means nothing; the message says what does.
+      UserError: The value is not valid; the message says which values are.
     """
     rule = RULES.get(key)
     if rule is None and key.startswith("model."):
@@ -306,7 +306,7 @@ def check(key: str, value: Any, annotation: Any = None) -> None:
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Checks a model's attribute against its field's plain types; others are left to the model."""
+    """Checks a model's attribute against its field's type, if that is plain; skips others."""
     united = isinstance(annotation, types.UnionType)
     parts = typing.get_args(annotation) if united else (annotation,)
     kinds = [typing.get_origin(part) or part for part in parts]

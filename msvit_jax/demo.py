@@ -1,11 +1,11 @@
-"""The main job in a few minutes on two CPU cores: a dense ViT, then MSViT from it, side by side.
+"""The library's main use in a few minutes on two CPU cores: a dense ViT, then MSViT from it.
 
     python -m msvit_jax.demo --workdir=runs/demo [--data_dir=DIR]
 
 Trains configs/digits_vit.py and configs/digits_msvit.py for fewer epochs than the studies do,
-evaluates both through the one evaluation, measures their speed, and draws where MSViT kept its
-fine tokens. The same command again goes on where it was stopped; after the end it only evaluates,
-measures and draws again.
+evaluates both with the same evaluation, measures their speed, and draws where MSViT kept its fine
+tokens. The same command resumes it where it was stopped; after the end it only evaluates, measures
+and draws again.
 """
 
 import itertools
@@ -26,12 +26,12 @@ from msvit_jax.visualize import examples
 
 COLUMNS = ("model", "top-1 %", "tokens / image", "GMACs / image", "images / s")
 TIMED_BATCH, TIMED_IMAGES = 128, 2000
-TIMED_CALLS = 7  # of each model
-BUCKETS = (28, 34, 43)  # tokens; and the whole grid
+TIMED_CALLS = 7  # calls of each model
+BUCKETS = (28, 34, 43)  # capacities in tokens, besides the whole grid
 PICTURES = 12
-# What MSViT is for, in numbers: a run that misses one says so.
+# Goals of MSViT; a run that misses one says so.
 MOST_TOKENS, LEAST_POINTS, LEAST_SPEED = 0.6, -1.0, 1.2
-# Fewer epochs than the studies: what two cores do in the demo's time. One evaluation, at the end.
+# Fewer epochs than the studies, as many as two cores do in the demo's time, and one evaluation.
 BOTH = {
     "data.cache": True,
     "eval_every_epochs": 1e3,
@@ -56,11 +56,11 @@ def run(workdir: pathlib.Path, overrides: dict[str, Any]) -> list[dict[str, Any]
     """Trains, evaluates, measures and draws.
 
     Args:
-      workdir: both runs get a folder in it, the pictures another.
-      overrides: of both configs, over the demo's own.
+      workdir: Directory in which both runs get a folder, and the pictures another.
+      overrides: Overrides of both configs, on top of the demo's own.
 
     Returns:
-      The rows of the table.
+      Rows of the table.
     """
     start = time.perf_counter()
 
@@ -87,10 +87,11 @@ def run(workdir: pathlib.Path, overrides: dict[str, Any]) -> list[dict[str, Any]
 
 
 def images_per_second(runs: Sequence[checkpoint.Run]) -> list[float]:
-    """Measures models on the same images, warm and in turns: the median of each, in images/s.
+    """Measures models on the same images, warm and in turns: median speed of each in images/s.
 
-    From pixels on the host to answers there, through the Predictor, which runs each image with the
-    tokens that its gate keeps. In turns, because a machine that slows down then slows down all.
+    Measured from pixels on the CPU to answers there, through the Predictor, which runs each image
+    with the tokens that its gate keeps. Models take turns, because a machine that slows down then
+    slows down all of them.
     """
     images = _evaluation_images(runs[0])
     predictors = [
@@ -111,7 +112,7 @@ def images_per_second(runs: Sequence[checkpoint.Run]) -> list[float]:
 
 
 def _evaluation_images(run: checkpoint.Run) -> np.ndarray:
-    """The first evaluation images, uint8."""
+    """Returns the first evaluation images, uint8."""
     batches = data.eval_batches(run.config.data, batch_size=TIMED_BATCH)
     found = [
         b["image"][b["valid"]] for b in itertools.islice(batches, -(-TIMED_IMAGES // TIMED_BATCH))
@@ -122,7 +123,7 @@ def _evaluation_images(run: checkpoint.Run) -> np.ndarray:
 def _train(name: str, workdir: pathlib.Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """Trains or resumes one config and returns the figures of its evaluation at the end."""
     figures = loop.train(config.load(str(config.packaged_folder() / name), overrides), workdir)
-    if "step" in figures:  # only of a run that was told to stop
+    if "step" in figures:  # only for a run that was stopped
         raise errors.UserError("The demo was stopped; the same command goes on from there.")
     return figures
 
@@ -139,11 +140,11 @@ def _report(rows: list[dict[str, Any]], sheet: pathlib.Path, seconds: float) -> 
 
 
 def verdict(dense: dict[str, Any], msvit: dict[str, Any]) -> str:
-    """Says whether MSViT did what it is for: fewer tokens, as accurate, in less time.
+    """States whether MSViT reached its goals: fewer tokens, as accurate, in less time.
 
     Args:
-      dense: the dense model's row.
-      msvit: MSViT's.
+      dense: Row of the dense model.
+      msvit: Row of MSViT.
     """
     tokens = msvit["tokens / image"] / dense["tokens / image"]
     points = msvit["top-1 %"] - dense["top-1 %"]

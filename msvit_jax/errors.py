@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one message that names the thing and the remedy."""
+"""Errors that a user can fix: one message that names the problem and the remedy."""
 
 import difflib
 import errno
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-# What to do about an error of the operating system, where its own words do not say it.
+# Remedies for errors of the operating system whose own messages do not name one.
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or give another place",
     errno.EDQUOT: "free some of your quota there, or give another place",
@@ -26,7 +26,7 @@ _REMEDIES = {
 
 
 class UserError(ValueError):
-    """Bad input; the message says what is wrong and what to do about it."""
+    """Bad input; the message says what is wrong and how to fix it."""
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
@@ -39,7 +39,7 @@ def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
     """Reads the numbers of a flag that is a list.
 
     Raises:
-      UserError: one is none, or not finite.
+      UserError: One of them is not a number, or not finite.
     """
     texts = list(texts)
     try:
@@ -52,11 +52,11 @@ def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
 
 
 def describe(error: BaseException, *, named: bool = True) -> str:
-    """One line about an error: what the system says, of which file, and what to do about it.
+    """Describes an error in one line: the system's message, the file, and the remedy.
 
     Args:
-      error: of any kind.
-      named: whether the line names the file; False where the reader has its name already.
+      error: Error of any type.
+      named: Whether the line names the file; False where the reader has its name already.
     """
     said = (str(error).strip().splitlines() or [""])[0]
     if not isinstance(error, OSError) or error.errno is None:
@@ -84,7 +84,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
-            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be said
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         except BrokenPipeError:
             _forget_output()
             sys.exit(1)
@@ -100,7 +100,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _forget_output() -> None:
-    """Lets Python end without complaint where what is still to be printed has nowhere to go."""
+    """Discards output that cannot be printed, so that Python ends without complaint."""
     try:
         sys.stdout.flush()
     except OSError:

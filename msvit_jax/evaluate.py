@@ -1,4 +1,4 @@
-"""The one evaluation: used by the training loop, `eval.py` and the threshold sweep.
+"""The one evaluation: used by the training loop, `msvit eval` and the threshold sweep.
 
 Every example counts exactly once, whatever the batch size and the number of processes; figures
 are means over examples.
@@ -61,13 +61,14 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A few images and what the model made of their tokens, to draw.
+    """A few images and what the model did with their tokens, to draw.
 
     Attributes:
-      images: [n, H, W, 3] uint8.
+      images: [n, H, W, 3] uint8 images.
       coarse: [n, R], 1 where a region is coarse; None without a gate.
-      probability: [n, R] of staying coarse; None without a gate.
-      merged: [n, stages, rows, columns], see `Output.merge_maps`; None if no layer reduces tokens.
+      probability: [n, R], probability of staying coarse; None without a gate.
+      merged: [n, reductions, rows, columns], merge maps from `Output.merge_maps`; None if no layer
+        reduces tokens.
     """
 
     images: np.ndarray
@@ -78,12 +79,12 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures, and what is too large for a line.
+    """Results of an evaluation.
 
     Attributes:
-      figures: see `metrics.summarise`.
+      figures: Figures from `metrics.summarise`.
       coarse_rates: [R], share of images in which each region stayed coarse; None without a gate.
-      samples: the first images; None of a model that gives all images all tokens.
+      samples: First images; None for a model that gives all images all tokens.
     """
 
     figures: dict[str, Any]
@@ -107,14 +108,14 @@ class Evaluator:
         """Prepares an evaluation.
 
         Args:
-          model: of the registry.
-          data_config: the config's `data` section.
-          batch_size: global; rounded up to a multiple of the devices.
-          mesh: see `sharding.make_mesh`.
-          split: None: the config's `eval_split`.
-          samples: images to keep for pictures.
+          model: Model from the registry.
+          data_config: Config's `data` section.
+          batch_size: Global batch size; rounded up to a multiple of the devices.
+          mesh: Mesh of devices, from `sharding.make_mesh`.
+          split: Split to evaluate; None for the config's `eval_split`.
+          samples: Number of images to keep for pictures.
         """
-        model = with_dense_layout(model)  # where every image has an answer
+        model = with_dense_layout(model)  # the layout in which every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
         size = -(-batch_size // mesh.size) * mesh.size
         labels.check_count(model.num_classes, len(data.class_names(data_config)))
@@ -151,8 +152,8 @@ class Evaluator:
         """Evaluates.
 
         Args:
-          params: the model's parameters.
-          threshold: of the gate, instead of the model's own; does not recompile.
+          params: Parameters of the model.
+          threshold: Threshold of the gate instead of the model's own; does not recompile.
         """
         if threshold is None and self.has_threshold:
             threshold = self._model.threshold
@@ -164,7 +165,8 @@ class Evaluator:
                 sums, decided = self._step(params, batch, traced)
                 if samples is None and self._samples and any(x is not None for x in decided):
                     samples = _keep(host_batch, decided, self._samples)
-                # One batch behind, so that the device always has work and memory stays bounded.
+                # Sums are read one batch late, so that the device always has work, and memory stays
+                # bounded.
                 if last is not None:
                     total = _plus(total, last)
                 last = sums
@@ -176,9 +178,9 @@ class Evaluator:
 
 
 def _layer_tokens(model: nn.Module, counts: np.ndarray) -> np.ndarray | None:
-    """Patch tokens into each layer's MLP, for numbers of them at first; None if none is reduced."""
+    """Patch tokens into each layer's MLP, by initial number of tokens; None if none reduces."""
     backbone = getattr(model, "backbone", model)
-    return backbone.layer_tokens(counts) if getattr(backbone, "stages", None) else None
+    return backbone.layer_tokens(counts) if getattr(backbone, "reductions", None) else None
 
 
 def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
@@ -191,7 +193,7 @@ def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums
 def _keep(
     batch: dict[str, np.ndarray], decided: tuple[GateOutput | None, Array | None], count: int
 ) -> Samples:
-    """Takes the first images of this process with the gate's decisions and their merge maps."""
+    """Takes this process's first images with the gate's decisions and their merge maps."""
     gate, merged = decided
     count = min(count, int(batch["valid"].sum()))
     samples = Samples(batch["image"][:count])
@@ -224,13 +226,13 @@ def evaluate(
     """Evaluates parameters once and returns the figures (`metrics.summarise`).
 
     Args:
-      model: of the registry.
-      params: its parameters.
-      data_config: the config's `data` section.
-      batch_size: global; rounded up to a multiple of the devices.
-      mesh: None: all devices.
-      split: None: the config's `eval_split`.
-      threshold: of the gate, instead of the model's own.
+      model: Model from the registry.
+      params: Parameters of the model.
+      data_config: Config's `data` section.
+      batch_size: Global batch size; rounded up to a multiple of the devices.
+      mesh: Mesh of devices; None for all devices.
+      split: Split to evaluate; None for the config's `eval_split`.
+      threshold: Threshold of the gate; None for the model's own.
     """
     mesh = mesh or sharding.make_mesh()
     evaluator = Evaluator(model, data_config, batch_size=batch_size, mesh=mesh, split=split)
@@ -248,19 +250,19 @@ def evaluate_run(
     thresholds: Sequence[float] = (),
     curve: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a trained run and prints a table; what `eval.py` does.
+    """Evaluates a trained run and prints a table, as `msvit eval` does.
 
     Args:
-      workdir: of the run.
-      which: 'best', 'latest', or a step.
-      split: None: the config's.
-      batch_size: global; None: the config's.
-      overrides: 'model.gate=random' and the like, for another model around the same parameters.
-      thresholds: of the gate, for the accuracy/compute curve; empty: none.
-      curve: options of `budgets.curve_of_run`, for a cascade's budget curve; None: no curve.
+      workdir: Directory of the run.
+      which: Checkpoint: 'best', 'latest', or a step.
+      split: Split to evaluate; None for the config's.
+      batch_size: Global batch size; None for the config's.
+      overrides: Texts such as 'model.gate=random', for another model around the same parameters.
+      thresholds: Thresholds of the gate, for the accuracy/compute curve; empty for no curve.
+      curve: Options of `budgets.curve_of_run`, for a cascade's budget curve; None for no curve.
 
     Returns:
-      The figures, with `model`, `workdir`, `step` and, if asked for, `sweep` or `budget_curve`.
+      Figures, with `model`, `workdir`, `step` and, if asked for, `sweep` or `budget_curve`.
     """
     checkpoint.quiet_orbax()
     workdir = paths.parse(workdir)
@@ -301,17 +303,17 @@ def evaluate_weights(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Evaluates weights of any format and prints a table; what `eval.py --weights` does.
+    """Evaluates weights of any format and prints a table, as `msvit eval --weights` does.
 
     Args:
-      source: see `weights.load`.
-      config_file: of the model and the data.
-      split: None: the config's.
-      batch_size: global; None: the config's.
-      overrides: 'model.gate=random' and the like.
+      source: Workdir, weights file, or directory that transformers or timm wrote.
+      config_file: Config of the model and the data.
+      split: Split to evaluate; None for the config's.
+      batch_size: Global batch size; None for the config's.
+      overrides: Texts such as 'model.gate=random'.
 
     Returns:
-      The figures, with `model` and `weights`.
+      Figures, with `model` and `weights`.
     """
     checkpoint.quiet_orbax()
     config = configs.load(config_file, overrides)
@@ -338,17 +340,20 @@ def _in_order_of_data(
     data_config: config_dict.ConfigDict,
     of: str,
 ) -> Any:
-    """Parameters whose answers are the data set's classes, see `labels`.
+    """Puts a model's answers in the order of the data set's classes, see `labels`.
 
     Args:
-      model: that is evaluated.
-      params: its parameters.
-      answers: names of its classes; empty: not known.
-      data_config: the config's `data` section.
-      of: what answers, for messages.
+      model: Model to evaluate.
+      params: Parameters of the model.
+      answers: Names of the model's classes; empty if not known.
+      data_config: Config's `data` section.
+      of: Name of the answering thing, for messages.
 
     Raises:
-      UserError: another number of classes, or others.
+      UserError: The number of classes or their names differ.
+
+    Returns:
+      Parameters with the head in that order.
     """
     theirs = data.class_names(data_config)
     labels.check_count(model.num_classes, len(theirs), of=of)
@@ -364,13 +369,13 @@ def _print_figures(figures: dict[str, Any], model: Any) -> None:
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose lists are texts."""
+    """Returns a row with its lists as texts."""
     texts = {name: " ".join(f"{x:.3g}" for x in row[name]) for name in ("shares", "thresholds")}
     return {**row, **texts}
 
 
 def _exits(figures: dict[str, Any], model: Any) -> list[dict[str, Any]]:
-    """A row for each exit of a cascade, as if all images left there."""
+    """Makes a row for each exit of a cascade, as if all images left there."""
     columns = zip(model.exit_tokens, figures["exits_top1"], figures["exits_gmacs"], strict=True)
     return [
         {"exit": number, "tokens": int(tokens), "top1": top1, "gmacs": gmacs}
@@ -427,7 +432,7 @@ def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: 
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Writes rows as an aligned text table; columns that no row has are left out."""
+    """Formats rows as an aligned text table; columns that no row has are left out."""
     columns = [c for c in columns if any(c in row for row in rows)]
     cells = [[_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(len(c), *(len(row[i]) for row in cells)) for i, c in enumerate(columns)]

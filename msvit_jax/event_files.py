@@ -1,8 +1,8 @@
-"""TensorBoard's event files, written where `paths` can write, and never in a run's way.
+"""TensorBoard's event files, written where `paths` can write, without disturbing a run.
 
 tensorboardX writes in a thread of its own: an error there, of a full disk for instance, would end
-that thread with a traceback and make the run wait for it for ever. Here events that cannot be
-written are given up with one warning; `metrics.jsonl` is what a run answers for.
+that thread with a traceback and make the run wait for it forever. Here events that cannot be
+written are given up with one warning; the run's record is `metrics.jsonl`.
 """
 
 import sys
@@ -20,13 +20,13 @@ def writer(folder: paths.PathLike) -> SummaryWriter:
     """Opens a folder for events.
 
     Args:
-      folder: local or an address; made where it is missing.
+      folder: Local folder or address; made where it is missing.
     """
     return SummaryWriter(f"{_PREFIX}:{paths.absolute(folder)}")
 
 
 class _EventFile:
-    """One file of events; at an address it is written anew with each flush."""
+    """One file of events; at an address it is rewritten with each flush."""
 
     def __init__(self, path: str) -> None:
         self._path = paths.parse(path)
@@ -70,7 +70,7 @@ class _EventFile:
 
 
 class _Factory:
-    """What tensorboardX asks for files; paths come with our prefix."""
+    """Opens files for tensorboardX; paths come with our prefix."""
 
     def open(self, path: str) -> _EventFile:
         return _EventFile(path.removeprefix(f"{_PREFIX}:"))

@@ -33,7 +33,7 @@ class MissingExtraError(UserError, ModuleNotFoundError):
 
 @contextlib.contextmanager
 def needed(extra: str) -> Iterator[None]:
-    """Names the extra if an import in the block fails for want of one of its packages.
+    """Names the extra if an import in the block fails because one of its packages is missing.
 
     Blocks can be nested; the outermost extra that installs the package is named.
 

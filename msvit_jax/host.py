@@ -9,7 +9,7 @@ import jax
 
 from msvit_jax.errors import UserError
 
-# Parameters of glibc's mallopt (malloc.h) and what they are set to.
+# Parameters of glibc's mallopt (malloc.h) and their values.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _KEEP = {
     _MMAP_MAX: 0,  # large arrays come from the heap, not from pages of their own
@@ -22,7 +22,7 @@ _KEEP = {
 def keep_freed_memory() -> bool:
     """Makes this process reuse the memory it frees instead of handing it back to the kernel.
 
-    XLA allocates its large temporary arrays anew in every call on CPU. glibc maps fresh pages for
+    XLA allocates its large temporary arrays again in every call on CPU. glibc maps fresh pages for
     each and the kernel fills them with zeros, which is a third of the CPU time of a training step
     of the small models here. Call it before threads start; the process keeps its peak memory.
 
@@ -43,7 +43,7 @@ def keep_freed_memory() -> bool:
 
 
 def keep_freed_memory_environment() -> dict[str, str]:
-    """Variables that make a program started with them do as `keep_freed_memory` says."""
+    """Returns environment variables with the effect of `keep_freed_memory` on a new program."""
     if _has_accelerator():
         return {}
     names = {
@@ -56,19 +56,19 @@ def keep_freed_memory_environment() -> dict[str, str]:
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX will compute on something else than the processor; starts no back end."""
+    """Tells whether JAX will use something other than the CPU; starts no back end."""
     if platforms := jax.config.jax_platforms:
         return platforms.split(",")[0] != "cpu"
     return any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
 
 
 def use_cores(count: int) -> None:
-    """Confines this process, and those that it starts, to so many of its cores.
+    """Confines this process, and those that it starts, to a number of its cores.
 
     Call it before threads start. Does nothing on systems that cannot.
 
     Raises:
-      UserError: there are not so many.
+      UserError: There are not that many.
     """
     if not hasattr(os, "sched_setaffinity"):
         return
@@ -85,7 +85,7 @@ def make_devices_of_cores() -> int:
     before JAX is used.
 
     Returns:
-      The number of devices: a power of two up to 8, so that it divides batches.
+      Number of devices: a power of two up to 8, so that it divides batches.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = 2 ** min(int(math.log2(cores or 1)), 3)

@@ -1,8 +1,8 @@
-"""What a model answers and what a data set says, compared: how many classes, and which.
+"""Comparison of a model's classes with those of a data set: how many, and which.
 
 Class 3 of one is not class 3 of another. Where both have names and these differ, the answers mean
 something else than the labels, however good the figures look. The config's `data.match_classes`
-says what to do then.
+decides what to do then.
 """
 
 import re
@@ -17,7 +17,7 @@ from msvit_jax.tree import map_names
 EXACTLY, BY_NAME, BY_NUMBER = "exactly", "by_name", "by_number"
 CHOICES = (EXACTLY, BY_NAME, BY_NUMBER)
 _HEAD = re.compile(r"(^|/)(head|head_dist)/(kernel|bias)$")
-# What transformers writes for classes without names.
+# Names that transformers writes for classes without names.
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
 _SHOWN = 4
 
@@ -26,13 +26,13 @@ def check_count(model: int, data: int, *, of: str = "The model", remedy: str = "
     """Compares numbers of classes.
 
     Args:
-      model: of its answers.
-      data: of the data set.
-      of: what answers, for the message.
-      remedy: what to do about it, in place of the usual advice.
+      model: Number of the model's classes.
+      data: Number of the data set's classes.
+      of: Name of the answering thing, for the message.
+      remedy: Advice in place of the usual one; empty for the usual one.
 
     Raises:
-      UserError: they differ.
+      UserError: The numbers differ.
     """
     if model != data:
         raise UserError(
@@ -44,19 +44,19 @@ def check_count(model: int, data: int, *, of: str = "The model", remedy: str = "
 def order(
     answers: Sequence[str], data: Sequence[str], how: str, *, of: str = "The model"
 ) -> np.ndarray | None:
-    """Where the classes of a data set are among those that a model answers.
+    """Finds the index, among a model's classes, of each class of a data set.
 
     Args:
-      answers: names of the model's classes; empty: not known.
-      data: names of the data set's classes; empty: not known.
-      how: one of `CHOICES`.
-      of: what answers, for messages.
+      answers: Names of the model's classes; empty if not known.
+      data: Names of the data set's classes; empty if not known.
+      how: Way of matching, one of `CHOICES`.
+      of: Name of the answering thing, for messages.
 
     Returns:
-      For each class of the data the model's, or None if they are the same or taken to be.
+      For each class of the data the model's, or None if they are the same or assumed to be.
 
     Raises:
-      UserError: other names, and `how` does not say what to do.
+      UserError: The names differ, and `how` does not resolve it.
     """
     answers, data = list(answers), list(data)
     if how == BY_NUMBER or answers == data or not (_known(answers) and _known(data)):
@@ -95,11 +95,12 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def in_order(params: Any, places: np.ndarray | None) -> Any:
-    """Parameters whose heads answer in another order.
+    """Reorders the heads of a model's parameters.
 
     Args:
-      params: of a model, a tree or a flat dict by name.
-      places: see `order`; None: as they are.
+      params: Parameters of a model, a tree or a flat dict by name.
+      places: Indices of the model's classes in the new order, from `order`; None to leave them as
+        they are.
     """
     if places is None:
         return params
@@ -107,5 +108,5 @@ def in_order(params: Any, places: np.ndarray | None) -> Any:
 
 
 def without_heads(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights without those of classes that are not the data's."""
+    """Returns weights without the heads, which answer other classes than the data's."""
     return {name: leaf for name, leaf in flat.items() if not _HEAD.search(name)}

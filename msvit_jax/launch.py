@@ -1,4 +1,4 @@
-"""What train.py and eval.py have in common: how their processes find each other."""
+"""Start of the training and evaluation commands: joins the processes of a run."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _COUNT = flags.DEFINE_integer("process_count", None, "Number of processes, with --coordinator.")
 _INDEX = flags.DEFINE_integer("process_index", None, "This process, with --coordinator.")
-# Set on the hosts of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.
+# Set on machines of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")
 
 
@@ -21,7 +21,7 @@ def start(argv: Sequence[str]) -> None:
     """Checks the command line and joins the other processes, if there are any.
 
     Raises:
-      UserError: arguments that are no flags, or only some of the flags for several processes.
+      UserError: There are arguments that are not flags, or only some flags for several processes.
     """
     if len(argv) > 1:
         raise UserError(

@@ -1,7 +1,7 @@
-"""What a run tells: the terminal, `metrics.jsonl`, TensorBoard. Only process 0 writes.
+"""A run's reports: terminal, `metrics.jsonl`, TensorBoard. Only process 0 writes.
 
-Nothing here waits for a device, and what takes long (pictures, files) is done by one background
-thread in the order it was asked for.
+Nothing here waits for a device, and slow work (pictures, files) is done by one background thread,
+in order.
 """
 
 import json
@@ -20,7 +20,7 @@ from msvit_jax import event_files, paths
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluation, Samples
 
-# What a line on the terminal shows, in this order, and how.
+# Figures in a line on the terminal, in this order, with their formats.
 SHOWN = {
     "total_loss": "loss {:.4f}",
     "loss": "task {:.4f}",
@@ -42,7 +42,7 @@ BRIEF = ("total_loss", "top1", "tokens_mean", "images_per_second")
 
 
 class Logger:
-    """Writes reports of a run; on other processes than 0 it does nothing."""
+    """Writes reports of a run; on processes other than 0 it does nothing."""
 
     def __init__(
         self,
@@ -56,12 +56,12 @@ class Logger:
         """Opens the logs.
 
         Args:
-          workdir: of the run.
-          steps: of the whole run, for the progress bar.
-          start: step the run begins at.
-          active: whether this process writes.
-          terminal: "lines" prints every report; "bar" shows training in the progress bar alone, or
-            in a few lines where nobody watches.
+          workdir: Directory of the run.
+          steps: Number of steps of the whole run, for the progress bar.
+          start: Step the run begins at.
+          active: Whether this process writes.
+          terminal: Way of printing: "lines" prints every report; "bar" shows training in the
+            progress bar alone, or in a few lines if the output is not a terminal.
 
         Raises:
           UserError: `terminal` is neither.
@@ -77,7 +77,7 @@ class Logger:
         self._board = event_files.writer(workdir / "tensorboard")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="logs")
         self._jobs: list[Future[None]] = []
-        # To stderr, where it does not mix with lines; silent where nobody watches.
+        # The bar goes to stderr, where it does not mix with lines; it is off without a terminal.
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -101,10 +101,10 @@ class Logger:
         """Prints and records figures.
 
         Args:
-          kind: 'train' or 'eval'.
-          step: optimiser step they belong to.
-          epoch: likewise.
-          figures: by name; what is not a number is recorded and not drawn.
+          kind: Kind of the report, 'train' or 'eval'.
+          step: Optimizer step that the figures belong to.
+          epoch: Epoch that the figures belong to, a float.
+          figures: Figures by name; one that is not a number is recorded but not drawn.
         """
         if not self._active:
             return
@@ -129,9 +129,9 @@ class Logger:
         """Reports an evaluation, with gate rates, token maps and merge maps as pictures.
 
         Args:
-          step: see `report`.
-          epoch: see `report`.
-          result: of the evaluator.
+          step: Optimizer step that the figures belong to.
+          epoch: Epoch that the figures belong to, a float.
+          result: Result of the evaluator.
           grid: (rows, columns) of the gate's regions, or None.
         """
         self.report("eval", step, epoch, result.figures)
@@ -156,7 +156,7 @@ class Logger:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def _rates(self, step: int, rates: np.ndarray) -> None:
-        """One grey square per region, white where it is always fine."""
+        """Draws one gray square per region, white where it is always fine."""
         picture = np.kron((1 - rates)[None], np.ones((1, 16, 16)))
         self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
 
@@ -169,12 +169,12 @@ class Logger:
                 coarse = samples.coarse[index].reshape(grid)
                 picture = visualize.token_map(image, samples.coarse[index], grid)
                 self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
-            if samples.merged is not None:  # where the tokens are in the end
+            if samples.merged is not None:  # after the last reduction
                 picture = visualize.merge_map(image, samples.merged[index, -1], coarse=coarse)
                 self._board.add_image(f"merged/{index}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Finishes what is under way."""
+        """Finishes pending work and closes the logs."""
         if self._active:
             self._thread.shutdown(wait=True)
             self._bar.close()
@@ -185,7 +185,7 @@ class Logger:
 
 
 def line(kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> str:
-    """One report as a line: 'train  step    100  epoch  0.64  loss 1.2345 ...'."""
+    """Formats a report as a line: 'train  step    100  epoch  0.64  loss 1.2345 ...'."""
     parts = [f"{kind:<5}  step {step:>6}  epoch {epoch:>6.2f}", *_texts(figures)]
     if "seconds_left" in figures:
         parts.append(f"left {duration(figures['seconds_left'])}")
@@ -197,7 +197,7 @@ def _texts(figures: Mapping[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """'3m05s', '2h10m', '45s'."""
+    """Formats a duration: '3m05s', '2h10m', '45s'."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)

@@ -1,8 +1,9 @@
-"""Losses: the task's, the gate's and distillation's.
+"""Losses of the task, of the gate, and of distillation.
 
-The gate's losses speak of the share of *fine* regions: x = 1 - P(coarse), the noise-free
-probability that a region gets fine tokens. Formulas from MSViT (Havtorn et al. 2023) and Batch
-Shaping (Ehteshami Bejnordi et al. 2020); where the papers are silent the choice is ours and said.
+The gate's losses are about the share of *fine* regions: x = 1 - P(coarse), the noise-free
+probability that a region gets fine tokens. Formulas are from MSViT (Havtorn et al. 2023) and Batch
+Shaping (Ehteshami Bejnordi et al. 2020); where the papers leave a choice open, it is ours and
+marked so.
 """
 
 import jax
@@ -22,14 +23,14 @@ _EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's 
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Cross-entropy against soft targets, in float32: [B, C], [B, C] -> [B]."""
+    """Computes cross-entropy against soft targets, in float32: [B, C], [B, C] -> [B]."""
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets.astype(jnp.float32))
 
 
 def distillation(
     student: Array, teacher: Array, *, temperature: float = 1.0, kind: str = "soft"
 ) -> Array:
-    """Distance from a teacher's predictions: [B, C], [B, C] -> [B].
+    """Computes the distance from a teacher's predictions: [B, C], [B, C] -> [B].
 
     "soft": temperature**2 * KL(teacher || student) at that temperature (Hinton et al. 2015);
     "hard": cross-entropy with the teacher's label (DeiT, section 4). No gradient to the teacher.
@@ -49,10 +50,11 @@ def distillation(
 def exits_loss(
     exits: Array, targets: Array, *, distillation_weight: float = 0.0, temperature: float = 1.0
 ) -> Array:
-    """The unweighted sum of all exits' losses (DVT, section 3.1): [B, stages, C], [B, C] -> [B].
+    """Sums all exits' losses, unweighted (DVT, section 3.1): [B, stages, C], [B, C] -> [B].
 
     With a weight, exits before the last also learn from the last one's predictions: (1 - weight) x
-    labels + weight x `distillation` (our addition; as between the exits of multi-exit networks).
+    labels + weight x `distillation` (our addition; common between the exits of multi-exit
+    networks).
     """
     total, last = cross_entropy(exits[:, -1], targets), exits[:, -1]
     for stage in range(exits.shape[1] - 1):
@@ -65,10 +67,11 @@ def exits_loss(
 
 
 def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array) -> Array:
-    """CDF of the relaxed Bernoulli (binary concrete) distribution at x = sigmoid(logits).
+    """Computes the relaxed Bernoulli (binary concrete) distribution's CDF at x = sigmoid(logits).
 
-    P(x > 1/2) = probability. A function of x would have to clip x away from 0 and 1 and give no
-    gradient there; of the logits it is sigmoid(temperature * logits - logit(probability)).
+    P(x > 1/2) = probability. A function of x would have to clip x away from 0 and 1, where it would
+    then have no gradient; as a function of the logits it is sigmoid(temperature * logits -
+    logit(probability)).
 
     All arguments broadcast (equal ranks).
     """
@@ -76,24 +79,24 @@ def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array)
 
 
 def beta_cdf(x: Array, a: float, b: float) -> Array:
-    """CDF of the Beta distribution; `x` is clipped to [1e-3, 1 - 1e-3]."""
+    """Computes the Beta distribution's CDF; `x` is clipped to [1e-3, 1 - 1e-3]."""
     x = jnp.clip(x, _EDGE, 1 - _EDGE)
     return betainc(jnp.full_like(x, a), jnp.full_like(x, b), x)
 
 
 def normal_cdf(x: Array, mean: float, std: float) -> Array:
-    """CDF of the normal distribution."""
+    """Computes the normal distribution's CDF."""
     return norm.cdf(x, jnp.asarray(mean, x.dtype), jnp.asarray(std, x.dtype))
 
 
 def empirical_cdf_distance(cdf_of_sorted: Array) -> Array:
-    """mean_k (k / (N + 1) - F(x_(k)))^2 along axis 0: batch shaping's loss.
+    """Computes batch shaping's loss mean_k (k / (N + 1) - F(x_(k)))^2 along axis 0.
 
     Args:
-      cdf_of_sorted: [N, ...] the prior's CDF at the samples in ascending order.
+      cdf_of_sorted: [N, ...], prior's CDF at the samples in ascending order.
 
     Returns:
-      [...]. At a perfect fit about 1 / (6 N) remains.
+      Loss [...]. At a perfect fit about 1 / (6 N) remains.
     """
     count = cdf_of_sorted.shape[0]
     rank = jnp.arange(1, count + 1, dtype=cdf_of_sorted.dtype) / (count + 1)
@@ -102,7 +105,7 @@ def empirical_cdf_distance(cdf_of_sorted: Array) -> Array:
 
 
 def global_batch(x: Array, axis_name: str | None) -> Array:
-    """The rows of all devices, [B, ...], inside pmap or shard_map; under jit `x` has them already.
+    """Gathers the rows of all devices, [B, ...], in pmap or shard_map; under jit returns `x`.
 
     Gradients agree with those of the whole batch after the customary mean over devices.
     """
@@ -111,11 +114,11 @@ def global_batch(x: Array, axis_name: str | None) -> Array:
 
 @struct.dataclass
 class GateLossOutput:
-    """The gate's loss and what it is made of.
+    """Loss of the gate and its terms.
 
     Attributes:
-      loss: scalar to be weighted and added to the task's.
-      terms: scalars for the log.
+      loss: Scalar to be weighted and added to the task's loss.
+      terms: Scalars for the log, by name.
     """
 
     loss: Array
@@ -123,30 +126,32 @@ class GateLossOutput:
 
 
 class GateLoss(nn.Module):
-    """Pulls a gate towards a share of fine regions.
+    """Pulls a gate toward a share of fine regions.
 
     * "none": nothing.
     * "rate": (mean probability of fine - target)^2 over the whole batch.
-    * "l0": the mean probability of fine where it exceeds the target, else 0 (a one-sided rate).
-    * "bas": batch shaping of every position towards one fixed prior.
-    * "gbas": generalized batch shaping: every position has its own learned relaxed-Bernoulli
-      prior, whose means are themselves shaped towards Normal(target, sigma).
+    * "l0": the excess of the mean probability of fine over the target, 0 below it (a one-sided
+      rate).
+    * "bas": batch shaping of every position toward one fixed prior.
+    * "gbas": generalized batch shaping: every position has its own learned relaxed-Bernoulli prior,
+      whose means are themselves shaped toward Normal(target, sigma).
 
     Batch shaping sees the whole batch's order statistics: under jit whatever the sharding, under
     pmap or shard_map with `axis_name`.
 
     Attributes:
-      kind: see above.
-      target: share of fine regions aimed at (g* of the hyperprior).
-      sigma: how much positions may differ from one another ("gbas").
-      prior: "relaxed_bernoulli" or "beta" ("bas").
-      temperature: of the relaxed Bernoulli prior; where it starts, for "gbas" (value: unverified
-        recollection).
-      beta: parameters of the Beta prior ("bas"); their mean replaces `target`.
-      clip: probabilities closer than this to 0 or 1 get no gradient from the relaxed Bernoulli
-        prior: 1e-3 as in the published batch shaping, 0 (our choice) for gradient everywhere.
-      start: where the means start ("gbas"): "centre", falling with the distance from the image's
-        centre around `target`, or "uniform" at `target`.
+      kind: Kind of the loss, one of the above.
+      target: Target share of fine regions (g* of the hyperprior).
+      sigma: Standard deviation of the hyperprior, by which positions may differ ("gbas").
+      prior: Prior of the decisions, "relaxed_bernoulli" or "beta" ("bas").
+      temperature: Temperature of the relaxed Bernoulli prior, its initial value for "gbas" (value:
+        unverified recollection).
+      beta: Parameters of the Beta prior ("bas"); their mean replaces `target`.
+      clip: Distance from 0 and 1 within which probabilities get no gradient from the relaxed
+        Bernoulli prior: 1e-3 as in the published batch shaping, 0 (our choice) for gradient
+        everywhere.
+      start: Initialization of the means ("gbas"): "centre", falling with the distance from the
+        image's center around `target`, or "uniform" at `target`.
       grid_size: (rows, columns) of regions, for "gbas".
     """
 
@@ -162,7 +167,7 @@ class GateLoss(nn.Module):
 
     @nn.compact
     def __call__(self, gate: GateOutput, *, axis_name: str | None = None) -> GateLossOutput:
-        """Loss of the decisions on one batch; gate.logits is [B, R]."""
+        """Computes the loss of the decisions on one batch; gate.logits is [B, R]."""
         if not 0 < self.target < 1:
             raise ValueError(f"The gate's target share is {self.target}; it lies between 0 and 1.")
         logits = global_batch(-gate.logits.astype(jnp.float32), axis_name)
@@ -181,7 +186,7 @@ class GateLoss(nn.Module):
         raise ValueError(f"gate loss {self.kind!r} is none of none, rate, l0, bas, gbas.")
 
     def _sorted(self, logits: Array) -> Array:
-        """Each position's logits of fine in ascending order, within the clip."""
+        """Sorts each position's logits of fine in ascending order, within the clip."""
         if self.clip:
             edge = float(np.log((1 - self.clip) / self.clip))
             logits = jnp.clip(logits, -edge, edge)
@@ -222,7 +227,7 @@ class GateLoss(nn.Module):
         if not nearness.any():  # a grid of corners only, 2 x 2: all equally near
             nearness = np.ones_like(nearness)
         means = self.target * nearness / nearness.mean()
-        # Further away the hyperprior's density, and with it its gradient, is practically zero.
+        # Farther away the hyperprior's density, and with it its gradient, is practically zero.
         reach = 3.5 * self.sigma
         low, high = max(0.02, self.target - reach), min(0.98, self.target + reach)
         return np.clip(means, low, high).astype(np.float32)

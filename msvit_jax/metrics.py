@@ -1,4 +1,4 @@
-"""Metrics as sums that add up over batches, devices and processes, and figures made from them."""
+"""Metrics as sums that add up over batches, devices and processes, and figures of them."""
 
 from typing import Any
 
@@ -10,20 +10,21 @@ from jax import Array
 
 from msvit_jax.models.output import GateOutput, Output
 
-DIGIT_SHARE = 0.05  # of a region's pixels that makes it bear content
+DIGIT_SHARE = 0.05  # share of content pixels from which on a region has content
 
 
 @struct.dataclass
 class GateSums:
-    """Sums over images of what a gate decided.
+    """Sums over images of a gate's decisions.
 
     Attributes:
-      coarse: [R], images in which the region stayed coarse.
+      coarse: [R], number of images in which the region stayed coarse.
       probability: [R], sum of the noise-free probabilities of staying coarse.
-      content: regions of which `DIGIT_SHARE` or more is content, by the segmentation mask.
-      content_fine: those of them that are fine.
-      plain: all other regions.
-      plain_coarse: those of them that are coarse.
+      content: Number of regions of which `DIGIT_SHARE` or more is content, by the segmentation
+        mask.
+      content_fine: Number of regions with content that are fine.
+      plain: Number of all other regions.
+      plain_coarse: Number of regions without content that are coarse.
     """
 
     coarse: Any
@@ -36,19 +37,19 @@ class GateSums:
 
 @struct.dataclass
 class Sums:
-    """Sums over examples.
+    """Sums of metrics over examples.
 
     Attributes:
-      count: examples.
-      loss: sum of the task losses.
-      top1: examples whose label came first.
-      top5: examples whose label was among the first five.
+      count: Number of examples.
+      loss: Sum of the task losses.
+      top1: Number of examples whose label came first.
+      top5: Number of examples whose label was among the first five.
       tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
         percentiles and costs are exact.
-      unfit: examples without an answer, because their tokens found no room in the layout; they are
-        counted in loss, top1 and top5 as if they were not there.
-      gate: what the gate decided, of models that have one.
-      exits: [stages], examples whose label came first at each exit of a cascade.
+      unfit: Number of examples without an answer, because their tokens did not fit in the layout;
+        loss, top1 and top5 leave them out.
+      gate: Sums of the gate's decisions; None for models without a gate.
+      exits: [stages], number of examples whose label came first at each exit of a cascade.
     """
 
     count: Any
@@ -74,15 +75,15 @@ def batch_sums(
     valid: Array | None = None,
     mask: Array | None = None,
 ) -> Sums:
-    """Sums over one batch; runs under jit.
+    """Computes sums over one batch; runs under jit.
 
     Args:
-      output: of the model for the batch.
-      labels: [B] int32.
-      loss: [B] float32 task loss.
-      max_tokens: patch tokens of an image on the fine grid.
-      valid: [B] bool, False for padding, which counts nowhere.
-      mask: [B, H, W] segmentation mask, 0 where there is no content.
+      output: Output of the model for the batch.
+      labels: [B] int32 labels.
+      loss: [B] float32, loss of the task.
+      max_tokens: Number of patch tokens of an image on the fine grid.
+      valid: [B] bool, False for padding, which is not counted.
+      mask: [B, H, W], segmentation mask, 0 where there is no content.
     """
     weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
     answered = weight if output.fits is None else jnp.where(output.fits, weight, 0.0)
@@ -101,13 +102,13 @@ def batch_sums(
 
 
 def _rank(logits: Array, labels: Array) -> Array:
-    """How many classes come before the label: [B, C], [B] -> [B]; ties and NaN count against it."""
+    """Counts classes before the label: [B, C], [B] -> [B]; ties and NaN count against it."""
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     return jnp.sum(~(logits < own), axis=1) - 1
 
 
 def _exit_sums(exits: Array, labels: Array, weight: Array) -> Array:
-    """Examples whose label comes first at each exit: [B, stages, C] -> [stages]."""
+    """Counts examples whose label comes first at each exit: [B, stages, C] -> [stages]."""
     return jnp.stack(
         [
             jnp.sum(jnp.where(_rank(exits[:, stage], labels) < 1, weight, 0.0))
@@ -135,7 +136,7 @@ def _gate_sums(gate: GateOutput, weight: Array, mask: Array | None) -> GateSums:
 
 
 def _content_share(mask: Array, regions: int) -> Array:
-    """[B, H, W] mask -> [B, R], the share of each region's pixels that is content."""
+    """Computes the share of each region's pixels with content: [B, H, W] mask -> [B, R]."""
     batch, height, width = mask.shape
     size = round((height * width / regions) ** 0.5)
     squares = (mask > 0).reshape(batch, height // size, size, width // size, size)
@@ -150,18 +151,19 @@ def to_host(sums: Sums) -> Sums:
 def summarise(
     sums: Sums, macs: np.ndarray | None = None, layer_tokens: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Figures for people and logs.
+    """Computes figures for people and logs.
 
     Args:
-      sums: on the host.
+      sums: Sums on the CPU, from `to_host`.
       macs: [N + 1], multiply-accumulates of an image by its number of active patch tokens.
-      layer_tokens: [depth, N + 1], patch tokens that go into each layer's MLP, likewise.
+      layer_tokens: [depth, N + 1], patch tokens that enter each layer's MLP, by the image's number
+        of active patch tokens.
 
     Returns:
-      examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit, the share
-      of examples without an answer, if there are any; with `macs` gmacs_mean, the mean over
-      images; with `layer_tokens` layer_tokens_mean, likewise; of a cascade exits_top1, a list; and
-      the gate's figures (`gate_figures`).
+      Dict with examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit,
+      the share of examples without an answer, if there are any; with `macs` gmacs_mean, the mean
+      over images; with `layer_tokens` layer_tokens_mean, the mean over images; for a cascade
+      exits_top1, a list; and the gate's figures (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
@@ -191,25 +193,27 @@ def summarise(
 
 
 def percentile(histogram: np.ndarray, percent: float) -> float:
-    """The smallest value that at least `percent` of the examples do not exceed.
+    """Finds the smallest value that at least `percent` of the examples do not exceed.
 
     Args:
       histogram: [N + 1], number of examples by value 0..N.
-      percent: 0 to 100.
+      percent: Percentage, 0 to 100.
     """
     below = np.cumsum(histogram)
     return float(np.searchsorted(below, percent / 100 * below[-1]))
 
 
 def gate_figures(gate: GateSums, count: float) -> dict[str, float]:
-    """Says how a gate decides, and whether it looks at the image at all.
+    """Describes a gate's decisions, and whether they depend on the image at all.
 
-    fine_share: share of regions that are fine. decision_variance: variance over images of each
-    position's decision, mean over positions; 0 for a fixed pattern, at most 0.25. agreement:
-    share of positions in which two different images agree, mean over pairs; 1 for a fixed
-    pattern. With a segmentation mask: content_fine, share of the regions with content that is
-    fine; plain_coarse, share of the others that is coarse; fine_per_content, fine regions over
-    regions with content.
+    * fine_share: share of regions that are fine.
+    * decision_variance: variance over images of each position's decision, mean over positions; 0
+      for a fixed pattern, at most 0.25.
+    * agreement: share of positions in which two different images agree, mean over pairs; 1 for a
+      fixed pattern.
+    * content_fine, with a segmentation mask: share of the regions with content that is fine.
+    * plain_coarse, with a segmentation mask: share of the other regions that is coarse.
+    * fine_per_content, with a segmentation mask: fine regions divided by regions with content.
     """
     rate = gate.coarse / count
     fine = gate.content_fine + gate.plain - gate.plain_coarse
@@ -234,5 +238,5 @@ def _agreement(coarse: np.ndarray, count: float) -> float:
 
 
 def coarse_rates(sums: Sums) -> np.ndarray | None:
-    """[R], the share of images in which each region stayed coarse; None without a gate."""
+    """Share of images in which each region stayed coarse: [R]; None without a gate."""
     return None if sums.gate is None else np.asarray(sums.gate.coarse) / float(sums.count)

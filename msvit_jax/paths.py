@@ -1,7 +1,7 @@
 """Paths as users write them: `~`, relative ones, and addresses such as gs://bucket/run.
 
-Everything that a user names is opened through here. A local path becomes a `pathlib.Path`, an
-address an `etils.epath.Path`, which has the methods that we use: `exists`, `is_dir`, `is_file`,
+Everything that a user names is opened through this module. A local path becomes a `pathlib.Path`,
+an address an `etils.epath.Path`, which has the methods that we use: `exists`, `is_dir`, `is_file`,
 `iterdir`, `glob` (of one level), `open` in text or bytes, `read_*`, `write_*`, `mkdir`, `unlink`.
 """
 
@@ -23,28 +23,28 @@ from msvit_jax import extras
 from msvit_jax.errors import UserError, describe
 
 PathLike: TypeAlias = str | os.PathLike[str]
-# Kinds of addresses that epath opens, and the package that it does so with.
+# Kinds of addresses that epath opens, and the packages it needs for them.
 BACK_ENDS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-# pathlib makes one slash of two.
+# pathlib turns two slashes into one.
 _COLLAPSED = re.compile(rf"({'|'.join(BACK_ENDS)}):/([^/].*)", re.DOTALL)
-_REWRITTEN_EVERY = 30.0  # seconds; an object at an address cannot grow
+_REWRITTEN_EVERY = 30.0  # seconds between rewrites; an object at an address cannot grow
 CONFIG_FILE = "config.json"  # in the workdir of a run
-CACHE = "MSVIT_JAX_CACHE"  # the variable that says where copies of addresses are kept
+CACHE = "MSVIT_JAX_CACHE"  # environment variable with the folder for copies of addresses
 
 
 def parse(path: PathLike) -> pathlib.Path:
-    """Reads a path or an address.
+    """Parses a path or an address.
 
     Args:
-      path: `~` and `~name` are homes, file:// is a local path.
+      path: Path or address; `~` and `~name` are homes, file:// is a local path.
 
     Returns:
-      A `pathlib.Path`; of an address an `epath.Path`.
+      `pathlib.Path`, or `epath.Path` for an address.
 
     Raises:
-      UserError: no path, an address of an unknown kind or without a bucket, or one whose back end
-        is not installed.
+      UserError: Not a path, an address of an unknown kind or without a bucket, or one whose back
+        end is not installed.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -83,19 +83,19 @@ def _require(scheme: str, text: str) -> None:
 
 
 def is_address(path: PathLike) -> bool:
-    """Whether a parsed path is an address; a text is parsed first."""
+    """Tells whether a parsed path is an address; a text is parsed first."""
     return not isinstance(parse(path) if isinstance(path, str) else path, pathlib.Path)
 
 
 def absolute(path: PathLike) -> pathlib.Path:
-    """Parses, and makes a relative path absolute."""
+    """Parses a path, and makes a relative one absolute."""
     parsed = parse(path)
     return parsed if is_address(parsed) else parsed.absolute()
 
 
 @contextlib.contextmanager
 def named(path: PathLike) -> Iterator[None]:
-    """Gives errors of the operating system the name of the file, where they have none."""
+    """Adds the file's name to errors of the operating system that have none."""
     try:
         yield
     except OSError as error:
@@ -105,15 +105,15 @@ def named(path: PathLike) -> Iterator[None]:
 
 
 def write_whole(path: PathLike, content: str | bytes) -> None:
-    """Writes a file that is there whole or not at all, in place of one that was there.
+    """Replaces a file atomically, so that it is never there in part.
 
     Args:
-      path: of the file.
-      content: bytes, or text that is written as it is, in UTF-8.
+      path: Path of the file.
+      content: Bytes, or text that is written as it is, in UTF-8.
     """
     place = parse(path)
     data = content.encode() if isinstance(content, str) else content
-    if is_address(place):  # objects come into being whole
+    if is_address(place):  # objects appear whole
         place.write_bytes(data)
         return
     part = place.with_name(place.name + ".part")
@@ -126,16 +126,16 @@ def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pa
     """Tries to write in a folder; leaves no file.
 
     Args:
-      folder: The place.
-      name: What messages call it, for instance '--out'.
-      make: Whether it is made where it is missing. If not, the folder that it would be made in is
-        tried instead; addresses have no folders to make.
+      folder: Folder to write in.
+      name: Name that messages use, for instance '--out'.
+      make: Whether it is made where it is missing. If not, the nearest existing parent is tried
+        instead; addresses have no folders to make.
 
     Returns:
-      The folder, parsed.
+      Parsed path of the folder.
 
     Raises:
-      UserError: it cannot be made or written, or is a file.
+      UserError: It cannot be made or written, or is a file.
     """
     place, called = parse(folder), f"{name}=" if name else ""
     with _as_user_errors(place, "cannot be written", called):
@@ -156,7 +156,7 @@ def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pa
 
 @contextlib.contextmanager
 def _as_user_errors(place: pathlib.Path, what: str, called: str = "") -> Iterator[None]:
-    """Says what went wrong with a place; back ends of addresses raise errors of many types."""
+    """Raises errors at a path as UserErrors; back ends of addresses raise many types."""
     errors: type[Exception] = Exception if is_address(place) else OSError
     try:
         yield
@@ -169,24 +169,24 @@ def _as_user_errors(place: pathlib.Path, what: str, called: str = "") -> Iterato
 class Lines:
     """A text file that lines are added to.
 
-    At an address the file is written anew, at most every 30 seconds and when it is closed: a run
-    that is killed may leave the last ones unsaid.
+    At an address the file is rewritten, at most every 30 seconds and when it is closed, so a run
+    that is killed may lose the last lines.
     """
 
     def __init__(self, path: PathLike) -> None:
-        """Opens a file to add to; what it holds stays."""
+        """Opens a file to append to; its content stays."""
         self._path = parse(path)
         self._written, self._text = time.monotonic(), ""
         self._file: Any = None
         if not is_address(self._path):
             with named(self._path):
-                # Not buffered: what a full disk refuses is not tried again when all is over.
+                # Not buffered, so that a write a full disk refused is not tried again at the end.
                 self._file = self._path.open("ab", buffering=0)
         elif self._path.exists():
             self._text = self._path.read_text()
 
     def write(self, text: str) -> None:
-        """Adds text."""
+        """Appends text."""
         if self._file is None:
             self._text += text
         else:
@@ -194,12 +194,12 @@ class Lines:
                 self._file.write(text.encode())
 
     def flush(self) -> None:
-        """Makes what was added visible to readers, soon if not at once."""
+        """Makes appended text visible to readers, soon if not at once."""
         if self._file is None and time.monotonic() - self._written >= _REWRITTEN_EVERY:
             self._write_anew()
 
     def close(self) -> None:
-        """Ends."""
+        """Writes what is left and closes the file."""
         if self._file is None:
             self._write_anew()
         else:
@@ -211,13 +211,14 @@ class Lines:
 
 
 def fetch(path: PathLike) -> pathlib.Path:
-    """A local copy of a file or folder at an address, for what reads local files alone.
+    """Returns a local copy of a file or folder at an address, for readers of local files.
 
-    Copies are kept in `~/.cache/msvit_jax` (variable MSVIT_JAX_CACHE) and made anew when names,
-    sizes or dates at the address change. A local path is returned as it is.
+    Copies are kept in `~/.cache/msvit_jax` (variable MSVIT_JAX_CACHE) and renewed when names, sizes
+    or dates at the address change. A local path is returned as it is.
 
     Raises:
-      UserError: nothing there, it cannot be read, or the disk has no room for the copy.
+      UserError: There is nothing at the path, it cannot be read, or the disk is too full for a
+        copy.
     """
     place = parse(path)
     if not is_address(place):
@@ -254,7 +255,7 @@ def fetch(path: PathLike) -> pathlib.Path:
 
 
 def upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a local file or folder to a place, an address perhaps."""
+    """Copies a local file or folder to a path or address."""
     with _as_user_errors(target, "cannot be written"):
         for name, file in _files(source):
             place = target / name if name else target
@@ -263,10 +264,10 @@ def upload(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _files(place: pathlib.Path, prefix: str = "") -> Iterator[tuple[str, pathlib.Path]]:
-    """Every file in a folder by its path from there; a file itself by an empty text."""
+    """Lists every file in a folder by its relative path; a file itself by an empty text."""
     if place.is_dir():
         for inner in sorted(place.iterdir(), key=str):
-            if inner != place:  # some back ends list a folder's own mark
+            if inner != place:  # some back ends list a marker of the folder itself
                 yield from _files(inner, f"{prefix}/{inner.name}".lstrip("/"))
     elif place.exists():
         yield prefix, place

@@ -3,14 +3,15 @@
     python -m msvit_jax.predict --workdir=RUN photos/ more/*.jpg [--tokens=100] [--pictures=DIR]
     python -m msvit_jax.predict --weights=FILE --model=NAME photos/
 
-Takes files, folders and globs. A weights file of ours says itself what its model is. Prints a
-table, then one JSON object as the last line; --out=answers.csv (or .jsonl) gets each answer when it
-is there. --tokens sets the gate's threshold so that these images get that many tokens on average;
---pictures draws where the tokens went. --budget=GMACS sets a cascade's exits by the thresholds that
-eval.py fitted.
+Takes files, folders and globs. A weights file written by this library names its model itself. The
+program prints a table, then one JSON object as the last line; --out=answers.csv (or .jsonl) gets
+each answer as soon as it is known. --tokens sets the gate's threshold so that these images get that
+many tokens on average; --pictures draws where the tokens went. --budget=GMACS sets a cascade's
+exits by the thresholds that `msvit eval` fitted.
 
 Files that cannot be read are named and skipped; with --on_error=stop all files are read before the
-first is classified, and any that cannot be ends it. What is passed over in folders is counted.
+first is classified, and one that cannot be read ends the program. Files passed over in folders are
+counted.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ with extras.needed("train"):
     from absl import flags
 
 COLUMNS = ("file", "class", "probability", "tokens")
-_CALIBRATED_ON = 1000  # files at most
-_NAMED = 20  # files that cannot be read that a message names at most
+_CALIBRATED_ON = 1000  # largest number of files to calibrate on
+_NAMED = 20  # largest number of unreadable files that a message names
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command is told; the flags say what each one means."""
+    """Options of the command; the flags' help describes each."""
 
     workdir: str | None = None
     weights: str | None = None
@@ -58,21 +59,21 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
+    """Runs the command."""
     given = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
     run(argv[1:], Options(**{name: getattr(given, name) for name in names}))
 
 
 def run(patterns: Sequence[str], options: Options) -> None:
-    """Finds, predicts, prints, draws.
+    """Finds images, predicts, prints the answers and draws pictures.
 
     Args:
-      patterns: files, folders and globs.
-      options: see there.
+      patterns: Files, folders and globs.
+      options: Options of the command.
 
     Raises:
-      UserError: nothing found, nothing that can be read, or a place that cannot be written to.
+      UserError: Nothing is found, nothing can be read, or an output cannot be written.
     """
     host.keep_freed_memory()
     checkpoint.quiet_orbax()
@@ -143,7 +144,7 @@ def _predict(
 
 
 def _check_files(predictor: Predictor, files: Sequence[pathlib.Path]) -> None:
-    """Before anything is computed."""
+    """Checks all files before anything is computed."""
     bad = find_unreadable(files, predictor.reading())
     if bad:
         raise UserError(
@@ -160,7 +161,7 @@ def _failed_lines(failed: Mapping[pathlib.Path, str]) -> list[str]:
 
 
 def _load(given: Options) -> tuple[Predictor, dict[str, Any]]:
-    """The Predictor, and what to say of where it is from."""
+    """Loads the Predictor, and a description of its source."""
     if bool(given.workdir) == bool(given.weights):
         raise UserError("Give --workdir=DIR, or --weights=FILE (with --model=NAME).")
     options: dict[str, Any] = {
@@ -216,7 +217,7 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
 
 
 def _check_pictures(predictor: Predictor, out: str) -> None:
-    """Before anything is computed."""
+    """Checks the pictures' folder and the model before anything is computed."""
     paths.check_writable(out, "--pictures", make=False)
     from msvit_jax.visualize import examples  # brings matplotlib
 
@@ -230,7 +231,7 @@ def _check_pictures(predictor: Predictor, out: str) -> None:
 def _draw(
     predictor: Predictor, files: Sequence[pathlib.Path], predictions: Predictions, out: pathlib.Path
 ) -> None:
-    """Draws as many images as a contact sheet shows, the first ones."""
+    """Draws the first images, as many as a contact sheet shows."""
     from msvit_jax.visualize import examples  # brings matplotlib
 
     how = (predictor.model.image_size, predictor.crop, predictor.exif_orientation)

@@ -1,6 +1,6 @@
-"""The one place that knows how arrays lie on devices: a mesh with axes `data` and `fsdp`.
+"""Placement of arrays on devices, decided here alone: a mesh with axes `data` and `fsdp`.
 
-The batch is cut over both axes. Parameters and optimiser state are copied along `data` and cut
+The batch is cut over both axes. Parameters and optimizer state are copied along `data` and cut
 along `fsdp`, each at its largest axis that divides evenly.
 """
 
@@ -21,12 +21,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     """Arranges devices as data x fsdp; -1 takes what the other leaves.
 
     Args:
-      data: devices along the axis that copies parameters.
-      fsdp: devices along the axis that cuts them.
-      devices: None: all devices of all processes.
+      data: Number of devices along the axis that copies parameters.
+      fsdp: Number of devices along the axis that cuts them.
+      devices: Devices to use; None for all devices of all processes.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: The axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -71,7 +71,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: i
     """Checks that a global batch can be cut over the devices.
 
     Raises:
-      UserError: it cannot; the message names sizes that can.
+      UserError: It cannot; the message names sizes that can.
     """
     unit = mesh.size * pieces
     if batch_size < 1 or batch_size % unit:
@@ -82,7 +82,7 @@ def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: i
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global arrays from this process' rows of a batch; process p holds the p-th part."""
+    """Makes global arrays from this process's rows of a batch; process p holds the p-th part."""
     sharding = batch_sharding(mesh)
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()

@@ -1,4 +1,4 @@
-"""The console command `msvit`: one subcommand for each thing the library does.
+"""The console command `msvit`: one subcommand for each task of the library.
 
     msvit train --config=digits_msvit --workdir=runs/msvit
 
@@ -18,7 +18,7 @@ from msvit_jax.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand.
+    """A subcommand of `msvit`.
 
     Attributes:
       module: Module that is run as the main program.
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a subcommand and exits with its code.
 
     Args:
-      argv: Name of the subcommand, then its arguments; by default the process's own.
+      argv: Name of the subcommand, then its arguments; None for the process's own.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("--help", "-h", "help"):

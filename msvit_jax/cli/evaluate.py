@@ -22,10 +22,10 @@ from msvit_jax.inference.thresholds import CRITERIA
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
-    """Evaluates.
+    """Runs the command.
 
     Args:
-      argv: The command line without flags.
+      argv: Command line without flags.
       overrides: Config keys and their values, 'key=value'.
     """
     launch.start(argv)

@@ -18,10 +18,10 @@ from msvit_jax.train import loop
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
-    """Trains.
+    """Runs the command.
 
     Args:
-      argv: The command line without flags.
+      argv: Command line without flags.
       overrides: Config keys and their values, 'key=value'.
     """
     launch.start(argv)

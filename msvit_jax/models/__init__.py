@@ -1,4 +1,4 @@
-"""Models: one backbone, and what spends its tokens where the image needs them."""
+"""Models: one backbone, and models that spend its tokens where the image needs them."""
 
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence

@@ -1,7 +1,7 @@
 """Multi-head attention as one pure function, the only one in the library.
 
-It has interchangeable implementations with one meaning: plain XLA, `jax.nn.dot_product_attention`
-with a fused kernel where the platform has one, and JAX's Pallas kernel for TPUs.
+Its implementations are interchangeable: plain XLA, `jax.nn.dot_product_attention` with a fused
+kernel where the platform has one, and JAX's Pallas kernel for TPUs.
 """
 
 import dataclasses
@@ -21,29 +21,32 @@ from msvit_jax.tokens.packing import NOBODY
 BiasFactors = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
-_FAR = 30_000.0  # no two scores of a row lie so far apart
-_PALLAS_BLOCK = 128  # the kernel wants whole blocks of this many tokens
-_PALLAS_FROM = 1024  # tokens from which on scores cost more memory traffic than padding to blocks
+_FAR = 30_000.0  # larger than the difference of any two scores of a row
+_PALLAS_BLOCK = 128  # tokens in a block of the kernel, which takes whole blocks only
+_PALLAS_FROM = 1024  # least tokens at which scores cost more memory traffic than padding to blocks
 
 
 @struct.dataclass
 class Mask:
-    """Who is seen by whom. Without any of these every token of a row sees every other.
+    """Which tokens see which; without any of these every token of a row sees every other.
 
     Attributes:
-      weights: [B, N], 0 or 1, at least one 1 in every row; a token of weight 0 is hidden from all.
-        Gradient reaches the weights, of hidden tokens too.
-      segments: [B, N] int32, the image that a token belongs to, `NOBODY` for an empty place.
-        Tokens see their own image only; what an empty place holds, NaN even, reaches no image.
-      sizes: [B, N] float32, how many tokens each stands for; its key counts so many times (ToMe's
-        proportional attention).
-      bias: [B, H, N, N], added to the scores (relationship reuse: DVT, section 3.3). Rows are
-        images then: no shelves.
-      shelves: for rows of several lengths laid end to end: (rows, length) of each; the first axis
-        of all arrays is then groups, the second all places of a group. Empty: B rows of length N.
-      alone: whether each row holds one image at most, from its first place on without a gap.
-      most: runs of equal segments in a row, at most, if it is not `alone`.
-      images: of the batch, if there are segments.
+      weights: [B, N], weight of each token as a key, 0 or 1, with at least one 1 in every row; 0
+        hides it from all tokens. Gradient reaches the weights, also those of hidden tokens.
+      segments: [B, N] int32, index of the image that each token belongs to, `NOBODY` for an empty
+        position. Tokens see their own image only; what an empty position holds, NaN even, reaches
+        no image.
+      sizes: [B, N] float32, number of tokens that each stands for; its key counts that many times
+        (ToMe's proportional attention).
+      bias: [B, H, N, N], term added to the scores (relationship reuse: DVT, section 3.3). Rows are
+        then images, without length buckets.
+      length_buckets: Pairs (rows, length), one for each length bucket, where rows of several
+        lengths are laid end to end; the first axis of all arrays is then groups, the second all
+        positions of a group. Empty: B rows of length N.
+      alone: Whether each row holds at most one image, starting at its first position, without a
+        gap.
+      most: Maximum number of runs of equal segments in a row, if rows are not `alone`.
+      images: Number of images in the batch, if there are segments.
     """
 
     weights: Array | None = None
@@ -64,27 +67,27 @@ def attention(
     *,
     implementation: str = "auto",
 ) -> Array:
-    """Softmax attention within rows, seeing what the mask shows.
+    """Computes softmax attention within rows among the tokens that the mask shows.
 
     out_i = sum_j w_j exp(q_i k_j / sqrt(d)) v_j / sum_j w_j exp(q_i k_j / sqrt(d)) over the tokens
     j of i's image; a bias b_ij, if there is one, is added to q_i k_j / sqrt(d). With weights it is
-    the masked attention of MSViT (section 3) and DynamicViT. The
-    weights multiply the exponentials, so a straight-through weight of 0 hides its key and still
-    receives gradient, which an additive mask of minus infinity would not give.
+    the masked attention of MSViT (section 3) and DynamicViT. The weights multiply the exponentials,
+    so a straight-through weight of 0 hides its key and still receives gradient, which an additive
+    mask of minus infinity would not give.
 
     Args:
-      query: [B, N, H, d].
-      key: [B, N, H, d].
-      value: [B, N, H, d].
-      mask: None: all tokens of a row see each other.
-      implementation: one of `IMPLEMENTATIONS`; "auto" chooses by platform and length. Weights
-        need "xla" and get it from "auto".
+      query: [B, N, H, d] queries.
+      key: [B, N, H, d] keys.
+      value: [B, N, H, d] values.
+      mask: Attention mask; None if all tokens of a row see each other.
+      implementation: Implementation to use, one of `IMPLEMENTATIONS`; "auto" chooses by platform
+        and length. Weights need "xla" and get it from "auto".
 
     Returns:
       [B, N, H, d] in the dtype of `value`. Scores and exponentials are float32.
 
     Raises:
-      ValueError: unknown implementation, or one that does not support the mask.
+      ValueError: The implementation is unknown, or does not support the mask.
     """
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
@@ -102,10 +105,10 @@ def attention(
 
 
 def split_buckets(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
-    """Cuts a mask and arrays [G, T, ...] into those of each shelf, [G * rows, length, ...]."""
+    """Cuts a mask and arrays [G, T, ...] into length buckets, each [G * rows, length, ...]."""
     ends = list(itertools.accumulate(rows * length for rows, length in mask.length_buckets))[:-1]
     parts = []
-    # Split, not sliced: the gradient of slices is a sum of arrays as large as the whole.
+    # Split instead of sliced: the gradient of slices is a sum of arrays as large as the whole.
     split = lambda x: (  # noqa: E731
         [None] * len(mask.length_buckets) if x is None else jnp.split(x, ends, axis=1)
     )
@@ -120,7 +123,7 @@ def split_buckets(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
 
 
 def join_buckets(parts: Sequence[Any], groups: int) -> Any:
-    """Lays the arrays of shelves end to end again: each [G * rows, length, ...] -> [G, T, ...]."""
+    """Lays buckets end to end again: each [G * rows, length, ...] -> [G, T, ...]."""
     if parts[0] is None:
         return None
     flat = [x.reshape(groups, -1, *x.shape[2:]) for x in parts]
@@ -137,7 +140,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
         weights = mask.weights.astype(jnp.float32)
         return _plain(query, key, value, weights, mask.bias, _size_bias(mask.sizes))
     if mask.segments is not None:
-        # Zero times NaN is NaN: what empty places hold must not meet the shares' zeros.
+        # Zero times NaN is NaN, so the contents of empty positions are replaced, not just hidden.
         empty = (mask.segments == NOBODY)[:, :, None, None]
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
@@ -157,7 +160,7 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
-    """The implementation that pays on the platform that the program is compiled for."""
+    """Chooses the faster implementation for the platform that the program is compiled for."""
     if query.shape[1] < _PALLAS_FROM or mask.sizes is not None or mask.bias is not None:
         return _xla(query, key, value, mask)
     return lax.platform_dependent(query, key, value, mask, default=_xla, tpu=_pallas)
@@ -173,7 +176,7 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
 
 
 def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
-    """Attention's scores before the softmax, with the mask's bias: what a cascade hands on.
+    """Computes attention's scores before the softmax, the mask's bias included, for a cascade.
 
     [B, N, H, d] twice -> [B, H, N, N] float32.
     """
@@ -189,21 +192,21 @@ def _plain(
     bias: Array | None,
     marks: BiasFactors | None,
 ) -> Array:
-    """Attention in plain products, with a backward pass that keeps no scores.
+    """Computes attention in plain products, with a backward pass that keeps no scores.
 
     Keeping [B, H, N, N] arrays costs more memory traffic than computing the scores again.
 
-    Weights are 0 or 1, and what a gate must learn is what the output becomes when one of them is
-    the other. With e_ij = exp(score_ij) and total_i = sum of e_ij over the keys of weight 1, a
-    hidden key j that is switched on gets the share
+    Weights are 0 or 1, and a gate must learn how the output changes when one of them is flipped.
+    With e_ij = exp(score_ij) and total_i = the sum of e_ij over the keys of weight 1, a hidden key
+    j that is switched on gets the share
 
         a_ij = e_ij / (total_i + e_ij) = sigmoid(score_ij - log total_i),
 
-    and the output of query i moves by a_ij (v_j - out_i), exactly. That is what w_j is passed back,
-    times the cotangent g_i and summed over i. The derivative of the weighted softmax at w_j = 0
-    would have e_ij / total_i, which knows no bound: hidden keys of trained models score far above
-    all active ones. To an active key its derivative is passed back, the share being e_ij / total_i.
-    docs/results/gate_gradient.md compares this with other estimates.
+    and the output of query i moves by exactly a_ij (v_j - out_i). So the gradient to w_j is this
+    move times the cotangent g_i, summed over i. The derivative of the weighted softmax at w_j = 0
+    would have e_ij / total_i in place of a_ij, which is unbounded: hidden keys of trained models
+    score far above all active ones. The gradient to an active key's weight is the derivative, with
+    the share e_ij / total_i. docs/results/gate_gradient.md compares this with other estimates.
     """
     return _forward(query, key, value, weights, bias, marks)[0]
 
@@ -218,7 +221,7 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     hidden = None if weights is None else _key_bias(weights < 0.5)
     score = _scores(query, key, bias, _joined(marks, hidden))
-    # The largest score only steadies the exponential: the quotient does not depend on it.
+    # Subtracting the largest score avoids overflow; the quotient does not depend on it.
     largest = score.max(axis=-1)
     exponentials = jnp.exp(score - largest[..., None])
     total = exponentials.sum(axis=-1)
@@ -229,17 +232,22 @@ def _forward(
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
     query, key, value, weights, bias, marks, out, log_total = kept
-    # Hidden keys included: their weights get gradient, and `seen` cuts all other.
+    # Scores relative to log(total), so that exp(score) is the softmax. Hidden keys are included,
+    # because their weights get gradient; `seen` cuts every other gradient of theirs.
     score = _scores(query, key, bias, marks) - log_total[..., None]
     if weights is None:
         shares = jnp.exp(score)
     else:
         hidden = (weights < 0.5)[:, None, None]
-        # An active key's score is at most log_total, rounding aside.
+        # Active keys: the softmax share (scores are at most log_total but for rounding). Hidden
+        # keys: the share each would get if it alone were switched on (see `_plain`).
         shares = jnp.where(hidden, jax.nn.sigmoid(score), jnp.exp(jnp.minimum(score, 0.0)))
+    # Softmax's gradient to score_ij is share_ij * (g_i v_j - g_i out_i), where `gained` is g_i v_j
+    # and `mean` g_i out_i. For a hidden key the same product is the effect of switching it on.
     mean = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     gained = _product("bhqd,bhkd->bhqk", _heads_first(cotangent), _heads_first(value))
     slope = shares * (gained - mean.transpose(0, 2, 1)[..., None])
+    # The products with queries and keys run in the compute dtype; hidden keys pass nothing on.
     narrow, scale = slope.astype(query.dtype), query.shape[-1] ** -0.5
     seen = lambda x: x if weights is None else jnp.where(weights[:, :, None, None] < 0.5, 0, x)  # noqa: E731
     to_query = _product("bhqk,bhkd->bhqd", narrow, _heads_first(seen(key * scale)))
@@ -256,7 +264,7 @@ def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
 
 
 def _seen_bias(slope: Array, weights: Array | None) -> Array:
-    """The gradient to a bias: none where its key is hidden."""
+    """Returns the gradient to a bias, zero where its key is hidden."""
     return slope if weights is None else jnp.where(weights[:, None, None] < 0.5, 0, slope)
 
 
@@ -264,23 +272,25 @@ _plain.defvjp(_forward, _backward)
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-# A mask as further channels of queries and keys, whose product is 0 where a key is seen and -_FAR
-# where not, exactly: the product of queries and keys then is the masked scores. A mask applied to
-# the scores would cut one pass over them into three, on a TPU nearly a third of a block.
+# A mask is added as further channels of queries and keys, whose product is exactly 0 where a key is
+# seen and -_FAR where it is not, so the product of queries and keys already is the masked scores. A
+# mask applied to the scores would cut one pass over them into three, on a TPU nearly a third of a
+# block's time.
 def _key_bias(hidden: Array) -> BiasFactors:
-    """Marks that hide keys from all queries: [B, N] bool -> two of [B, N, 1]."""
+    """Makes channels that hide keys from all queries: [B, N] bool -> two of [B, N, 1]."""
     return jnp.ones((*hidden.shape, 1), jnp.float32), jnp.where(hidden, -_FAR, 0.0)[:, :, None]
 
 
 def _segment_bias(segments: Array, most: int) -> BiasFactors:
-    """Marks that hide runs of equal segments from each other: [B, N] -> two of [B, N, most]."""
+    """Makes channels that separate runs of equal segments: [B, N] -> two of [B, N, most]."""
     new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    # With one-hot runs r, (r_query - 1) * _FAR r_key sums to 0 in the same run, -_FAR otherwise.
     run = jax.nn.one_hot(jnp.cumsum(new, axis=1), most, dtype=jnp.float32)
     return run - 1, _FAR * run
 
 
 def _size_bias(sizes: Array | None) -> BiasFactors | None:
-    """Marks that add log(size) to the scores of a key: [B, N] -> two of [B, N, 1]."""
+    """Makes channels that add log(size) to the scores of a key: [B, N] -> two of [B, N, 1]."""
     if sizes is None:
         return None
     log = jnp.log(jnp.maximum(sizes, 1.0))[:, :, None]
@@ -295,12 +305,15 @@ def _joined(*marks: BiasFactors | None) -> BiasFactors | None:
 
 
 def _heads_first(x: Array) -> Array:
-    """[B, N, H, d] <-> [B, H, N, d]: XLA's batched products on CPU want it so."""
+    """Swaps [B, N, H, d] and [B, H, N, d]; XLA's batched products on CPU need heads first."""
     return x.transpose(0, 2, 1, 3)
 
 
 def _scores(query: Array, key: Array, bias: Array | None, marks: BiasFactors | None) -> Array:
-    """[B, N, H, d] twice, bias [B, H, N, N], marks [B, N, C] -> [B, H, N, N] float32."""
+    """Computes scores [B, H, N, N] float32 of queries and keys [B, N, H, d].
+
+    `bias` is [B, H, N, N], and each of `marks` is [B, N, C].
+    """
     pair = [query * query.shape[-1] ** -0.5, key]
     if marks is not None:
         spread = [
@@ -317,17 +330,17 @@ def _scores(query: Array, key: Array, bias: Array | None, marks: BiasFactors | N
 
 
 def _visible(segments: Array) -> Array:
-    """Which keys a query sees: [B, N] -> [B, 1, N, N] bool; never none."""
+    """Returns whether queries see keys: [B, N] -> [B, 1, N, N] bool; each sees some."""
     return segments[:, None, :, None] == segments[:, None, None, :]
 
 
 def _fused(
     query: Array, key: Array, value: Array, mask: Mask, *, even: bool | None = None
 ) -> Array:
-    """`jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere.
+    """Calls `jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere.
 
-    cuDNN's backward pass with a bias wants an even length; `even` adds a place to an odd one, by
-    default where cuDNN is used.
+    cuDNN's backward pass with a bias needs an even length; `even` pads an odd one by one position,
+    by default where cuDNN is used.
     """
     cudnn = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
     length = query.shape[1]
@@ -344,7 +357,7 @@ def _fused(
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
         )
         if visible is not None:
-            # The query that is added sees what the last one sees: never nothing.
+            # The added query sees what the last one sees, because it must see something.
             visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (0, 1)))
             visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 1), (0, 0)), mode="edge")
         elif lengths is None:
@@ -365,7 +378,7 @@ def _fused(
 
 
 def _pallas(query: Array, key: Array, value: Array, mask: Mask) -> Array:
-    """JAX's flash attention for TPUs, on sequences padded to whole blocks."""
+    """Calls JAX's flash attention for TPUs, on sequences padded to whole blocks."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     length = query.shape[1]

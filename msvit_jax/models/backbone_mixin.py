@@ -1,4 +1,4 @@
-"""What models around a plain transformer have in common."""
+"""The attributes that models around a plain transformer share."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 class BackboneMixin:
-    """Passes on what others ask every model: attributes of its `backbone`."""
+    """Passes on attributes of a model's `backbone` that every model has."""
 
     if TYPE_CHECKING:
         backbone: ViT
@@ -29,10 +29,10 @@ class BackboneMixin:
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Mean that images are normalised with."""
+        """Mean that images are normalized with."""
         return self.backbone.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Standard deviation that images are normalised with."""
+        """Standard deviation that images are normalized with."""
         return self.backbone.std

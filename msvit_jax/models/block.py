@@ -1,4 +1,4 @@
-"""The block that every transformer of the library is made of, and its parts.
+"""The transformer block of every model in the library, and its parts.
 
 Pre-norm attention and MLP (Dosovitskiy et al. 2021), LayerScale (Touvron et al. 2021, CaiT) and
 stochastic depth, as timm's models have them.
@@ -20,32 +20,34 @@ init_weights = nn.initializers.truncated_normal(0.02)
 
 
 def gelu(x: Array) -> Array:
-    """The exact GELU; timm, DeiT and Hugging Face weights were trained with it.
+    """Computes the exact GELU; timm, DeiT and Hugging Face weights were trained with it.
 
-    With erf, in float32: `nn.gelu` takes erfc, which costs three times as much on a TPU, because
-    1 + erf cancels in the left tail of bfloat16.
+    Uses erf in float32: `nn.gelu` uses erfc, because 1 + erf cancels in the left tail of bfloat16,
+    and that costs three times as much on a TPU.
     """
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + lax.erf(y * np.float32(np.sqrt(0.5))))).astype(x.dtype)
 
 
 def _tanh_gelu(x: Array) -> Array:
-    """GELU's tanh approximation; big_vision and vision_transformer train with it."""
+    """Computes GELU's tanh approximation; big_vision and vision_transformer train with it."""
     return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-GELUS = {"exact": gelu, "tanh": _tanh_gelu}  # what `ViT.gelu` may be
+GELUS = {"exact": gelu, "tanh": _tanh_gelu}  # values of `ViT.gelu`
 
 
 def drop_path(x: Array, rate: Array, key: Array, mask: Mask | None = None) -> Array:
-    """Stochastic depth (Huang et al. 2016): drops a branch of whole images, rescales the rest.
+    """Applies stochastic depth (Huang et al. 2016): drops a branch for whole images.
+
+    The branch of the other images is rescaled.
 
     Args:
-      x: [B, N, D] output of a branch.
-      rate: scalar probability of dropping; may be traced, as under a scan over layers.
-      key: random key.
-      mask: says whose tokens they are where a row is not an image; the same images are dropped
-        in every layout.
+      x: [B, N, D], output of a branch.
+      rate: Scalar probability of dropping; may be traced, as under a scan over layers.
+      key: Random key.
+      mask: Mask whose segments tell which image each token belongs to, where a row is not an image;
+        the same images are dropped in every layout.
     """
     keep = 1 - rate
     if mask is None or mask.segments is None:
@@ -61,15 +63,15 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """Normalizes the last axis: [..., D] -> [..., D]."""
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class QKV(nn.Module):
-    """Queries, keys and values by one kernel [D, 3D], applied in three products.
+    """Queries, keys and values from one kernel [D, 3D], applied in three products.
 
-    One product and a cut would copy the whole result: on a TPU that is half of a block's time. For
-    fewer tokens than channels, cutting the kernel copies more.
+    Splitting the result of one product would copy all of it, which on a TPU is half of a block's
+    time. For fewer tokens than channels, splitting the kernel copies more.
     """
 
     heads: int
@@ -78,7 +80,7 @@ class QKV(nn.Module):
 
     @nn.compact
     def _parameters(self, width: int) -> tuple[Array, Array | None]:
-        """The kernel [D, 3, heads, d] and the bias [3, 1, 1, heads, d]."""
+        """Returns the kernel [D, 3, heads, d] and the bias [3, 1, 1, heads, d]."""
         shape = (3, self.heads, width // self.heads)
         kernel = self.param("kernel", init_weights, (width, 3 * width))
         kernel = kernel.astype(self.dtype).reshape(width, *shape)
@@ -88,10 +90,10 @@ class QKV(nn.Module):
         return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
 
     def __call__(self, x: Array) -> list[Array]:
-        """[B, N, D] -> three of [B, N, heads, D / heads]."""
+        """Projects tokens: [B, N, D] -> three of [B, N, heads, D / heads]."""
         kernel, bias = self._parameters(x.shape[-1])
         tokens = x.shape[0] * x.shape[1]
-        # A batch whose size is only known when it runs (`export`) is taken for a large one.
+        # A batch whose size is known only at run time (`export`) is treated as a large one.
         if isinstance(tokens, int) and tokens < x.shape[-1]:
             whole = jnp.einsum("bnd,dche->bnche", x, kernel)
             parts = [whole[:, :, i] for i in range(3)]
@@ -102,11 +104,11 @@ class QKV(nn.Module):
         return [part + bias[i] for i, part in enumerate(parts)]
 
     def scores(self, asking: Array, x: Array) -> Array:
-        """What M tokens would see of N: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
+        """Computes scores of M queries: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
 
-        Attention's scores before the softmax, less what is the same for all N. The few queries go
-        through the kernel of the keys instead of the many tokens, so that nothing is used which
-        attention has made for itself: a TPU then keeps none of that in memory.
+        These are attention's scores before the softmax, less a term that is the same for all N. The
+        few queries go through the keys' kernel instead of the many tokens, so nothing that
+        attention computed for itself is needed, and a TPU keeps none of it in memory.
         """
         kernel, bias = self._parameters(x.shape[-1])
         query = jnp.einsum("bmd,dhe->bmhe", asking, kernel[:, 0])
@@ -130,13 +132,13 @@ class Attention(nn.Module):
         self.proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=init_weights)
 
     def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
-        """[B, N, D] -> [B, N, D], and its queries and keys; `mask` as in `attention`."""
+        """Maps [B, N, D] to [B, N, D]; also returns queries and keys. `mask`: see `attention`."""
         query, key, value = self.qkv(x)
         mixed = attention(query, key, value, mask, implementation=self.implementation)
         return self.proj(mixed.reshape(x.shape)), query, key
 
     def scores(self, asking: Array, x: Array) -> Array:
-        """What the asking tokens would see: [B, M, D], [B, N, D] -> [B, heads, M, N] float32."""
+        """Computes scores of given queries: [B, M, D], [B, N, D] -> [B, heads, M, N] float32."""
         return self.qkv.scores(asking, x)
 
 
@@ -150,7 +152,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., C] -> [..., width]."""
+        """Maps each token on its own: [..., C] -> [..., width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         hidden = GELUS[self.gelu](nn.Dense(self.hidden, name="fc1", **dense)(x))
         return nn.Dense(self.width, name="fc2", **dense)(hidden)
@@ -163,7 +165,7 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., D] -> [..., D]."""
+        """Scales the channels: [..., D] -> [..., D]."""
         gamma = self.param("gamma", nn.initializers.constant(self.start), (x.shape[-1],))
         return x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
@@ -171,7 +173,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    With a `stage`, tokens are reduced between the halves: see `models.reduction`. In a cascade,
+    With a `reduction`, tokens are reduced between the halves: see `models.reduction`. In a cascade,
     either half may reuse what an earlier transformer computed: see `reusing`.
     """
 
@@ -203,7 +205,7 @@ class Block(nn.Module):
     def _attn_residual(
         self, x: Array, attn_input: Array, drop_rate: Array | None, mask: Mask | None
     ) -> tuple[Array, Array, Array]:
-        """X plus attention of its norm `attn_input`, with the queries and keys."""
+        """Returns x plus attention of its norm `attn_input`, and the queries and keys."""
         branch, query, key = self.attn(attn_input, mask)
         if self.layer_scale is not None:
             branch = self.ls1(branch)
@@ -224,12 +226,13 @@ class Block(nn.Module):
         return drop_path(branch, drop_rate, self.make_rng("dropout"), mask)
 
     def __call__(self, x: Array, drop_rate: Array | None = None, mask: Mask | None = None) -> Array:
-        """Both halves.
+        """Applies both halves.
 
         Args:
-          x: [B, N, D].
-          drop_rate: scalar, probability of dropping each branch of an image; None: never.
-          mask: which tokens see which, and whose they are; None: a row is an image.
+          x: [B, N, D] tokens.
+          drop_rate: Scalar probability of dropping each branch of an image; None for never.
+          mask: Attention mask, which also tells the images of a row apart; None if a row is one
+            image.
         """
         x, _, _ = self._attn_residual(x, self.norm1(x), drop_rate, mask)
         return self._mlp_residual(x, drop_rate, mask)
@@ -242,7 +245,7 @@ class Block(nn.Module):
         state: ReductionState,
         train: bool,
     ) -> tuple[Array, Mask, ReductionState]:
-        """Both halves, reducing tokens between them: [B, N, D] -> [B, K, D], mask and state."""
+        """Applies both halves, reducing tokens in between: [B, N, D] -> [B, K, D], mask, state."""
         assert self.reduction is not None
         attn_input = self.norm1(x)
         x, _, key = self._attn_residual(x, attn_input, drop_rate, mask)
@@ -258,18 +261,18 @@ class Block(nn.Module):
     def reusing(
         self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
     ) -> tuple[Array, Array]:
-        """Both halves, reusing what an earlier transformer computed (DVT, sections 3.2 and 3.3).
+        """Applies both halves, reusing another transformer's results (DVT, sections 3.2, 3.3).
 
         Args:
-          x: [B, N, D].
-          drop_rate: as in `__call__`.
-          relation: [B, H, N, N], added to the scores of attention; or None.
-          features: [B, N, C], channels that the MLP sees beside those of x; or None.
+          x: [B, N, D] tokens.
+          drop_rate: Scalar probability of dropping each branch of an image; None for never.
+          relation: [B, H, N, N], bias added to the scores of attention; or None.
+          features: [B, N, C], channels that the MLP sees besides those of x; or None.
 
         Returns:
-          [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
+          Tokens [B, N, D], and the scores of attention, `relation` included: [B, H, N, N] float32.
         """
         mask = None if relation is None else Mask(bias=relation)
         x, query, key = self._attn_residual(x, self.norm1(x), drop_rate, mask)
-        # The product that attention makes of them, too: XLA computes it once.
+        # Attention computes the same product; XLA merges the two into one.
         return self._mlp_residual(x, drop_rate, mask, features), scores(query, key, mask)

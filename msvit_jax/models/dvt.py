@@ -1,4 +1,4 @@
-"""DVT: a cascade of transformers with more and more tokens, stopped when one is sure.
+"""DVT: a cascade of transformers with more and more tokens, stopped when one is confident.
 
 Wang et al. 2021, "Not All Images are Worth 16x16 Words" (arXiv 2105.15075). Every stage is a whole
 transformer over the same image on a finer grid; a later one reuses what the one before computed:
@@ -23,18 +23,19 @@ from msvit_jax.models.output import Output, also_empty
 from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
 
-# What the paper's counter charges for every number that a layer norm puts out; nothing else of
-# what it counts is element-wise.
+# Operations that the paper's counter charges for each number that a layer norm outputs; it counts
+# no other element-wise operations.
 PUBLISHED_NORM_COST = 5.0
 
 
 @struct.dataclass
 class StageCarry:
-    """What a stage hands on to the next.
+    """Results that a stage hands on to the next.
 
     Attributes:
-      tokens: [B, P + n, D] after the last block, before the last norm; None without feature reuse.
-      scores: [B, layers * heads, P + n, P + n] of the attention of all layers before the softmax,
+      tokens: [B, P + n, D], tokens after the last block, before the last norm; None without feature
+        reuse.
+      scores: [B, layers * heads, P + n, P + n], attention scores of all layers before the softmax,
         layer by layer; None without relationship reuse.
     """
 
@@ -44,11 +45,11 @@ class StageCarry:
 
 @struct.dataclass
 class Exit:
-    """One stage's answer.
+    """The answer of one stage.
 
     Attributes:
-      logits: [B, classes] float32.
-      handed: what the next stage wants; None after the last.
+      logits: [B, classes] float32 logits of the stage's exit.
+      handed: Results for the next stage; None after the last.
     """
 
     logits: Array
@@ -56,7 +57,7 @@ class Exit:
 
 
 def upsample_tokens(x: Array, axis: int, prefix: int, old: int, new: int) -> Array:
-    """Brings tokens of a square grid to another: [..., P + old**2, ...] -> [..., P + new**2, ...].
+    """Resizes a square grid of tokens: [..., P + old**2, ...] -> [..., P + new**2, ...].
 
     The first `prefix` tokens stay as they are; the others as in `grid.upsample`.
     """
@@ -68,12 +69,12 @@ def upsample_tokens(x: Array, axis: int, prefix: int, old: int, new: int) -> Arr
 
 
 def _upsampling_macs(old: int, new: int) -> float:
-    """Multiply-accumulates of bringing one channel of a square grid to another."""
+    """Counts multiply-accumulates of resizing one channel of a square grid."""
     return float((grid.upsampling(old, new) != 0).sum() * (old + new))
 
 
 class FeatureReuse(nn.Module):
-    """One layer's context from an earlier stage's features: norm, linear, GELU, linear."""
+    """Context for one layer from an earlier stage's features: norm, linear, GELU, linear."""
 
     hidden: int
     width: int
@@ -82,7 +83,7 @@ class FeatureReuse(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
-        """[B, n, D] -> [B, n, width]."""
+        """Computes the context of each token: [B, n, D] -> [B, n, width]."""
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         x = LayerNorm(epsilon=self.norm_epsilon, name="norm")(tokens)
         x = gelu(nn.Dense(self.hidden, name="fc1", **dense)(x))
@@ -90,20 +91,20 @@ class FeatureReuse(nn.Module):
 
 
 def _uniform(fan_in: int) -> Any:
-    """PyTorch's start of a convolution's weights and bias, which DVT keeps for these alone."""
+    """PyTorch's initializer of a convolution's weights and bias, which DVT keeps only here."""
     bound = fan_in**-0.5
     return lambda key, shape: nn.initializers.uniform(2 * bound)(key, shape, jnp.float32) - bound
 
 
 class ChannelMix(nn.Module):
-    """A linear layer over axis 1, a 1 x 1 convolution of maps whose channels come first."""
+    """A linear layer over axis 1: a 1 x 1 convolution of maps whose channels come first."""
 
     channels: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, C, h, w] -> [B, channels, h, w]."""
+        """Mixes the channels: [B, C, h, w] -> [B, channels, h, w]."""
         fan_in = x.shape[1]
         kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.channels))
         bias = self.param("bias", _uniform(fan_in), (self.channels,))
@@ -119,21 +120,21 @@ class RelationReuse(nn.Module):
 
     @nn.compact
     def __call__(self, scores: Array) -> Array:
-        """[B, layers * heads, n, n] -> the same shape, for the layers and heads of this stage."""
+        """Maps [B, layers * heads, n, n] to the same shape, for this stage's layers and heads."""
         channels = scores.shape[1]
         hidden = gelu(ChannelMix(self.ratio * channels, self.dtype, name="fc1")(scores))
         return ChannelMix(channels, self.dtype, name="fc2")(hidden)
 
 
 class Reuse(nn.Module):
-    """What a stage makes of what the stage before it handed on.
+    """Prepares what a stage reuses from the results of the stage before.
 
     Attributes:
-      backbone: of the stage.
-      old: side of the grid of the stage before.
-      features: width of the context; 0: no feature reuse.
-      hidden: hidden width of feature reuse.
-      relation_ratio: hidden channels over channels in relationship reuse; 0: none.
+      backbone: Transformer of the stage.
+      old: Side of the grid of the stage before.
+      features: Width of the context; 0 for no feature reuse.
+      hidden: Hidden width of feature reuse.
+      relation_ratio: Hidden channels divided by channels in relationship reuse; 0 for none.
     """
 
     backbone: ViT
@@ -146,7 +147,7 @@ class Reuse(nn.Module):
         """Makes the submodules."""
         vit = self.backbone
         if self.features:
-            # Named as the layers that they feed, so that layer decay finds them.
+            # Named like the layers that they feed, so that layer decay finds them.
             self.blocks = [
                 FeatureReuse(self.hidden, self.features, vit.norm_epsilon, vit.dtype)
                 for _ in range(vit.depth)
@@ -155,13 +156,13 @@ class Reuse(nn.Module):
             self.relation = RelationReuse(self.relation_ratio, vit.dtype)
 
     def mixed_scores(self, handed: StageCarry) -> Array | None:
-        """The scores for all layers, still on the grid of the stage before."""
+        """Mixes the scores for all layers, still on the grid of the stage before."""
         if not self.relation_ratio or handed.scores is None:
             return None
         return self.relation(handed.scores)
 
     def relation_of(self, layer: int, mixed: Array | None) -> Array | None:
-        """The bias r of a layer, class row and column kept: [B, H, P + N, P + N]."""
+        """Returns a layer's bias r, resized except for the prefix: [B, H, P + N, P + N]."""
         if mixed is None:
             return None
         vit = self.backbone
@@ -170,7 +171,7 @@ class Reuse(nn.Module):
         return upsample_tokens(upsample_tokens(own, 3, *sides), 2, *sides)
 
     def features_of(self, layer: int, handed: StageCarry) -> Array | None:
-        """E of a layer, zeros for the prefix: [B, P + N, C]."""
+        """Returns a layer's context E, zeros for the prefix: [B, P + N, C]."""
         if not self.features or handed.tokens is None:
             return None
         prefix = self.backbone.prefix_length
@@ -182,17 +183,17 @@ class Reuse(nn.Module):
 class DVT(BackboneMixin, nn.Module):
     """A cascade of transformers over finer and finer grids.
 
-    Parameters are `stage_<i>`, each exactly a ViT's (but that norm2 and fc1 of later stages see
-    the context's channels, too), and `reuse_<i>` of what stage i makes of stage i - 1.
+    Parameters are `stage_<i>`, each exactly a ViT's (except that norm2 and fc1 of later stages also
+    see the context's channels), and `reuse_<i>`, by which stage i reuses results of stage i - 1.
 
     Attributes:
-      backbone: every stage's shape; of its own grid nothing is used.
-      grids: tokens along one side of each stage, growing.
-      feature_reuse: whether later stages see the features of the stage before.
-      relation_reuse: whether their attention starts from that of the stage before.
-      feature_width: channels of the context that each layer sees.
-      feature_hidden: hidden width of the layers that make it.
-      relation_ratio: hidden channels over channels where scores are mixed.
+      backbone: Transformer whose attributes every stage has, except for the grid.
+      grids: Number of tokens along one side of each stage, increasing.
+      feature_reuse: Whether later stages see the features of the stage before.
+      relation_reuse: Whether attention in later stages starts from the scores of the stage before.
+      feature_width: Number of channels of the context that each layer sees.
+      feature_hidden: Hidden width of the layers that make the context.
+      relation_ratio: Hidden channels divided by channels where scores are mixed.
     """
 
     backbone: ViT
@@ -220,7 +221,7 @@ class DVT(BackboneMixin, nn.Module):
         ]
 
     def check(self) -> None:
-        """Raises ValueError unless the attributes fit together and to the image."""
+        """Raises ValueError unless the attributes fit together and fit the image."""
         vit = self.backbone
         if not self.grids or list(self.grids) != sorted(set(self.grids)):
             raise ValueError(
@@ -235,7 +236,7 @@ class DVT(BackboneMixin, nn.Module):
             self._stage(side).check()
 
     def stage_model(self, stage: int) -> ViT:
-        """A stage's transformer, from 0, without its parameters."""
+        """Returns a stage's transformer, counted from 0, without its parameters."""
         return self._stage(self.grids[stage])
 
     def _stage(self, side: int) -> ViT:
@@ -257,22 +258,22 @@ class DVT(BackboneMixin, nn.Module):
 
     @property
     def exit_tokens(self) -> np.ndarray:
-        """[stages] patch tokens of each stage."""
+        """Number of patch tokens of each stage: [stages]."""
         return np.asarray(self.grids) ** 2
 
     def exit_macs(self, norm_cost: float = 0.0) -> np.ndarray:
-        """Multiply-accumulates up to each exit: [stages], growing.
+        """Counts multiply-accumulates up to each exit: [stages], increasing.
 
         Args:
-          norm_cost: charged for every number that a layer norm puts out; `PUBLISHED_NORM_COST`
-            gives the figures of the paper, which counts them, too.
+          norm_cost: Operations charged for each number that a layer norm outputs;
+            `PUBLISHED_NORM_COST` gives the paper's figures, which include them.
         """
         old = [None, *self.grids[:-1]]
         both = [self._stage_cost(*pair) for pair in zip(old, self.grids, strict=True)]
         return np.cumsum([macs + norm_cost * normed for macs, normed in both])
 
     def _stage_cost(self, old: int | None, new: int) -> tuple[float, float]:
-        """Multiply-accumulates of a stage, and how many numbers its layer norms put out."""
+        """Counts multiply-accumulates of a stage, and numbers that its layer norms output."""
         vit = self._stage(new)
         extra = self.feature_width if self.feature_reuse and old is not None else 0
         length, width = vit.prefix_length + new * new, vit.width
@@ -296,9 +297,9 @@ class DVT(BackboneMixin, nn.Module):
         return macs, normed
 
     def macs(self, tokens: ArrayLike) -> np.ndarray:
-        """Multiply-accumulates of images that left at the exit with so many patch tokens.
+        """Counts multiply-accumulates of images that left at the exit with so many patch tokens.
 
-        Any other number of tokens counts as the next larger exit's.
+        Any other number of tokens is counted as the next larger exit's.
         """
         exits = np.searchsorted(self.exit_tokens, np.asarray(tokens))
         return self.exit_macs()[np.minimum(exits, len(self.grids) - 1)]
@@ -308,11 +309,11 @@ class DVT(BackboneMixin, nn.Module):
         """Computes all exits.
 
         Args:
-          images: [B, S, S, 3] float32, normalised; S is `image_size`.
-          train: turns stochastic depth on (rng stream "dropout").
+          images: [B, S, S, 3] float32 images, normalized; S is `image_size`.
+          train: Whether stochastic depth is on (rng stream "dropout").
 
         Returns:
-          `exits` [B, stages, classes]; `logits` are the last exit's.
+          Output with `exits` [B, stages, classes]; `logits` are the last exit's.
         """
         handed, exits = None, []
         for stage in range(len(self.grids)):
@@ -325,15 +326,15 @@ class DVT(BackboneMixin, nn.Module):
     def run_stage(
         self, images: Array, handed: StageCarry | None = None, *, stage: int, train: bool = False
     ) -> Exit:
-        """Computes one stage, given what the stage before handed on.
+        """Computes one stage, given the results of the stage before.
 
         Rows do not depend on each other: images may come from several batches of earlier stages.
 
         Args:
-          images: as for `__call__`.
-          handed: of stage - 1 for these images; None for stage 0.
-          stage: which, from 0.
-          train: see `__call__`.
+          images: [B, S, S, 3] float32 images, normalized; S is `image_size`.
+          handed: Results of stage - 1 for these images; None for stage 0.
+          stage: Index of the stage, from 0.
+          train: Whether stochastic depth is on (rng stream "dropout").
         """
         vit = self.stage[stage]
         vit.check_shape(images)
@@ -351,9 +352,9 @@ class DVT(BackboneMixin, nn.Module):
     def _reused(
         self, stage: int, handed: StageCarry | None
     ) -> Callable[[int], tuple[Array | None, Array | None]]:
-        """A function of the layer that gives its relation and its features, made when asked for.
+        """Returns a function from layer to its relation and features, computed when it is called.
 
-        So that of all layers' relations, each as large as a layer's scores, one exists at a time.
+        This way only one layer's relation, as large as the layer's scores, exists at a time.
         """
         if stage == 0:
             return lambda layer: (None, None)

@@ -1,4 +1,4 @@
-"""Patches to tokens, and where they are: patch embedding and position embeddings."""
+"""Patch embedding and position embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,11 @@ from jax import Array
 from msvit_jax.models.block import init_weights
 from msvit_jax.tokens import grid
 
-POSITIONS = ("normal", "sincos", "fixed")  # what `ViT.pos_init` may be
+POSITIONS = ("normal", "sincos", "fixed")  # values of `ViT.pos_init`
 
 
 def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
-    """An initializer for position embeddings [prefix + side**2, D].
+    """Returns an initializer for position embeddings [prefix + side**2, D].
 
     Those of the prefix start small and random, those of the patches as sines and cosines of row
     and column at D / 4 frequencies each.
@@ -30,9 +30,9 @@ def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
 
 
 def sequence_positions(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-    """An initializer for the fixed position embeddings of T2T-ViT: [N, D].
+    """Initializes the fixed position embeddings of T2T-ViT: [N, D].
 
-    Sines (even channels) and cosines (odd ones) of the place in the sequence, class token first
+    Sines (even channels) and cosines (odd ones) of the position in the sequence, class token first
     (Vaswani et al. 2017).
     """
     del key
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, 3] -> [B, H/p, W/p, D]; the kernel is [p, p, 3, D]."""
+        """Embeds patches: [B, H, W, 3] -> [B, H/p, W/p, D]; the kernel is [p, p, 3, D]."""
         squares = grid.patches(images.astype(self.dtype), self.patch_size)
         return nn.DenseGeneral(
             self.width,

@@ -1,4 +1,4 @@
-"""The gate of MSViT: for every coarse region, one coarse token or four fine ones.
+"""The gate of MSViT, which decides for each coarse region: one coarse token or four fine ones.
 
 Source: MSViT (Havtorn et al. 2023), section 3, and facts derived from its published costs: a
 four-layer MLP on the raw pixels of the region, as wide as the backbone. Every gate here gives
@@ -19,7 +19,7 @@ from msvit_jax.models.block import gelu, init_weights
 from msvit_jax.tokens import grid
 
 GATES = ("mlp", "random", "centre", "entropy", "fine", "coarse")
-_CERTAIN = 20.0  # a logit that float32 rounds to probability 1 or 0 for every purpose here
+_CERTAIN = 20.0  # a logit whose probability is as good as 1 or 0 in float32
 _ENTROPY_BINS = 32
 
 
@@ -27,10 +27,10 @@ class GateMLP(nn.Module):
     """Four linear layers on a region's pixels, with a position embedding after the first.
 
     Attributes:
-      hidden: width of the three hidden layers.
+      hidden: Width of the three hidden layers.
       grid_size: (rows, columns) of regions in a training image.
-      bias: starting value of the last bias: above 0, the gate starts out coarse, below 0 fine.
-      dtype: compute dtype of the hidden layers.
+      bias: Initial value of the last bias; above 0 the gate starts out coarse, below 0 fine.
+      dtype: Compute dtype of the hidden layers.
     """
 
     hidden: int
@@ -40,7 +40,7 @@ class GateMLP(nn.Module):
 
     @nn.compact
     def __call__(self, regions: Array) -> Array:
-        """Pixels of the regions [B, h, w, S, S, 3] -> logits [B, h * w] float32."""
+        """Maps pixels of the regions [B, h, w, S, S, 3] to logits [B, h * w] float32."""
         dense = {"dtype": self.dtype}
         x = nn.DenseGeneral(self.hidden, axis=(-3, -2, -1), name="fc1", **dense)(
             regions.astype(self.dtype)
@@ -56,26 +56,26 @@ class GateMLP(nn.Module):
 
 
 def mlp_macs(regions: int, region_size: int, hidden: int) -> float:
-    """Multiply-accumulates of `GateMLP` on one image."""
+    """Counts multiply-accumulates of `GateMLP` on one image."""
     layers = ((3 * region_size**2, hidden), (hidden, hidden), (hidden, hidden), (hidden, 1))
     return sum(float(flops.dense(regions, *layer)) for layer in layers)
 
 
 def untrained_logits(kind: str, pixels: Array) -> Array:
-    """Logits of the gates that learn nothing, to compare a learned one with.
+    """Computes logits of the gates that learn nothing, to compare a learned one with.
 
-    * "random": a uniform probability per region, a function of the image's content alone.
-    * "centre": the region's distance from the image's centre, 0 there and 1 in the corners.
-    * "entropy": 1 - H / log2(32), H the entropy of the region's grey levels in 32 bins
-      (APT's criterion, on 32 instead of 512 bins).
-    * "fine", "coarse": every region.
+    * "random": a uniform probability for each region, a function of the image's content alone.
+    * "centre": the region's distance from the image's center, 0 there and 1 in the corners.
+    * "entropy": 1 - H / log2(32), H the entropy of the region's gray levels in 32 bins (APT's
+      criterion, on 32 instead of 512 bins).
+    * "fine", "coarse": the same decision for every region.
 
     Args:
-      kind: one of the above.
-      pixels: [B, h, w, S, S, 3] pixels of the regions on the scale of 0 to 1.
+      kind: Name of the gate, one of the above.
+      pixels: [B, h, w, S, S, 3], pixels of the regions on the scale of 0 to 1.
 
     Returns:
-      [B, h * w] float32.
+      Logits [B, h * w] float32.
     """
     batch, rows, columns = pixels.shape[:3]
     if kind in ("fine", "coarse"):
@@ -95,14 +95,14 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
 
 
 def centre_distance(size: tuple[int, int]) -> np.ndarray:
-    """Distance of each region from the image's centre, 1 in the corners: [rows * columns]."""
+    """Distance of each region from the image's center, 1 in the corners: [rows * columns]."""
     rows, columns = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in size)
     distance = np.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2).reshape(-1)
     return distance / max(distance.max(), 1e-9)
 
 
 def _random_probability(pixels: Array) -> Array:
-    """Uniform numbers from a key made of the image's own bits, whatever batch it is in."""
+    """Draws uniform numbers with a key made of the image's own bits, independent of its batch."""
     bits = lax.bitcast_convert_type(pixels.astype(jnp.float32), jnp.uint32)
     seeds = bits.sum(axis=tuple(range(1, pixels.ndim)), dtype=jnp.uint32)
     count = pixels.shape[1] * pixels.shape[2]
@@ -111,7 +111,7 @@ def _random_probability(pixels: Array) -> Array:
 
 
 def _entropy(pixels: Array) -> Array:
-    """Entropy in bits of the grey levels of each region: [B, h, w, S, S, 3] -> [B, h * w]."""
+    """Entropy in bits of the gray levels of each region: [B, h, w, S, S, 3] -> [B, h * w]."""
     luminance = jnp.asarray([0.299, 0.587, 0.114], jnp.float32)
     grey = jnp.einsum("...c,c->...", pixels.astype(jnp.float32), luminance)
     grey = grey.reshape(*grey.shape[:3], -1)
@@ -122,26 +122,26 @@ def _entropy(pixels: Array) -> Array:
 
 
 def straight_through(hard: Array, soft: Array) -> Array:
-    """The value of `hard` with the gradient of `soft`."""
+    """Returns the value of `hard` with the gradient of `soft`."""
     return lax.stop_gradient(hard - soft) + soft
 
 
 def scaled_gradient(x: Array, factor: Array) -> Array:
-    """The value of x, with `factor` times its gradient."""
+    """Returns the value of x, with `factor` times its gradient."""
     still = lax.stop_gradient(x)
     return still + factor * (x - still)
 
 
 @jax.custom_vjp
 def hold_level(logits: Array) -> Array:
-    """The logits [B, R], whose gradient is kept from moving the batch's mean probability.
+    """Returns the logits [B, R]; their gradient cannot move the batch's mean probability.
 
     For a trainer that sets the share of fine regions itself, by the last bias. Losses that want
-    another share would push all weights the same way, step after step, as the bias is pushed back,
-    until the gate tells regions apart by nothing else. So what they want of all regions alike is
-    taken out: with g the gradient and s = p (1 - p) the slope of the probability, g - s sum(g) /
-    sum(s) is passed on, whose sum is zero, the gradient of a loss that charges each fine region the
-    price at which the share stays.
+    another share would push all weights in the same direction, step after step, while the bias is
+    pushed back, until the gate no longer tells regions apart. So the part of the gradient that all
+    regions share is removed: with g the gradient and s = p (1 - p) the slope of the probability, g
+    - s sum(g) / sum(s) is passed on. Its sum is zero; it is the gradient of a loss that charges
+    each fine region the price at which the share stays constant.
     """
     return logits
 
@@ -152,7 +152,7 @@ def _hold_level_forward(logits: Array) -> tuple[Array, Array]:
 
 def _hold_level_backward(logits: Array, cotangent: Array) -> tuple[Array]:
     slope = _slope(jax.nn.sigmoid(logits))
-    # Where every region is certain, none moves the share.
+    # Where every region is certain, all slopes are about 0 and no gradient moves the share.
     price = cotangent.sum() / jnp.maximum(slope.sum(), 1e-6)
     return (cotangent - price * slope,)
 
@@ -174,13 +174,13 @@ class Decisions:
 
 
 def decide(logits: Array, *, threshold: float | Array) -> Decisions:
-    """Decisions without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
+    """Decides without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
     coarse = (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
     return Decisions(coarse, jnp.zeros_like(logits))
 
 
 def given(coarse: Array, logits: Array) -> Decisions:
-    """Somebody else's decisions, which get gradient, as does the gate through its probability."""
+    """Wraps decisions made elsewhere; gradient reaches them and the gate's probability."""
     soft = jax.nn.sigmoid(logits)
     return Decisions(coarse + (soft - lax.stop_gradient(soft)), _slope(soft))
 
@@ -190,7 +190,7 @@ def _slope(probability: Array) -> Array:
 
 
 def sample(logits: Array, key: Array, temperature: float) -> Decisions:
-    """Gumbel-sigmoid decisions with straight-through gradient (MSViT, section 3).
+    """Samples Gumbel-sigmoid decisions with straight-through gradient (MSViT, section 3).
 
     A region is coarse with probability sigmoid(logit); gradient flows as through the relaxed
     decision sigmoid((logit + logistic noise) / temperature).
@@ -202,15 +202,15 @@ def sample(logits: Array, key: Array, temperature: float) -> Decisions:
 
 
 def finest(logits: Array, share: float) -> Decisions:
-    """The same share of every image fine: the regions least inclined to be coarse.
+    """Makes the same share of every image fine: the regions with the lowest coarse logits.
 
-    Straight-through to the probabilities, so that a gate can be trained under a fixed budget too.
+    Straight-through to the probabilities, so that a gate can also be trained with a fixed share.
 
     Args:
-      logits: [B, R].
-      share: of the regions that get fine tokens, rounded to whole regions.
+      logits: [B, R], logits of staying coarse.
+      share: Share of the regions that get fine tokens, rounded to whole regions.
     """
     count = round(share * logits.shape[1])
-    rank = jnp.argsort(jnp.argsort(logits, axis=1), axis=1)
+    rank = jnp.argsort(jnp.argsort(logits, axis=1), axis=1)  # 0 for the finest region
     hard, soft = (rank >= count).astype(jnp.float32), jax.nn.sigmoid(logits)
     return Decisions(straight_through(hard, soft), _slope(soft))

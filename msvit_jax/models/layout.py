@@ -1,14 +1,15 @@
-"""Layouts: how the tokens of a batch lie in memory while the transformer works on them.
+"""Layouts: the arrangement of a batch's tokens in memory while the transformer works on them.
 
 The same model with the same parameters gives the same logits in each, up to rounding:
 
-* "slots": every slot has its place, hidden ones are masked; saves no time. In training a gate both
-  scales of every region lie side by side, as in the paper: five places for four slots.
-* "budget": each image's active tokens in as many places as its budget, one budget for all or a
-  ladder of them.
-* "trimmed": the same places for training a gate: what active tokens leave free holds the tokens
-  that some regions would have if they were decided the other way, which carry gradient to the gate
-  (after MSViT's adaptive trimming; under static shapes: our reconstruction).
+* "slots": every slot has its position and hidden ones are masked; saves no time. In training a
+  gate, both scales of every region lie side by side, as in the paper: five positions for four
+  slots.
+* "budget": each image's active tokens in a sequence as long as its capacity, one capacity for all
+  images or one for each length bucket.
+* "trimmed": the same sequences for training a gate: positions that active tokens leave free hold
+  the tokens that some regions would have if they were decided the other way, which carry gradient
+  to the gate (after MSViT's adaptive trimming; under static shapes: our reconstruction).
 * "rows": the active tokens of several images in one row, attention confined to an image.
 """
 
@@ -22,7 +23,7 @@ from jax import Array
 from msvit_jax.models.attention import Mask
 from msvit_jax.tokens import packing
 
-_TILE = 128  # lanes of a TPU's registers
+_TILE = 128  # lanes of a TPU's vector registers
 LAYOUTS = ("slots", "budget", "trimmed", "rows")
 
 
@@ -31,12 +32,13 @@ class Layout:
     """A layout and its sizes, all static.
 
     Attributes:
-      kind: one of `LAYOUTS`.
-      budget: places for an image's active patch tokens ("budget", "trimmed"), the prefix not
-        counted; several make a ladder: equal parts of the batch, sorted by their counts, get them.
-      rows: rows for the whole batch ("rows").
-      row_width: places of a row, prefix tokens counted ("rows").
-      groups: equal parts of the batch that are packed on their own.
+      kind: Name of the layout, one of `LAYOUTS`.
+      budget: Capacities for an image's active patch tokens ("budget", "trimmed"), prefix not
+        counted, one for each length bucket: equal parts of the batch, sorted by token count, get
+        them.
+      rows: Number of rows for the whole batch ("rows").
+      row_width: Capacity of a row in tokens, prefix counted ("rows").
+      groups: Number of equal parts of the batch that are packed on their own.
     """
 
     kind: str = "slots"
@@ -49,12 +51,12 @@ class Layout:
         """Checks sizes against a model.
 
         Args:
-          grid: slots of an image.
-          smallest: active patch tokens that every image has at least.
-          prefix: class, distillation and register tokens.
+          grid: Largest number of patch tokens that an image can have.
+          smallest: Least number of active patch tokens that an image can have.
+          prefix: Number of class, distillation and register tokens.
 
         Raises:
-          ValueError: they do not fit; says what would.
+          ValueError: The sizes do not fit; the message says which would.
         """
         if self.kind not in LAYOUTS:
             raise ValueError(f"layout={self.kind!r} is none of {', '.join(LAYOUTS)}.")
@@ -88,7 +90,7 @@ class Layout:
 
 
 def with_dense_layout(model: nn.Module) -> nn.Module:
-    """The same model where every image has its places; a model without layouts as it is."""
+    """Returns the model with room for every image; a model without layouts as it is."""
     return model.clone(layout="slots") if hasattr(model, "layout") else model
 
 
@@ -97,9 +99,9 @@ class Packed:
     """Tokens of a batch in a layout.
 
     Attributes:
-      tokens: [G, T, D], or [G * R, W, D] where that is faster.
-      mask: for attention.
-      packing: the way back.
+      tokens: [G, T, D] tokens, or [G * R, W, D] where that is faster.
+      mask: Attention mask of the packed tokens.
+      packing: Indices that lead back to each image's own tokens.
     """
 
     tokens: Array
@@ -107,18 +109,20 @@ class Packed:
     packing: packing.Packing
 
     def restore(self, x: Array, *, count: int | None = None) -> Array:
-        """What became of `tokens`, image by image: [B, N, D], or of the first `count` tokens."""
+        """Unpacks results of `tokens`, image by image: [B, N, D], or the first `count` tokens."""
         flat = x.reshape(*self.packing.owner.shape, x.shape[-1])
         return self.packing.restore(flat, count=count)
 
     def named(self, position: Array) -> Array:
-        """For each token of an image another one of it, named by its place among the image's.
+        """Maps packed positions back to each image's own token indices.
 
         Args:
-          position: where the other one lies in its row of `tokens`, shape as theirs; -1: nowhere.
+          position: Position in its row of `tokens` that each packed token points to, in the shape
+            of `tokens` without channels; -1 for none.
 
         Returns:
-          [B, N] int32; -1 for nowhere, anything for tokens that have no place.
+          [B, N] int32, for each token of an image the index, among the image's tokens, of the one
+          it points to; -1 for none, undefined for tokens without a position.
         """
         count = self.packing.place.shape[1]
         token = (self.packing.source % count).reshape(position.shape)
@@ -127,10 +131,11 @@ class Packed:
 
 
 def images_per_group(batch: int, layout: Layout) -> int:
-    """How many images of a batch are packed together.
+    """Number of images of a batch that are packed together.
 
     Raises:
-      ValueError: the batch cannot be cut into the layout's groups, or those into its budgets.
+      ValueError: The batch cannot be cut into the layout's groups, or a group into its length
+        buckets.
     """
     if batch % layout.groups:
         raise ValueError(f"A batch of {batch} cannot be cut into row_groups={layout.groups}.")
@@ -144,14 +149,14 @@ def images_per_group(batch: int, layout: Layout) -> int:
 
 
 def make_runs(lengths: Array, layout: Layout) -> packing.Runs:
-    """Gives every image its run of places.
+    """Gives every image its run of positions.
 
     Args:
-      lengths: [B] int32, active tokens of each image, prefix included.
-      layout: any but slots; budgets without the prefix are made longer by it.
+      lengths: [B] int32, number of active tokens of each image, prefix included.
+      layout: Any layout but slots, its capacities with the prefix included.
 
     Raises:
-      ValueError: the batch cannot be cut into the layout's parts.
+      ValueError: The batch cannot be cut into the layout's parts.
     """
     images = images_per_group(lengths.shape[0], layout)
     lengths = lengths.reshape(layout.groups, images)
@@ -170,16 +175,16 @@ def pack(
     weights: Array | None = None,
     extra: Array | None = None,
 ) -> Packed:
-    """Packs a batch.
+    """Packs the tokens of a batch.
 
     Args:
-      tokens: [B, N, D], prefix tokens included.
-      active: [B, N] bool.
-      layout: see `make_runs`.
-      runs: from there.
-      shortest: tokens that every image has at least, prefix included.
-      weights: [B, N] straight-through weights of the tokens, where they take gradient.
-      extra: [B, N] bool, inactive tokens that are carried for their gradient.
+      tokens: [B, N, D] tokens, prefix included.
+      active: [B, N] bool, whether each token is active.
+      layout: Layout that the runs were made for.
+      runs: Runs of positions from `make_runs`.
+      shortest: Least number of tokens that an image has, prefix included.
+      weights: [B, N], straight-through weights of the tokens; None if they take no gradient.
+      extra: [B, N] bool, whether each inactive token is carried for its gradient.
     """
     images = images_per_group(active.shape[0], layout)
     length_buckets: tuple[tuple[int, int], ...]
@@ -191,7 +196,7 @@ def pack(
     packed = packing.pack(active, runs, extra)
     first = jnp.arange(layout.groups, dtype=jnp.int32)[:, None] * images
     if weights is not None:
-        # A row of nobody's sees its first place: without any weight it would divide by zero.
+        # The first position of an empty run gets weight 1; without any it would divide by zero.
         alone = (packed.owner == packing.NOBODY) & (runs.offset == 0)
         weights = jnp.where(alone, 1.0, packed.gather(weights))
     mask = Mask(
@@ -199,14 +204,14 @@ def pack(
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
         length_buckets=length_buckets,
         alone=layout.kind != "rows",
-        most=layout.row_width // shortest + 1,  # and the empty places behind them
+        most=layout.row_width // shortest + 1,  # plus the run of empty positions
         images=images * layout.groups,
     )
     return _in_tiles(Packed(packed.gather(tokens), mask, packed))
 
 
 def _in_tiles(packed: Packed) -> Packed:
-    """Rows apart where they are whole tiles of a TPU; else end to end, which pads less."""
+    """Separates rows that are whole tiles of a TPU; others stay end to end, which pads less."""
     mask = packed.mask
     length = mask.length_buckets[0][1]
     if len(mask.length_buckets) > 1 or length % _TILE:

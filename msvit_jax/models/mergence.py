@@ -1,10 +1,10 @@
 """Token Mergence: multi-scale patch features, then unimportant tokens merged into important ones.
 
-Bian et al. 2023 (arXiv 2306.04897). The paper has no public code and only its abstract was at hand:
-tokens are split by importance, unimportant ones merged into important ones by similarity, and
-multi-scale features fused before that; 33 % fewer MACs for 0.1 points on DeiT-S. Everything else
-here is our reconstruction. Merging itself is an attribute of any `ViT` (`reducer`, see
-`reducers`); this module adds the scales.
+Bian et al. 2023 (arXiv 2306.04897). The paper has no public code and only its abstract was
+available: tokens are split by importance, unimportant ones are merged into important ones by
+similarity, and multi-scale features are fused before that; 33 % fewer MACs for 0.1 points on
+DeiT-S. Everything else here is our reconstruction. Merging itself is an attribute of any `ViT`
+(`reducer`, see `reducers`); this module adds the scales.
 """
 
 import functools
@@ -29,12 +29,12 @@ from msvit_jax.tokens import grid
 
 
 class ScaleFeatures(nn.Module):
-    """Another patch size's embedding, brought to the backbone's grid.
+    """Features of another patch size's embedding, resampled to the backbone's grid.
 
     Smaller patches are averaged over the cell they lie in, larger ones repeated over the cells they
-    cover. A GELU comes before: the mean of linear features of smaller patches is linear in the
-    cell, which the backbone's own embedding already is, and would add nothing. The projection
-    starts at zero: a model starts as if the scale were not there.
+    cover. A GELU is applied first: without it, the mean over smaller patches would be linear in the
+    cell's pixels, as the backbone's own embedding already is, and would add nothing. The projection
+    starts at zero, so a model starts as if the scale were not there.
     """
 
     width: int
@@ -44,10 +44,10 @@ class ScaleFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """[B, H, W, 3] -> [B, H / cell, W / cell, D]."""
+        """Computes the features: [B, H, W, 3] -> [B, H / cell, W / cell, D]."""
         embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
         parts = max(1, self.cell // self.patch_size)
-        # Each place within the cells by itself: no map of all small patches is ever in memory.
+        # One offset within the cells at a time, so that no map of all small patches is in memory.
         features = [gelu(embed(part)) for part in grid.places(images, self.patch_size, parts)]
         x = functools.reduce(operator.add, features) / parts**2
         zeros = nn.initializers.zeros
@@ -57,11 +57,11 @@ class ScaleFeatures(nn.Module):
 
 
 class Mergence(BackboneMixin, nn.Module):
-    """A `ViT` that sees several patch sizes, and reduces tokens as its own attributes say.
+    """A `ViT` that sees several patch sizes, and reduces tokens as its own attributes specify.
 
     Attributes:
-      backbone: the transformer, with its `reducer`, `reduce_layers` and `keep`.
-      scales: patch sizes in px whose features are fused before the first layer; the backbone's own
+      backbone: Transformer on the tokens, with its `reducer`, `reduce_layers` and `keep`.
+      scales: Patch sizes in px whose features are fused before the first layer; the backbone's own
         is always there. Others divide it or are multiples of it, and divide the image.
     """
 
@@ -102,11 +102,11 @@ class Mergence(BackboneMixin, nn.Module):
         return self.backbone.reductions
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
-        """Patch tokens that go into each layer's MLP: [...] -> [depth, ...]."""
+        """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
         return self.backbone.layer_tokens(tokens)
 
     def macs(self, tokens: ArrayLike) -> np.ndarray:
-        """Multiply-accumulates for images with the given numbers of patch tokens."""
+        """Counts multiply-accumulates for images with the given numbers of patch tokens."""
         vit = self.backbone
         extra = 0.0
         for size in self._others:
@@ -120,8 +120,9 @@ class Mergence(BackboneMixin, nn.Module):
         """Classifies images.
 
         Args:
-          images: [B, H, W, 3] float32, normalised; H and W divisible by every patch size.
-          train: turns stochastic depth on (rng stream "dropout").
+          images: [B, H, W, 3] float32 images, normalized; H and W are divisible by every patch
+            size.
+          train: Whether stochastic depth is on (rng stream "dropout").
         """
         check_images(images, math.lcm(self.patch_size, *self.scales))
         x = self.backbone.embed(images)

@@ -1,8 +1,8 @@
 """MSViT: a vision transformer on mixed-scale tokens (Havtorn et al. 2023, arXiv 2307.02321).
 
-The paper masks a sequence of all coarse and all fine tokens (49 + 196 at 224 px). Here tokens live
+The paper masks a sequence of all coarse and all fine tokens (49 + 196 at 224 px). Here tokens are
 in slots (see `tokens.grid`), as many as the fine grid has cells, with the same output: our
-reconstruction. Where the paper leaves a choice open the attribute's docstring says so.
+reconstruction. Where the paper leaves a choice open, the attribute's docstring says so.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from msvit_jax.tokens import alternatives, grid, packing
 
 
 class CoarseResidual(nn.Module):
-    """APT's residual: a zero-initialised projection of a 2x2 convolution of the fine tokens."""
+    """APT's residual: a zero-initialized projection of a 2x2 convolution of the fine tokens."""
 
     width: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, fine: Array) -> Array:
-        """Fine tokens region by region [B, R, 4, D] -> what to add to the coarse ones [B, R, D]."""
+        """Maps a region's fine tokens [B, R, 4, D] to a residual for its coarse token [B, R, D]."""
         mixed = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype, name="conv")(fine)
         zeros = nn.initializers.zeros
         return nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(mixed)
@@ -43,31 +43,37 @@ class MSViT(BackboneMixin, nn.Module):
     """A mixed-scale vision transformer over any `ViT`.
 
     Attributes:
-      backbone: the transformer; its patch size is the fine scale, twice that the coarse one.
-      gate: "mlp" (learned), or one that needs no training: see `gate.untrained_logits`.
-      gate_hidden: hidden width of the learned gate; None: the backbone's (fits the published MACs).
-      gate_bias: starting bias of the learned gate, towards coarse, as the paper's (value: ours).
-        Below 0 it starts fine.
-      temperature: of the Gumbel-sigmoid in training (not published; 2/3 is batch shaping's custom).
-      threshold: in evaluation a region is coarse where its probability exceeds this.
-      fine_share: if given, this share of each image's regions is fine, in training and evaluation.
-      coarse_embedding: "shared" (the patch embedding of the 2x-pooled image, as in the paper) or
-        "separate" (an embedding of its own for the full-resolution coarse patch).
-      scale_embedding: add a learned embedding of the scale, starting at zero.
-      coarse_residual: add APT's zero-initialised residual of the region's fine tokens.
-      layout: how tokens lie in memory, "slots", "budget", "trimmed" or "rows": the same logits at
-        another price (see `models.layout`).
-      budget: active patch tokens that an image has places for ("budget", "trimmed"); several, for
-        equal parts of the batch sorted by their counts. None, for "trimmed": the whole grid, until
-        the trainer's schedule gives less.
-      rows: rows that the whole batch is packed into ("rows").
-      row_width: tokens of a row, prefix included ("rows").
-      row_groups: equal parts of the batch that are packed on their own: a multiple of the devices
-        it is spread over, so that no token leaves its device.
-      hold_level: in training, whether the gate learns which regions are fine but not how many, see
-        `gate.hold_level`; set by a trainer that corrects the share itself.
-      gate_gradient: in training, factor of the task's gradient to the gate. At 0 the tokens that a
-        gate learns from are not carried; set by a trainer that carries them in some steps only.
+      backbone: Transformer on the tokens; its patch size is the fine scale, twice that the coarse
+        one.
+      gate: Kind of the gate: "mlp" (learned), or one that learns nothing, listed in
+        `gate.untrained_logits`.
+      gate_hidden: Hidden width of the learned gate; None for the backbone's width (fits the
+        published MACs).
+      gate_bias: Initial bias of the learned gate's logits, toward coarse as in the paper (value:
+        ours). Below 0 the gate starts fine.
+      temperature: Temperature of the Gumbel-sigmoid in training (not published; 2/3 is batch
+        shaping's custom).
+      threshold: Probability of coarse above which a region is coarse in evaluation.
+      fine_share: Share of each image's regions that is fine, in training and evaluation; None if
+        the gate decides it.
+      coarse_embedding: Embedding of coarse tokens: "shared" (the patch embedding of the 2x-pooled
+        image, as in the paper) or "separate" (an embedding of its own for the full-resolution
+        coarse patch).
+      scale_embedding: Whether a learned embedding of the scale is added, starting at zero.
+      coarse_residual: Whether APT's zero-initialized residual of the region's fine tokens is added.
+      layout: Layout of tokens in memory, "slots", "budget", "trimmed" or "rows": the same logits at
+        different cost (see `models.layout`).
+      budget: Capacity for each image's active patch tokens ("budget", "trimmed"); several
+        capacities are for equal parts of the batch sorted by token count. None, for "trimmed": room
+        for all tokens of both scales, until the trainer's schedule gives less.
+      rows: Number of rows that the whole batch is packed into ("rows").
+      row_width: Capacity of a row in tokens, prefix included ("rows").
+      row_groups: Number of equal parts of the batch that are packed on their own: a multiple of the
+        number of devices it is spread over, so that no token leaves its device.
+      hold_level: Whether, in training, the gate learns which regions are fine but not how many (see
+        `gate.hold_level`); set by a trainer that corrects the share itself.
+      gate_gradient: Factor of the task's gradient to the gate in training. At 0 the tokens that a
+        gate learns from are left out; set by a trainer that carries them in some steps only.
     """
 
     backbone: ViT
@@ -138,7 +144,7 @@ class MSViT(BackboneMixin, nn.Module):
 
     @property
     def most_places(self) -> int:
-        """Patch tokens of both scales together, all that training a gate can use."""
+        """Number of patch tokens of both scales together, the most that training a gate can use."""
         regions = self.gate_grid[0] * self.gate_grid[1]
         return (grid.REGION**2 + 1) * regions
 
@@ -158,10 +164,10 @@ class MSViT(BackboneMixin, nn.Module):
         return self.gate_hidden or self.backbone.width
 
     def macs(self, tokens: ArrayLike) -> np.ndarray:
-        """Multiply-accumulates for images with the given numbers of active patch tokens.
+        """Counts multiply-accumulates for images with the given numbers of active patch tokens.
 
         Counts the gate, both patch embeddings over the whole image, and the blocks over active
-        tokens: what the budget and row layouts compute, apart from padding.
+        tokens. This is what the budget and row layouts compute, apart from padding.
         """
         vit = self.backbone
         regions = self.gate_grid[0] * self.gate_grid[1]
@@ -177,7 +183,7 @@ class MSViT(BackboneMixin, nn.Module):
         return vit.macs(tokens) + extra
 
     def gate_logits(self, images: Array) -> Array:
-        """Noise-free logits of staying coarse: [B, H, W, 3] normalised images -> [B, R]."""
+        """Computes noise-free logits of staying coarse: [B, H, W, 3] normalized -> [B, R]."""
         regions = grid.patches(images, self.coarse_size)
         if self.gate == "mlp":
             return self.gate_mlp(regions)
@@ -195,7 +201,7 @@ class MSViT(BackboneMixin, nn.Module):
         return gates.decide(logits, threshold=self.threshold if threshold is None else threshold)
 
     def embed_scales(self, images: Array) -> tuple[Array, Array]:
-        """Tokens of both scales with positions: fine [B, R, 4, D] and coarse [B, R, D]."""
+        """Embeds both scales, with positions: fine [B, R, 4, D] and coarse [B, R, D]."""
         vit = self.backbone
         fine = vit.patch_embed(images)
         positions = vit.positions((fine.shape[1], fine.shape[2])).astype(fine.dtype)
@@ -213,7 +219,7 @@ class MSViT(BackboneMixin, nn.Module):
         return fine, coarse
 
     def gate_only(self, images: Array, *, threshold: float | Array | None = None) -> GateOutput:
-        """Decides as in evaluation and does nothing else; arguments as of a call."""
+        """Decides as in evaluation, without running the transformer; arguments as in `__call__`."""
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
         return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold).coarse)
@@ -230,11 +236,13 @@ class MSViT(BackboneMixin, nn.Module):
         """Classifies images.
 
         Args:
-          images: [B, H, W, 3] float32, normalised; H and W divisible by the coarse patch.
-          train: samples decisions (rng stream "gate"); turns stochastic depth on ("dropout").
-          threshold: instead of the module's own, in evaluation; may be traced.
-          coarse: [B, R] decisions to use instead of the gate's, 1 = coarse; in training they get
-            gradient, and the gate what they would have passed on to it.
+          images: [B, H, W, 3] float32 images, normalized; H and W are divisible by the coarse
+            patch.
+          train: Whether decisions are sampled (rng stream "gate") and stochastic depth is on
+            ("dropout").
+          threshold: Threshold used in evaluation instead of the module's own; may be traced.
+          coarse: [B, R] decisions used instead of the gate's, 1 = coarse. In training gradient
+            reaches them, and the gate gets the gradient that they would have passed on to it.
         """
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
@@ -283,7 +291,7 @@ class MSViT(BackboneMixin, nn.Module):
             gate=GateOutput(logits=logits, coarse=coarse),
             distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
             fits=fits,
-            # Where tokens of both scales are carried, the places are not those of slots.
+            # Where tokens of both scales are carried, token indices are not slot indices.
             merged=None if both else merged,
             hosts=None if both else host_patches(hosts, vit.prefix_length),
             features=None if both else self._features(x, coarse, images, fits),
@@ -291,7 +299,7 @@ class MSViT(BackboneMixin, nn.Module):
 
     @property
     def _all_tokens(self) -> bool:
-        """Whether the answer needs more than the prefix."""
+        """Whether the answer needs more tokens than the prefix."""
         return self.backbone.pool == "mean" or not self.num_classes
 
     def _features(
@@ -309,12 +317,12 @@ class MSViT(BackboneMixin, nn.Module):
         return Features(patches, token)
 
     def _carries_both(self, train: bool) -> bool:
-        """Whether the tokens of both scales are there, because a gate learns from them."""
+        """Tells whether tokens of both scales are carried because a gate learns from them."""
         learns = self.gate == "mlp" and self.gate_gradient > 0
         return train and learns and self.layout in ("slots", "trimmed")
 
     def _layout_of(self, both: bool) -> layouts.Layout:
-        """The layout with its prefix; without a gate that learns, trimmed is a budget."""
+        """Returns the layout with its prefix; without a learning gate, trimmed becomes budget."""
         layout = self.packing_layout
         if layout.kind == "trimmed" and not both:
             layout = dataclasses.replace(layout, kind="budget")
@@ -322,11 +330,11 @@ class MSViT(BackboneMixin, nn.Module):
         return dataclasses.replace(layout, budget=tuple(prefix + b for b in layout.budget))
 
     def _alternatives(self, decisions: gates.Decisions, room: Array) -> Array:
-        """Factors of the regions' gradients, 0 where the other scale's tokens get no place."""
+        """Returns regions' gradient factors, 0 where the other scale's tokens find no room."""
         return alternatives.nearest(decisions.coarse, decisions.slope, room)
 
     def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:
-        """Prefix and patch tokens [B, P + N, D], their weights [B, P + N], their areas [B, N]."""
+        """Returns prefix and patch tokens [B, P + N, D], weights [B, P + N] and areas [B, N]."""
         fine, of_region = self.embed_scales(images)
         if both:
             x, weights = grid.both_scales(fine, of_region), grid.both_weights(coarse)
@@ -349,10 +357,10 @@ class MSViT(BackboneMixin, nn.Module):
         carried: Array | None,
         train: bool,
     ) -> tuple[Array, Array | None, Array, tuple[Array, ...]]:
-        """Encodes in a packed layout.
+        """Encodes tokens in a packed layout.
 
-        Returns what `ViT.forward_head` needs, which of its tokens were not dropped, which images
-        fit [B], and merge targets among the tokens [B, P + N].
+        Returns the tokens that `ViT.forward_head` needs, whether each of them was not dropped,
+        whether each image fits [B], and merge targets as indices of the image's tokens [B, P + N].
         """
         prefix, active = self.backbone.prefix_length, weights > 0.5
         gated: dict[str, Any] = {}
@@ -372,5 +380,5 @@ class MSViT(BackboneMixin, nn.Module):
 
 
 def _only_fitting(logits: Array, fits: Array | None) -> Array:
-    """NaN where there is no answer: a loud mistake if somebody takes it for one."""
+    """Sets the answers of images that do not fit to NaN, so that using one is noticed."""
     return logits if fits is None else jnp.where(fits[:, None], logits, jnp.nan)

@@ -1,4 +1,4 @@
-"""What a model returns."""
+"""Outputs of the models."""
 
 import functools
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from msvit_jax.tokens import grid
 
 @struct.dataclass
 class GateOutput:
-    """What a gate said of each region; regions are row-major.
+    """Output of a gate for each region; regions are row-major.
 
     Attributes:
       logits: [B, R] float32, noise-free; the sigmoid is the probability of staying coarse.
-      coarse: [B, R] float32 decisions, 1 = one coarse token, 0 = four fine ones; in training
-        straight-through, so that gradient reaches the logits.
+      coarse: [B, R] float32 decisions, 1 = one coarse token, 0 = four fine ones; straight-through
+        in training, so that gradient reaches the logits.
     """
 
     logits: Array
@@ -28,12 +28,12 @@ class GateOutput:
 
 @struct.dataclass
 class Features:
-    """What a model without a head (`num_classes=0`) says of images.
+    """Output of a model without a head (`num_classes=0`).
 
     Attributes:
-      patches: [B, h, w, D] tokens of the patches after the last norm. Patches that share a token,
-        because it is coarse or they were merged, all have it; zeros where one was dropped.
-      class_token: [B, D], the class token after the last norm; None of a model without one.
+      patches: [B, h, w, D], tokens of the patches after the last norm. Patches that share a token,
+        because it is coarse or they were merged, all hold it; zeros where one was dropped.
+      class_token: [B, D], class token after the last norm; None if the model has none.
     """
 
     patches: Array
@@ -42,23 +42,28 @@ class Features:
 
 @struct.dataclass
 class Output:
-    """What every model of the library returns.
+    """Output of every model of the library.
 
     Attributes:
       logits: [B, classes] float32; NaN for an image that does not fit.
-      tokens: [B] int32, active patch tokens of each image (class and register tokens not counted).
-      gate: decisions of a mixed-scale model.
-      distilled_logits: [B, classes] float32 of the distillation head, in training only.
-      fits: [B] bool, whether an image's tokens found room in a layout with less places than the
-        grid; None in the slots layout, where all do.
-      merged: after each reduction of a model that reduces tokens, [B, N] int32: the place in the
-        shortened sequence, prefix included, of the token that each patch of the grid (each slot of
-        a mixed-scale model) now is part of; -1 if it was dropped. None in packed layouts.
-      hosts: likewise, in every layout, the patch (slot) that holds that place, itself for those
-        that nobody took in; -1 also for slots without a token, and images that do not fit.
-      exits: [B, stages, classes] float32, logits of every exit of a cascade; `logits` are the last.
-      features: Tokens of a model without a head, whose `logits` are [B, 0]; None of others. NaN for
-        an image that does not fit.
+      tokens: [B] int32, number of active patch tokens of each image (class and register tokens not
+        counted).
+      gate: Decisions of a mixed-scale model; None for other models.
+      distilled_logits: [B, classes] float32, logits of the distillation head, in training only.
+      fits: [B] bool, whether an image's tokens fit in a layout with less capacity than the grid;
+        None without such a layout, where all fit.
+      merged: Tuple with, for each reduction, [B, N] int32: position in the shortened sequence,
+        prefix included, of the token that each patch of the grid (each slot of a mixed-scale model)
+        is part of; -1 if it was dropped. None in packed layouts, if no layer reduces tokens, and
+        while training a gate carries tokens of both scales.
+      hosts: Tuple with, for each reduction, in every layout, [B, N] int32: index of the patch
+        (slot) whose token each patch (slot) was merged into, its own if it was not merged; -1 if it
+        was dropped, for slots without a token, and for images that do not fit. None if no layer
+        reduces tokens, and while training a gate carries tokens of both scales.
+      exits: [B, stages, classes] float32, logits of every exit of a cascade, whose `logits` are the
+        last exit's; None for other models.
+      features: Features from a model without a head, whose `logits` are [B, 0]; None for others.
+        NaN for an image that does not fit.
     """
 
     logits: Array
@@ -72,15 +77,15 @@ class Output:
     features: Features | None = None
 
     def merge_maps(self, size: tuple[int, int]) -> Array | None:
-        """Which cells of the image are one token after each reduction, whatever the layout.
+        """Maps each cell of the image, after each reduction, to the cell that holds its token.
 
         Args:
-          size: (rows, columns) of the grid of patches.
+          size: (rows, columns) of the patch grid.
 
         Returns:
-          [B, stages, rows, columns] int32: the cell, counted row by row, that holds the token which
-          a cell is part of, itself for those that nobody took in; -1 if it was dropped. A coarse
-          token is held by the first of its cells. None of a model that reduces nothing.
+          [B, reductions, rows, columns] int32: index of the cell, counted row by row, whose token
+          this cell is part of, its own if it was not merged; -1 if it was dropped. A coarse token
+          is held by the first of its cells. None if the model reduces nothing.
         """
         if self.hosts is None:
             return None
@@ -91,10 +96,10 @@ class Output:
 
 
 def also_empty(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a model's `__call__` answer a batch of no images with an `Output` of none.
+    """Lets a model's `__call__` answer an empty batch with an empty `Output`.
 
-    Shapes that leave a size to be found out have none to find where there are no elements, so
-    another batch is computed, as small as the model's layout lets it be, and nothing of it kept.
+    Reshapes with an inferred size fail on arrays without elements, so another batch, as small as
+    the model's layout allows, is computed and nothing of it kept.
     """
 
     @functools.wraps(call)

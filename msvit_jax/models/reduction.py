@@ -1,4 +1,4 @@
-"""Reducing tokens inside a backbone: in which layers, how many, and the state they carry.
+"""Token reduction inside a backbone: in which layers, how many, and the state of the tokens.
 
 A layer that reduces does so between its attention and its MLP, in every layout and aware of masks:
 what a mask hides is never kept for its own sake, never merged into and never counted.
@@ -25,14 +25,14 @@ from msvit_jax.tokens.packing import NOBODY
 
 @dataclasses.dataclass(frozen=True)
 class ReductionSpec:
-    """How one layer reduces; all static.
+    """The way one layer reduces tokens; all attributes are static.
 
     Attributes:
       reducer: Name in `reducers.REDUCERS`.
       options: Names and values of the reducer's attributes.
       prefix: Number of class, distillation and register tokens of an image.
       mean_query: Whether importance is the attention of the mean patch query instead of the class
-        token's. For mean pooling, where no class token learns to look at what matters.
+        token's; for mean pooling, where no class token learns to attend to what matters.
     """
 
     reducer: str
@@ -41,20 +41,20 @@ class ReductionSpec:
     mean_query: bool = False
 
     def make(self) -> base.Reducer:
-        """The reducer, to be made a submodule of the layer or used without parameters."""
+        """Makes the reducer, to be a submodule of the layer or used without parameters."""
         return reducers.REDUCERS[self.reducer](**dict(self.options), parent=None)
 
 
 @struct.dataclass
 class ReductionState:
-    """What tokens carry from layer to layer where some reduce; shapes as the tokens'.
+    """State that tokens carry from layer to layer where some reduce; shapes as the tokens'.
 
     Attributes:
-      size: [B, N] float32, how many of the first tokens each stands for.
-      place: [B, N0] int32, position of each of the first tokens now; -1 if it was dropped.
-      token_id: [B, N] int32, index of each token among the first ones.
+      size: [B, N] float32, number of input tokens that each token stands for.
+      place: [B, N0] int32, current position of each input token; -1 if it was dropped.
+      token_id: [B, N] int32, index of each token among the input tokens.
       random_score: [B, N] uint32, random bits of each token; None unless a reducer is random.
-      history: `place` after each reduction.
+      history: Values of `place` after each reduction.
     """
 
     size: Array
@@ -65,7 +65,7 @@ class ReductionState:
 
     @property
     def targets(self) -> Array:
-        """[B, N0] int32, index of the first token that each is part of now; -1 if dropped."""
+        """Index of the input token that each is part of now: [B, N0] int32; -1 if dropped."""
         found = base.take(self.token_id, jnp.maximum(self.place, 0))
         return jnp.where(self.place < 0, -1, found)
 
@@ -82,22 +82,22 @@ def reduction_specs(
     prefix: int,
     mean_query: bool,
 ) -> dict[int, ReductionSpec]:
-    """The reducing layers of a model, counted from 0.
+    """Specifies the reducing layers of a model, counted from 0.
 
     Args:
-      reducer: One of `reducers.NAMES`.
-      layers: Layers counted from 1, as papers do; None takes those after each quarter of the depth
-        (4, 7, 10 of 12), and all layers with `remove`.
+      reducer: Name of the reducer, one of `reducers.NAMES`.
+      layers: Layers that reduce, counted from 1 as in papers; None takes those after each quarter
+        of the depth (4, 7, 10 of 12), and all layers with `remove`.
       keep: Share of the tokens that stays, for all layers or for each.
       remove: Number of tokens merged instead, for all layers or for each; 0 leaves it to `keep`.
-      options: Other attributes of the reducer.
+      options: Other attributes of the reducer, by name.
       depth: Number of layers.
       patches: Number of patch tokens of a training image.
-      prefix: See `ReductionSpec`.
-      mean_query: See `ReductionSpec`.
+      prefix: Number of class, distillation and register tokens of an image.
+      mean_query: Whether importance is the attention of the mean patch query, see `ReductionSpec`.
 
     Raises:
-      ValueError: values that are not possible.
+      ValueError: The values are not possible.
     """
     if reducer not in reducers.NAMES:
         raise ValueError(f"reducer={reducer!r} is none of {', '.join(reducers.NAMES)}.")
@@ -137,7 +137,7 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 
 def _for_each(name: str, value: Any, layers: Sequence[int]) -> tuple[Any, ...]:
-    """One value for each layer."""
+    """Returns one value for each layer."""
     values = _listed(value)
     if not isinstance(value, tuple | list):
         values = values * len(layers)
@@ -195,25 +195,25 @@ def _check_numbers(made: dict[int, ReductionSpec], patches: int) -> None:
 
 
 def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike) -> np.ndarray:
-    """Patch tokens that enter each layer, and those after the last: [depth + 1, ...].
+    """Counts the patch tokens that enter each layer, and those after the last: [depth + 1, ...].
 
     Args:
-      specs: See `reduction_specs`.
+      specs: Reducing layers, from `reduction_specs`.
       depth: Number of layers.
-      tokens: Active patch tokens of images, any shape.
+      tokens: Numbers of active patch tokens of images, any shape.
     """
     left = [np.asarray(tokens, np.float64)]
     for layer in range(depth):
         count = left[-1]
         if layer in specs and count.size:
             kept = specs[layer].make().keep_table(math.ceil(np.max(count))).kept
-            count = np.interp(count, np.arange(len(kept)), kept)  # means of counts, too
+            count = np.interp(count, np.arange(len(kept)), kept)  # also for fractional means
         left.append(count)
     return np.stack(left)
 
 
 def start(x: Array, specs: dict[int, ReductionSpec]) -> ReductionState:
-    """The state before the first layer, for tokens [B, N, D]."""
+    """Makes the state before the first layer, for tokens [B, N, D]."""
     batch, count, _ = x.shape
     place = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
     is_random = any(reducers.REDUCERS[spec.reducer].needs_random_score for spec in specs.values())
@@ -240,15 +240,15 @@ def reduce(
     """Reduces tokens in any layout.
 
     Args:
-      x: [B, N, D], tokens.
+      x: [B, N, D] tokens.
       attn_input: [B, N, D], input of the layer's attention.
       key: [B, N, H, d], keys of the layer's attention.
       mask: Mask of the layer.
       state: State of the tokens.
-      spec: How the layer reduces.
+      spec: Specification of the layer's reduction.
       reducer: The layer's reducer, bound to its parameters.
-      scores: Pre-softmax scores of M queries, up to a constant for each: [B, M, D], [B, N, D] ->
-        [B, H, M, N].
+      scores: Function for pre-softmax scores of M queries, up to a constant for each: [B, M, D],
+        [B, N, D] -> [B, H, M, N].
       train: Whether the model is training.
 
     Returns:
@@ -321,7 +321,7 @@ def _reduce_rows(
         importance = base.attention_received(scores(query, attn_input), member)
         tokens = dataclasses.replace(tokens, importance=importance)
     length, images = x.shape[1], member.shape[2]
-    # A row ends with a run of empty places, which is no image.
+    # The last run of a row is empty positions, not an image.
     most = images if images == 1 else images - 1
     table = reducer.keep_table(length - spec.prefix)
     merge = reducer(tokens, table, table.capacity(length, spec.prefix, most), train=train)
@@ -349,7 +349,7 @@ def _kept_mask(mask: Mask, merge: base.Merge, sizes: Array | None) -> Mask:
 
 
 def _segment_membership(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array]:
-    """The image of a row that each token belongs to [B, N, M], and its prefix tokens [B, N]."""
+    """Returns tokens' images within a row [B, N, M] and whether they are prefix tokens [B, N]."""
     batch, count, _ = x.shape
     place = jnp.arange(count)[None]
     active = jnp.ones((batch, count), bool)

@@ -1,4 +1,4 @@
-"""Every model of the library by its name, timm's where timm has one."""
+"""Registry of the library's models by name; names are timm's where timm has the model."""
 
 import dataclasses
 from typing import Any
@@ -61,7 +61,7 @@ MIXED_SCALE = {
 }
 # Multi-scale features, and tokens merged after each quarter of the layers.
 MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
-# Cascades, and the model that each of their stages is.
+# Cascades, and the model of each of their stages.
 CASCADES = {
     "dvt_deit_small": "deit_small_patch16_224",
     "dvt_t2t_vit_12": "t2t_vit_12",
@@ -73,37 +73,37 @@ _NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes, sorted."""
+    """Lists the names that `create_model` takes, sorted."""
     return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES])
 
 
 def dense_model(name: str) -> str:
-    """The name of the plain model under a model; its own if it is one."""
+    """Returns the name of the plain model under a model; its own name if it is plain."""
     return {**MIXED_SCALE, **MERGENCE, **CASCADES}.get(name, name)
 
 
 def dense_options(name: str) -> set[str]:
-    """Overrides of a model that its dense model takes, too, and stays dense with."""
+    """Returns the overrides of a model that its dense model takes too and stays dense with."""
     return model_options(dense_model(name)) - _REDUCING
 
 
 def _attributes(module: type[nn.Module]) -> dict[str, Any]:
-    """Types of a module's own fields."""
+    """Returns the types of a module's own fields."""
     fields = {field.name: field.type for field in dataclasses.fields(module)}
     options = {name: kind for name, kind in fields.items() if name not in _NOT_OPTIONS}
     return options | reducers.option_types() if module is ViT else options
 
 
 def model_options(name: str) -> set[str]:
-    """Names of the overrides that `create_model(name, ...)` takes; see `model_types`."""
+    """Returns the names of the overrides that `create_model(name, ...)` takes."""
     return set(model_types(name))
 
 
 def model_types(name: str) -> dict[str, Any]:
-    """Overrides that `create_model(name, ...)` takes, and the types of their values.
+    """Returns the overrides that `create_model(name, ...)` takes, with the types of their values.
 
     Raises:
-      UserError: for an unknown model.
+      UserError: The model is unknown.
     """
     if name in BACKBONES:
         return _attributes(ViT)
@@ -124,11 +124,11 @@ def create_model(name: str, **overrides: Any) -> Any:
     """Makes a Flax module by name.
 
     Args:
-      name: see `list_models`.
-      **overrides: attributes of the module, and of its backbone where it has one.
+      name: Name of the model, one of `list_models()`.
+      **overrides: Attributes of the module, and of its backbone where it has one.
 
     Raises:
-      UserError: for an unknown model or override, and for values that do not fit together.
+      UserError: The model or an override is unknown, or values do not fit together.
     """
     options = model_options(name)
     for key in overrides:
@@ -148,7 +148,7 @@ def create_model(name: str, **overrides: Any) -> Any:
         model = Mergence(backbone=backbone, **outer)
     elif name in MIXED_SCALE:
         model = MSViT(backbone=backbone, **outer)
-    elif name in CASCADES:  # whose stages are checked with their own grids
+    elif name in CASCADES:  # a cascade checks its stages with their own grids
         model = backbone = DVT(backbone=backbone, **outer)
     try:
         backbone.check()

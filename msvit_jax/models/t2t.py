@@ -1,8 +1,8 @@
-"""T2T-ViT (Yuan et al. 2021): a ViT whose tokens are made of overlapping windows in three steps.
+"""T2T-ViT (Yuan et al. 2021): a ViT with tokens made of overlapping windows in three steps.
 
 Between the steps (*soft splits*) a Performer, attention of linear cost, mixes the tokens. Beyond
-the tokeniser everything is `ViT`'s; positions are fixed, layer norms have epsilon 1e-5 and queries,
-keys and values no bias, as in the official models.
+the tokenizer everything is `ViT`'s; as in the official models, positions are fixed, layer norms
+have epsilon 1e-5, and queries, keys and values have no bias.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ FEATURES = 32  # random features of a Performer
 DROPOUT = 0.1
 _NORM_EPSILON = 1e-5
 _EPSILON = 1e-8
-_WINDOW, _STRIDE, _PADDING = 3, 2, 1  # of the second and the third soft split
+_WINDOW, _STRIDE, _PADDING = 3, 2, 1  # for the second and the third soft split
 
 
 @dataclasses.dataclass(frozen=True)
 class SoftSplit:
-    """The first soft split: window, stride and zeros around the image in px; its grid's side."""
+    """The first soft split: window, stride and padding in px, and the side of its grid."""
 
     window: int
     stride: int
@@ -37,13 +37,13 @@ class SoftSplit:
 
 
 def first_split(image_size: int, side: int) -> SoftSplit:
-    """The first soft split that leads to a grid of `side` cells after two more.
+    """Finds the first soft split that leads to a grid of `side` cells after two more.
 
     Windows are 7/4 of their stride: 7 / 4 px for 14 cells of 224 px as in T2T-ViT, 11 / 6 for 10
     and 14 / 8 for 7 as in DVT. The rule that gives these for other sizes is our reconstruction.
 
     Raises:
-      ValueError: no stride leads to that grid; names those that have one.
+      ValueError: No stride leads to that grid; the message lists sides that have one.
     """
     split = _first_split(image_size, side)
     if split is None:
@@ -72,15 +72,15 @@ def _halved(side: int) -> int:
 
 
 def orthogonal_features(key: Array, shape: tuple[int, int]) -> Array:
-    """A Performer's matrix: [m, d] orthogonal rows of norm sqrt(m)."""
+    """Initializes a Performer's matrix: [m, d] orthogonal rows of norm sqrt(m)."""
     return nn.initializers.orthogonal(math.sqrt(shape[0]))(key, shape, jnp.float32)
 
 
 class Performer(nn.Module):
-    """A transformer layer whose attention costs as much per token as it has random features.
+    """A transformer layer whose attention cost per token is linear in its random features.
 
     Choromanski et al. 2021, with T2T-ViT's skip connection from the values. Its random matrix is
-    never trained: a parameter whose gradient is cut, see `ViT.pos_init`.
+    never trained: it is a parameter whose gradient is cut, see `ViT.pos_init`.
     """
 
     width: int = TOKEN_WIDTH
@@ -89,7 +89,7 @@ class Performer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """[B, N, C] -> [B, N, width]; in training with dropout (rng stream "dropout")."""
+        """Mixes tokens: [B, N, C] -> [B, N, width]; in training with dropout (rng "dropout")."""
         norm = {"epsilon": _NORM_EPSILON}
         dense = {"dtype": self.dtype, "kernel_init": init_weights}
         drop = nn.Dropout(DROPOUT, deterministic=not train)
@@ -104,7 +104,7 @@ class Performer(nn.Module):
 
 
 def _linear_attention(query: Array, key: Array, value: Array, matrix: Array) -> Array:
-    """[B, N, d] three times and [m, d] -> [B, N, d]; exponentials and their sums in float32."""
+    """Computes [B, N, d] from [B, N, d] three times and [m, d]; features and sums in float32."""
     query, key = (_exponential_features(x.astype(jnp.float32), matrix) for x in (query, key))
     total = jnp.einsum("bnm,bm->bn", query, key.sum(axis=1))
     gathered = jnp.einsum("bnm,bnd->bmd", key, value.astype(jnp.float32))
@@ -113,7 +113,7 @@ def _linear_attention(query: Array, key: Array, value: Array, matrix: Array) -> 
 
 
 def _exponential_features(x: Array, matrix: Array) -> Array:
-    """exp(W x - |x|^2 / 2) / sqrt(m): [B, N, d] -> [B, N, m]."""
+    """Computes exp(W x - |x|^2 / 2) / sqrt(m): [B, N, d] -> [B, N, m]."""
     square = (x**2).sum(axis=-1, keepdims=True) / 2
     return jnp.exp(jnp.einsum("bnd,md->bnm", x, matrix) - square) / math.sqrt(matrix.shape[0])
 
@@ -130,7 +130,7 @@ class Tokenizer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        """[B, H, W, 3] -> [B, h, w, D]."""
+        """Makes tokens: [B, H, W, 3] -> [B, h, w, D]."""
         first, later = self.split, (_WINDOW, _STRIDE, _PADDING)
         x = images.astype(self.dtype)
         x = grid.windows(x, first.window, first.stride, first.padding)
@@ -144,7 +144,7 @@ class Tokenizer(nn.Module):
 
 
 def performer_macs(tokens: int, channels: int) -> float:
-    """Multiply-accumulates of one Performer over `tokens` tokens of `channels` channels."""
+    """Counts multiply-accumulates of one Performer over `tokens` tokens of `channels` channels."""
     linear = channels * 3 * TOKEN_WIDTH + 3 * TOKEN_WIDTH**2
     features = 2 * TOKEN_WIDTH * FEATURES
     return tokens * (linear + features + 2 * TOKEN_WIDTH * FEATURES + FEATURES)
@@ -153,8 +153,8 @@ def performer_macs(tokens: int, channels: int) -> float:
 class T2TViT(ViT):
     """A `ViT` over T2T tokens.
 
-    Attributes are the ViT's. Images are whole numbers of `patch_size` px, which a token steps by;
-    with a `grid` the first soft split is chosen for it.
+    Attributes are the ViT's. Images are whole numbers of `patch_size` px, the step from token to
+    token; with a `grid` the first soft split is chosen for it.
     """
 
     def _embedding(self) -> nn.Module:
@@ -173,13 +173,13 @@ class T2TViT(ViT):
         """The first soft split.
 
         Raises:
-          ValueError: there is none for the grid.
+          ValueError: There is none for the grid.
         """
         return first_split(self.image_size, self.grid_size)
 
     @property
     def embed_macs(self) -> float:
-        """Multiply-accumulates of the tokeniser; soft splits only move numbers."""
+        """Multiply-accumulates of the tokenizer; soft splits only rearrange numbers."""
         first = self.split
         second = _halved(first.side)
         joined = _WINDOW**2 * TOKEN_WIDTH
@@ -191,7 +191,7 @@ class T2TViT(ViT):
 
     @property
     def embed_norm_elements(self) -> float:
-        """Numbers that the tokeniser's layer norms put out."""
+        """Number of values that the tokenizer's layer norms output."""
         first = self.split
         normed = first.side**2 * (3 * first.window**2 + TOKEN_WIDTH)
         return float(normed + _halved(first.side) ** 2 * (_WINDOW**2 + 1) * TOKEN_WIDTH)

@@ -1,4 +1,4 @@
-"""The plain vision transformer, which every model of the library is or has inside.
+"""The plain vision transformer; every model of the library is one or contains one.
 
 ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation token, LayerScale
 (Touvron et al. 2021, CaiT) and register tokens (Darcet et al. 2024), as timm's models have them.
@@ -40,10 +40,10 @@ class Encoded:
     """Tokens after the blocks and the last norm.
 
     Attributes:
-      tokens: [B, N, D], fewer than went in if layers reduced them.
-      state: State of the tokens; None if no layer reduces them.
-      targets: After each reduction, [B, N] int32: index of the input token that each input token
-        was merged into, its own if it was not merged; -1 if it was dropped.
+      tokens: [B, N, D] tokens, fewer than went in if layers reduced them.
+      state: Reduction state of the tokens; None if no layer reduces them.
+      targets: Tuple with, for each reduction, [B, N] int32: index of the input token that each
+        input token was merged into, its own if it was not merged; -1 if it was dropped.
     """
 
     tokens: Array
@@ -51,14 +51,14 @@ class Encoded:
     targets: tuple[Array, ...] = ()
 
     def unmerge(self) -> Array:
-        """[B, N, D], for each input token the one it became part of; zeros if it was dropped."""
+        """Gives each input token the token it became part of: [B, N, D]; zeros if dropped."""
         if self.state is None:
             return self.tokens
         return reducing.unmerge(self.tokens, self.state.place)
 
     @property
     def alive(self) -> Array | None:
-        """[B, N] bool, input tokens that were not dropped; None if none can be."""
+        """Whether each input token was not dropped: [B, N] bool; None if none can be."""
         return None if self.state is None else self.state.place >= 0
 
 
@@ -66,49 +66,53 @@ class ViT(nn.Module):
     """A vision transformer for classification.
 
     Attributes:
-      num_classes: classes of the head; 0: no head, the answer is `Output.features`.
-      image_size: side of the training images in px; position embeddings are made for it and
-        resized for images of any other size that is a whole number of patches.
-      patch_size: side of a patch in px.
-      grid: patches along one side, instead of as many as `patch_size` gives: patches are then as
-        large as it takes, with zeros around the image (10 at 224 px: 23 px, 3 px of zeros). For
-        images of `image_size` alone.
-      width: channels of a token.
-      depth: number of blocks.
-      heads: attention heads.
-      mlp_ratio: hidden width of the MLPs over `width`.
-      qkv_bias: whether queries, keys and values have a bias.
-      class_token: whether there is a class token.
-      distilled: DeiT's second token and head; in evaluation the two heads' logits are averaged.
-      register_tokens: number of extra learned tokens without position.
-      prefix_positions: whether class and distillation token have positions of their own (timm's
+      num_classes: Number of classes of the head; 0 for no head, the answer is then
+        `Output.features`.
+      image_size: Side of the training images in px; position embeddings are made for it and resized
+        for images of any other size that is a whole number of patches.
+      patch_size: Side of a patch in px.
+      grid: Number of patches along one side, instead of as many as `patch_size` gives. Patches are
+        then as large as needed, with zeros around the image (10 at 224 px: patches of 23 px, 3 px
+        of zeros on each side), and only images of `image_size` are taken.
+      width: Number of channels of a token.
+      depth: Number of blocks.
+      heads: Number of attention heads.
+      mlp_ratio: Hidden width of the MLPs divided by `width`.
+      qkv_bias: Whether queries, keys and values have a bias.
+      class_token: Whether there is a class token.
+      distilled: Whether there are DeiT's second token and head; in evaluation the two heads' logits
+        are averaged.
+      register_tokens: Number of extra learned tokens without position.
+      prefix_positions: Whether class and distillation token have positions of their own (timm's
         `no_embed_class` negated).
-      pos_init: how the learned position embeddings start: "normal" (small random numbers) or
-        "sincos" (sines and cosines of row and column; Beyer et al. 2022), which a small model
-        trained from scratch on little data learns much faster from. "fixed": sines and cosines of
-        the place in the sequence that are never trained (T2T-ViT). They are a parameter all the
-        same, whose gradient is cut: so they travel with the weights, and an optimiser whose decay
-        leaves positions alone, as ours, leaves them as they are.
-      pos_resize: how position embeddings are resized for images of another size: as the code does
-        that the weights are from, one of `tokens.grid.RESIZINGS`.
-      pool: "token" (the class token) or "mean" (of the patch tokens after the last norm).
-      layer_scale: LayerScale's starting value; None: no LayerScale.
-      norm_epsilon: epsilon of the layer norms.
-      gelu: of the blocks, "exact" or "tanh" (its approximation, as in JAX's own ViTs).
-      drop_path: stochastic depth's rate in the last block, rising linearly from 0 in the first.
-      dtype: compute dtype; parameters, softmax and logits stay float32.
-      remat: recompute the blocks' activations in the backward pass instead of keeping them.
-      attention_impl: implementation of attention, see `models.attention`.
-      scan_layers: one compiled block scanned over stacked parameters (`blocks`, layers first):
-        compiles faster.
-      reducer: How layers reduce tokens, a name in `reducers.REDUCERS`, or "none".
+      pos_init: Initialization of the position embeddings. "normal" draws small random numbers.
+        "sincos" takes sines and cosines of row and column (Beyer et al. 2022), from which a small
+        model trained from scratch on little data learns much faster. "fixed" takes sines and
+        cosines of the position in the sequence, which are never trained (T2T-ViT): they are still a
+        parameter, with its gradient cut, so they are saved with the weights, and an optimizer whose
+        weight decay skips positions, as ours does, leaves them unchanged.
+      pos_resize: Method that resizes position embeddings for images of another size, one of
+        `tokens.grid.RESIZINGS`: that of the code base the weights come from.
+      pool: Input of the head: "token" (the class token) or "mean" (mean of the patch tokens after
+        the last norm).
+      layer_scale: Initial value of LayerScale; None for no LayerScale.
+      norm_epsilon: Epsilon of the layer norms.
+      gelu: Variant of GELU in the blocks, "exact" or "tanh" (its approximation, as in JAX's own
+        ViTs).
+      drop_path: Stochastic depth's rate in the last block; it rises linearly from 0 in the first.
+      dtype: Compute dtype; parameters, softmax and logits stay float32.
+      remat: Whether the blocks' activations are recomputed in the backward pass instead of kept.
+      attention_impl: Implementation of attention, one of `models.attention.IMPLEMENTATIONS`.
+      scan_layers: Whether one compiled block is scanned over stacked parameters (`blocks`, layers
+        first), which compiles faster.
+      reducer: Method by which layers reduce tokens, a name in `reducers.REDUCERS`, or "none".
       reduce_layers: Layers that reduce, counted from 1; None takes those after each quarter of the
         depth, or all with `remove`.
       keep: Share of the patch tokens that such a layer keeps, for all or for each of them.
       remove: Number of patch tokens that such a layer merges instead ("tome"), for all or for each.
       reducer_options: Other attributes of the reducer, by name.
-      mean: of the pixels, on the scale of 0 to 1, that images are normalised with.
-      std: likewise.
+      mean: Mean of the pixels that images are normalized with, on the scale of 0 to 1.
+      std: Standard deviation of the pixels that images are normalized with, on the scale of 0 to 1.
     """
 
     num_classes: int = 1000
@@ -252,7 +256,7 @@ class ViT(nn.Module):
         """The layers that reduce tokens, counted from 0.
 
         Raises:
-          ValueError: the attributes do not fit together.
+          ValueError: The attributes do not fit together.
         """
         return reduction.reduction_specs(
             reducer=self.reducer,
@@ -267,7 +271,7 @@ class ViT(nn.Module):
         )
 
     def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
-        """Patch tokens that go into each layer's MLP: [...] -> [depth, ...]."""
+        """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
         return reduction.layer_tokens(self.reductions, self.depth, tokens)[1:]
 
     @property
@@ -277,12 +281,12 @@ class ViT(nn.Module):
 
     @property
     def cell(self) -> int:
-        """Side of a patch in px: `patch_size`, or what `grid` makes it."""
+        """Side of a patch in px: `patch_size`, or what follows from `grid`."""
         return self.patch_size if self.grid is None else -(-self.image_size // self.grid)
 
     @property
     def zeros(self) -> tuple[int, int]:
-        """Zeros before and behind an image along either side, in px."""
+        """Width in px of the zeros before and after an image along either side."""
         if self.grid is None:
             return 0, 0
         beyond = self.grid * self.cell - self.image_size
@@ -304,7 +308,7 @@ class ViT(nn.Module):
         return (self.class_token + self.distilled) if self.prefix_positions else 0
 
     def macs(self, tokens: ArrayLike) -> np.ndarray:
-        """Multiply-accumulates for images with the given numbers of active patch tokens.
+        """Counts multiply-accumulates for images with the given numbers of active patch tokens.
 
         The patch embedding is counted for the whole grid of a training image.
         """
@@ -326,7 +330,7 @@ class ViT(nn.Module):
 
     @property
     def embed_norm_elements(self) -> float:
-        """Numbers that layer norms before the first block put out."""
+        """Number of values that layer norms before the first block output."""
         return 0.0
 
     @property
@@ -335,7 +339,7 @@ class ViT(nn.Module):
         return (1 + self.distilled) * flops.dense(1, self.width, self.num_classes)
 
     def positions(self, size: tuple[int, int]) -> Array:
-        """Position embeddings of the patches on a grid of that size: [h, w, D] float32."""
+        """Position embeddings of the patches on a grid of the given size: [h, w, D] float32."""
         side = self.grid_size
         own = self._positions[self.positioned_prefix :].reshape(side, side, self.width)
         return grid.resize_positions(own, size, self.pos_resize)
@@ -369,9 +373,10 @@ class ViT(nn.Module):
         """Runs all blocks and the last norm.
 
         Args:
-          x: [B, N, D] tokens with positions, prefix included, in any order and layout.
-          train: whether stochastic depth is on.
-          mask: which tokens see which; None: a row is an image, and all its tokens count.
+          x: [B, N, D], tokens with positions, prefix included, in any order and layout.
+          train: Whether stochastic depth is on.
+          mask: Attention mask, which also tells the images of a row apart; None if a row is one
+            image and all its tokens count.
         """
         rates = self.drop_rates(train=train)
         if self.scan_layers:
@@ -389,7 +394,7 @@ class ViT(nn.Module):
         return Encoded(self.norm(x), state, tuple(targets))
 
     def drop_rates(self, *, train: bool) -> Array | None:
-        """Stochastic depth's rate in each block, [depth]; None: it is off."""
+        """Stochastic depth's rate in each block, [depth]; None if it is off."""
         if not train or not self.drop_path:
             return None
         return jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
@@ -409,15 +414,17 @@ class ViT(nn.Module):
     def forward_head(
         self, x: Array, *, train: bool, areas: Array | None = None
     ) -> tuple[Array, Array | None]:
-        """Logits from encoded tokens.
+        """Computes logits from encoded tokens.
 
         Args:
-          x: [B, P + N, D] encoded tokens; with pool="token" the prefix alone will do.
-          train: a distilled model returns its two heads apart in training, averaged otherwise.
-          areas: [B, N], how many fine cells each patch token stands for; mean pooling weighs by it.
+          x: [B, P + N, D] encoded tokens; with pool="token" the prefix alone is enough.
+          train: Whether a distilled model returns the logits of its two heads apart instead of
+            their mean.
+          areas: [B, N], number of fine cells that each patch token stands for, its weight in mean
+            pooling; None for equal weights.
 
         Returns:
-          Logits [B, classes] float32, and those of the distillation head or None.
+          Logits [B, classes] float32, and the logits of the distillation head or None.
         """
         if not self.num_classes:
             return jnp.zeros((x.shape[0], 0)), None
@@ -436,25 +443,25 @@ class ViT(nn.Module):
         return (logits, distilled) if train else ((logits + distilled) / 2, None)
 
     def features(self, x: Array, size: tuple[int, ...]) -> Features:
-        """What a model without a head answers.
+        """Returns the features that a model without a head answers with.
 
         Args:
           x: [B, P + N, D] encoded tokens, un-merged.
-          size: (h, w) of the grid that the patches among them are of.
+          size: (h, w) of the patch grid.
         """
         patches = x[:, self.prefix_length :].reshape(x.shape[0], *size, self.width)
         return Features(patches, x[:, 0] if self.class_token else None)
 
     def embed(self, images: Array, *, train: bool = False) -> Array:
-        """Patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D].
+        """Computes patch tokens with their positions: [B, H, W, 3] -> [B, h, w, D].
 
-        `train` turns the tokeniser's dropout on, if it has any.
+        `train` turns on the tokenizer's dropout, if it has any.
         """
         x = self._tokens(images, train)
         return x + self.positions((x.shape[1], x.shape[2])).astype(x.dtype)[None]
 
     def _tokens(self, images: Array, train: bool) -> Array:
-        del train  # squares are embedded alike in training and in evaluation
+        del train  # patches are embedded the same in training and in evaluation
         around = self.zeros
         if any(around):
             images = jnp.pad(images, ((0, 0), around, around, (0, 0)))
@@ -465,15 +472,15 @@ class ViT(nn.Module):
         """Classifies images.
 
         Args:
-          images: [B, H, W, 3] float32, normalised with `mean` and `std`; H and W whole numbers of
-            patches, with a `grid` those of a training image.
-          train: turns stochastic depth on (rng stream "dropout").
+          images: [B, H, W, 3] float32 images, normalized with `mean` and `std`; H and W are whole
+            numbers of patches, or those of a training image if `grid` is set.
+          train: Whether stochastic depth is on (rng stream "dropout").
         """
         self.check_shape(images)
         return self.forward_tokens(self.embed(images, train=train), train=train)
 
     def check_shape(self, images: Array) -> None:
-        """Raises ValueError unless the model takes images of that shape."""
+        """Raises ValueError unless the model takes images of this shape."""
         check_images(images, self.patch_size if self.grid is None else 1)
         side = self.image_size
         if self.grid is not None and images.shape[1:3] != (side, side):
@@ -483,7 +490,7 @@ class ViT(nn.Module):
             )
 
     def forward_tokens(self, grid_tokens: Array, *, train: bool) -> Output:
-        """Classifies images by their embedded patches [B, h, w, D]."""
+        """Classifies images from their embedded patches [B, h, w, D]."""
         batch, *size, width = grid_tokens.shape
         x = self.with_prefix(grid_tokens.reshape(batch, -1, width))
         encoded = self.forward_features(x, train=train)
@@ -505,14 +512,14 @@ class ViT(nn.Module):
 
 
 def merged_patches(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
-    """`Output.merged` of images whose tokens are in their own rows."""
+    """Returns `Output.merged` for images that each have a row of their own."""
     if encoded.state is None:
         return None
     return tuple(place[:, prefix:] for place in encoded.state.history)
 
 
 def host_patches(hosts: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:
-    """`Output.hosts` from hosts of whole sequences, with their prefix: each [B, P + N]."""
+    """Makes `Output.hosts` of merge targets of sequences with their prefix: each [B, P + N]."""
     return tuple(jnp.maximum(host[:, prefix:] - prefix, -1) for host in hosts) or None
 
 

@@ -1,6 +1,6 @@
-"""Reducers: which tokens of a sequence stay in a layer, and into which of them the others go.
+"""Reducers: which tokens of a sequence stay in a layer, and which of them the others go into.
 
-Token Mergence ("mergence") is what this library is for; the others are what it has to beat. A
+Token Mergence ("mergence") is this library's own; the others are what it is compared with. A
 reducer of your own is a file with a subclass of `Reducer` and a line in `REDUCERS`:
 docs/extending.md.
 """
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def option_types() -> dict[str, Any]:
-    """Options of all reducers and their types, but for those that every reducer has."""
+    """Returns options of all reducers with their types, except for those every reducer has."""
     common = {field.name for field in dataclasses.fields(Reducer)}
     return {
         field.name: field.type

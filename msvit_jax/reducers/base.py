@@ -1,4 +1,4 @@
-"""What all reducers share: the tokens they see, what they decide, and how that is carried out.
+"""The parts that all reducers share: their inputs, their decisions, and how these are applied.
 
 Pure functions with static shapes: every reducer returns a `Merge`, made of comparisons, cumulative
 sums and gathers; merging is one sum into the tokens that stay.
@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array, lax
 
-_ROUNDING = 1e-9  # 0.7 x 30 must not come out above 21
+_ROUNDING = 1e-9  # keeps float error, as in 0.7 * 30, from rounding up to 22
 
 
 @struct.dataclass
@@ -23,13 +23,14 @@ class Tokens:
     """A sequence of tokens of one or several images, as a reducer sees it.
 
     Attributes:
-      x: [B, N, D]. What inactive tokens hold, NaN even, reaches no other token.
-      member: [B, N, M] bool, the image of a row that a token belongs to; none: an inactive token,
-        which is never kept for its own sake, never merged into and never counted.
-      prefix: [B, N] bool, class, distillation and register tokens, which stay as they are. They
-        come first in their image.
-      size: [B, N] float32, how many of the first tokens a token stands for.
-      importance: [B, N] float32, see `attention_received`; None unless the reducer asks for it.
+      x: [B, N, D] tokens. What inactive tokens hold, NaN even, reaches no other token.
+      member: [B, N, M] bool, whether each token belongs to each image of its row. A token of no
+        image is inactive: it is never kept for its own sake, never merged into and never counted.
+      prefix: [B, N] bool, class, distillation and register tokens, which stay as they are and come
+        first in their image.
+      size: [B, N] float32, number of input tokens that each token stands for.
+      importance: [B, N] float32, attention that each token receives, from `attention_received`;
+        None unless the reducer asks for it.
       keys: [B, N, C], attention's keys, mean over heads; None unless the reducer asks for them.
       random_score: [B, N] uint32, random bits; None unless the reducer is random.
     """
@@ -44,12 +45,12 @@ class Tokens:
 
     @property
     def patch(self) -> Array:
-        """[B, N] bool, active tokens that may be merged."""
+        """Whether each token is active and may be merged: [B, N] bool."""
         return self.member.any(axis=2) & ~self.prefix
 
     @property
     def counts(self) -> Array:
-        """[B, M] int32, active patch tokens of each image."""
+        """Number of active patch tokens of each image: [B, M] int32."""
         return (self.member & self.patch[:, :, None]).sum(axis=1, dtype=jnp.int32)
 
     def of_image(self, values: Array) -> Array:
@@ -59,7 +60,7 @@ class Tokens:
 
 @struct.dataclass
 class Merge:
-    """Which of N tokens are kept in K positions, and what becomes of the others.
+    """The tokens kept in K positions, out of N, and the positions that the others are merged into.
 
     Attributes:
       kept: [B, K] int32, index of the token in each position; N where there is none.
@@ -77,7 +78,7 @@ class Merge:
     removed_weight: Array | None = None
 
     def tokens(self, x: Array) -> Array:
-        """[B, N, D] -> [B, K, D]."""
+        """Merges the tokens: [B, N, D] -> [B, K, D]."""
         kept = take(x, self.kept)
         if self.kept_weight is None or self.removed_weight is None or not self.removed.shape[1]:
             return kept
@@ -92,7 +93,7 @@ class Merge:
         return merged.astype(x.dtype)
 
     def normalized(self) -> "Merge":
-        """The same merge with the weights of each position summing to 1."""
+        """Returns the same merge with the weights of each position summing to 1."""
         assert self.kept_weight is not None
         assert self.removed_weight is not None
         total = self.kept_weight + self._collected(self.removed_weight)
@@ -103,7 +104,7 @@ class Merge:
         )
 
     def sizes(self, size: Array) -> Array:
-        """Sums of the sizes of the tokens in each position: [B, N] -> [B, K]."""
+        """Sums the sizes of the tokens in each position: [B, N] -> [B, K]."""
         return take(size, self.kept) + self._collected(take(size, self.removed))
 
     def positions(self, count: int) -> Array:
@@ -119,16 +120,16 @@ class Merge:
         return jax.nn.one_hot(self.target, self.kept.shape[1], dtype=jnp.float32)
 
     def _collected(self, values: Array) -> Array:
-        """Sums over the tokens that are merged into each position: [B, R] -> [B, K]."""
+        """Sums values of the tokens that are merged into each position: [B, R] -> [B, K]."""
         return jnp.einsum("brk,br->bk", self._to_target, values, precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepTable:
-    """How many patch tokens a layer keeps, for every number that an image may have.
+    """Number of patch tokens a layer keeps, for every number that an image may have.
 
     Attributes:
-      kept: [n + 1] int32, patch tokens after the layer, by those before it.
+      kept: [n + 1] int32, number of patch tokens after the layer, indexed by the number before it.
     """
 
     kept: np.ndarray
@@ -138,17 +139,19 @@ class KeepTable:
         return tokens.of_image(jnp.asarray(self.kept)[tokens.counts])
 
     def capacity(self, length: int, prefix: int, images: int) -> tuple[int, int]:
-        """Positions that hold every kept token of a row, and every removed one.
+        """Computes the positions needed for every kept token of a row, and for every removed one.
 
         Args:
-          length: Tokens of the row before.
-          prefix: Prefix tokens of each image, which stay.
+          length: Number of tokens of the row before.
+          prefix: Number of prefix tokens of each image, which stay.
           images: Largest number of images in the row; the result is exact for 1, else a bound.
         """
         n = np.arange(len(self.kept))
         if images == 1:
             kept = prefix + int(self.kept[length - prefix])
             return kept, length - kept
+        # An image keeps at most `over` tokens more than slope * its length, prefix included, and at
+        # most `under` patch tokens less; sums over the images of a row give the bounds.
         slope = self.kept[-1] / n[-1]
         over = float((self.kept - slope * n).max()) + prefix * (1 - slope)
         under = float((slope * n - self.kept).max())
@@ -158,14 +161,19 @@ class KeepTable:
 
 
 class Reducer(nn.Module):
-    """How a layer decides which tokens stay; a subclass for each way, one file each.
+    """The rule by which a layer decides which tokens stay; one subclass and file for each.
 
     A Flax module, so that a learned one may have parameters of its own and draw random numbers.
-    What it needs beside the tokens it asks for by the class attributes.
+    Class attributes ask for the inputs that it needs besides the tokens.
 
     Attributes:
-      keep: Share of an image's patch tokens that stays, rounded up, above 0 and up to 1.
-      remove: Number of tokens to remove instead, where the reducer takes one.
+      keep: Share of an image's patch tokens that stays, rounded up; above 0 and up to 1.
+      remove: Number of tokens to remove instead, for reducers that take one; 0 leaves it to `keep`.
+      needs_importance: Whether the reducer needs `Tokens.importance`.
+      needs_keys: Whether the reducer needs `Tokens.keys`.
+      needs_random_score: Whether the reducer needs `Tokens.random_score`.
+      takes_remove: Whether the reducer takes `remove`.
+      least_keep: Least share of the patch tokens that the reducer can leave.
     """
 
     keep: float = 1.0
@@ -175,14 +183,14 @@ class Reducer(nn.Module):
     needs_keys: ClassVar[bool] = False
     needs_random_score: ClassVar[bool] = False
     takes_remove: ClassVar[bool] = False
-    least_keep: ClassVar[float] = 0.0  # of the patch tokens at least this share stays
+    least_keep: ClassVar[float] = 0.0  # least share of the patch tokens that stays
 
     def check_options(self) -> None:
-        """Raises ValueError for options that mean nothing; `keep` and `remove` are checked."""
+        """Raises ValueError for invalid options; `keep` and `remove` are checked elsewhere."""
 
     @property
     def keeps_all(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether all tokens stay, so that there is nothing to do."""
         return self.keep == 1 and not self.remove
 
     @property
@@ -191,17 +199,17 @@ class Reducer(nn.Module):
         return False
 
     def keep_table(self, most: int) -> KeepTable:
-        """The number of patch tokens kept, for images of up to `most` of them."""
+        """Returns the number of patch tokens kept, for images of up to `most` of them."""
         return KeepTable(kept_by_share(self.keep, most))
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """Multiply-accumulates of deciding and merging.
+        """Counts multiply-accumulates of deciding and merging.
 
         Args:
-          before: Tokens of an image, prefix included, any shape.
-          after: Tokens that are left, same shape.
-          width: Channels of a token.
-          heads: Heads of the attention.
+          before: Number of tokens of an image, prefix included, any shape.
+          after: Number of tokens that are left, same shape.
+          width: Number of channels of a token.
+          heads: Number of heads of the attention.
         """
         raise NotImplementedError
 
@@ -211,25 +219,26 @@ class Reducer(nn.Module):
         """Decides what becomes of every token.
 
         Args:
-          tokens: The sequence.
-          table: The number of patch tokens that each image keeps.
-          capacity: Positions for kept and for removed tokens, see `KeepTable.capacity`. Positions
-            that kept tokens leave free are given to inactive tokens, in their order.
+          tokens: Sequence of tokens.
+          table: Table of the number of patch tokens that each image keeps.
+          capacity: Numbers of positions for kept and for removed tokens, from `KeepTable.capacity`.
+            Positions that kept tokens leave free are given to inactive tokens, in their order.
           train: Whether the model is training.
         """
         raise NotImplementedError
 
 
 def kept_by_share(share: float, most: int) -> np.ndarray:
-    """ceil(share * n), but 1 at least, of n = 0 to `most` tokens: [most + 1] int32."""
+    """Computes ceil(share * n), at least 1, of n = 0 to `most` tokens: [most + 1] int32."""
     n = np.arange(most + 1)
     return np.maximum(np.ceil(share * n - _ROUNDING), n > 0).astype(np.int32)
 
 
 def importance_macs(before: np.ndarray, width: int, heads: int) -> np.ndarray:
-    """Multiply-accumulates of `attention_received`.
+    """Counts multiply-accumulates of `attention_received`.
 
-    A query, its product with the keys' kernel, and with every token for each head.
+    Counts a query, its product with the keys' kernel, and the product with every token for each
+    head.
     """
     return 2 * width**2 + before * width * heads
 
@@ -238,9 +247,9 @@ def add_by_product(onto: Array, moved: Array, target: Array) -> Array:
     """Adds moved tokens to their targets by a product with a one-hot matrix.
 
     Args:
-      onto: [B, K, D] float32.
-      moved: [B, R, D].
-      target: [B, R] int32, index into K; K adds to none.
+      onto: [B, K, D] float32, tokens that are added to.
+      moved: [B, R, D], tokens to add.
+      target: [B, R] int32, index into K for each moved token; K adds it to none.
     """
     to_target = jax.nn.one_hot(target, onto.shape[1], dtype=moved.dtype)
     exact = lax.Precision.HIGHEST if moved.dtype == jnp.float32 else None
@@ -250,13 +259,13 @@ def add_by_product(onto: Array, moved: Array, target: Array) -> Array:
 
 
 def add_by_scatter(onto: Array, moved: Array, target: Array) -> Array:
-    """The same as `add_by_product`, by a scatter-add row by row."""
+    """Does the same as `add_by_product`, by a scatter-add row by row."""
     add = lambda o, m, t: o.at[t].add(m, mode="drop")  # noqa: E731
     return jax.vmap(add)(onto, moved.astype(jnp.float32), target)
 
 
 def take(values: Array, index: Array, fill: float = 0) -> Array:
-    """Rows of values [B, N, ...] by index [B, K]; `fill` where the index is N."""
+    """Gathers rows of values [B, N, ...] by index [B, K]; `fill` where the index is N."""
     pick = lambda v, i: v.at[i].get(mode="clip", wrap_negative_indices=False)  # noqa: E731
     taken = jax.vmap(pick)(values, index)
     there = lax.expand_dims(index < values.shape[1], range(2, values.ndim))
@@ -264,35 +273,36 @@ def take(values: Array, index: Array, fill: float = 0) -> Array:
 
 
 def unmerge(x: Array, position: Array) -> Array:
-    """Gives every token that was merged the token that it became part of.
+    """Gives every original token the merged token that it became part of.
 
     Args:
-      x: [B, K, D].
-      position: [B, N] int32, see `Merge.positions`; may be composed of several merges.
+      x: [B, K, D] tokens after merging.
+      position: [B, N] int32, position of each original token among the K, from `Merge.positions` or
+        from several composed merges; -1 if it was dropped.
 
     Returns:
-      [B, N, D], zeros where a token was dropped.
+      [B, N, D] tokens, zeros where a token was dropped.
     """
     return take(x, jnp.where(position < 0, x.shape[1], position))
 
 
 def compose(first: Array, then: Array) -> Array:
-    """Positions after two merges: [B, N] into K, then [B, K] -> [B, N]; -1 if dropped."""
+    """Composes the positions of two merges: [B, N] into K, then [B, K] -> [B, N]; -1 if dropped."""
     return take(then, jnp.where(first < 0, then.shape[1], first), fill=-1)
 
 
 def attention_received(scores: Array, member: Array) -> Array:
-    """The attention that each token gets from one query of its image, mean over heads.
+    """Computes each token's attention from one query of its image, averaged over heads.
 
-    Only one row of each image's attention matrix is wanted, so the model's own attention can be
-    of any implementation.
+    Only one row of each image's attention matrix is needed, so the model's own attention can use
+    any implementation.
 
     Args:
-      scores: [B, H, M, N] float32, before the softmax, of each image's `importance_query`.
-      member: [B, N, M] bool.
+      scores: [B, H, M, N] float32, scores before the softmax of each image's `importance_query`.
+      member: [B, N, M] bool, whether each token belongs to each image of its row.
 
     Returns:
-      [B, N] float32, sums to 1 over the tokens of an image; 0 for inactive places.
+      [B, N] float32, sums to 1 over the tokens of an image; 0 for inactive tokens.
     """
     seen = member.transpose(0, 2, 1)[:, None]
     scores = jnp.where(seen, scores, -jnp.inf)
@@ -303,12 +313,12 @@ def attention_received(scores: Array, member: Array) -> Array:
 
 
 def importance_query(attn_input: Array, tokens: Tokens, *, mean: bool) -> Array:
-    """Attention's input at each image's query for importance: [B, N, D] -> [B, M, D].
+    """Computes the attention input of each image's importance query: [B, N, D] -> [B, M, D].
 
     Args:
-      attn_input: [B, N, D], what attention makes its queries of.
-      tokens: the tokens; the first one of each image is its class token.
-      mean: whether the query is the mean of the image's patch tokens, each counted by its size,
+      attn_input: [B, N, D], input from which attention makes its queries.
+      tokens: Sequence of tokens; the first one of each image is its class token.
+      mean: Whether the query is the mean of the image's patch tokens, each counted by its size,
         instead of its class token.
     """
     if mean:
@@ -325,32 +335,34 @@ def importance_query(attn_input: Array, tokens: Tokens, *, mean: bool) -> Array:
 
 
 def random_score(x: Array) -> Array:
-    """Random bits for each token, a function of its own value: [B, N, D] -> [B, N] uint32."""
+    """Computes random bits of each token from its own value: [B, N, D] -> [B, N] uint32."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     return _scrambled(bits.sum(axis=2, dtype=jnp.uint32))
 
 
 def _scrambled(bits: Array) -> Array:
-    """A bijection of 32 bits whose every output bit depends on all of the input's."""
+    """Applies a bijection of 32 bits whose every output bit depends on all input bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     return bits ^ (bits >> 16)
 
 
 def ranks(score: Array, member: Array) -> Array:
-    """Number of tokens of the same image that come before each, higher scores first.
+    """Counts the tokens of the same image that come before each, higher scores first.
 
-    By comparing all pairs: for a few hundred tokens cheaper than sorting, above all on TPUs. Ties
-    are in the order of the tokens.
+    Compares all pairs: for a few hundred tokens this is cheaper than sorting, above all on TPUs.
+    Ties keep the order of the tokens.
 
     Args:
-      score: [B, N].
-      member: [B, N, M] bool, images of the tokens that are ranked; others are counted nowhere.
+      score: [B, N] scores.
+      member: [B, N, M] bool, images of the tokens that are ranked; other tokens are not counted.
     """
+    # before[b, i, j]: token j precedes token i, by a higher score or, for a tie, a lower index.
     ours, theirs = score[:, :, None], score[:, None, :]
     index = jnp.arange(score.shape[1])
     earlier = (index[None, :] < index[:, None])[None]
     before = (theirs > ours) | ((theirs == ours) & earlier)
+    # same[b, i, j]: j is ranked in i's image; with a single image it depends on j alone.
     if member.shape[2] == 1:
         same = member[:, None, :, 0]
     else:
@@ -362,14 +374,14 @@ def ranks(score: Array, member: Array) -> Array:
 def place(
     tokens: Tokens, removed: Array, capacity: tuple[int, int], order: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """Gives positions to all but the removed tokens.
+    """Assigns positions to all tokens but the removed ones.
 
     Args:
-      tokens: The sequence.
+      tokens: Sequence of tokens.
       removed: [B, N] bool, tokens that do not stay.
-      capacity: Positions for kept and for removed tokens.
-      order: [B, N] int32, position of each kept token among those of its image; None leaves them in
-        their order.
+      capacity: Numbers of positions for kept and for removed tokens.
+      order: [B, N] int32, position of each kept token among the kept of its image; None leaves them
+        in their order.
 
     Returns:
       Indices of the kept [B, K] and the removed tokens [B, R], N where there is none, and each
@@ -377,19 +389,21 @@ def place(
     """
     active = tokens.member.any(axis=2)
     kept = active & ~removed
+    # Kept tokens move up to close the gaps.
     position = jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
-    if order is not None:  # images stay where they are
+    if order is not None:  # reorders within an image; images stay where they are
         position = position - position_in_image(tokens, kept) + order
-    # A reduced sequence must have somebody in each position; inactive tokens stay inactive.
+    # Every position must hold a token: inactive ones, which stay inactive, follow the kept ones.
     last = kept.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
     behind = last + jnp.cumsum(~active, axis=1, dtype=jnp.int32)
+    # Removed tokens get an index beyond the capacity, which stands for no position.
     position = jnp.where(kept, position, jnp.where(active, capacity[0], behind))
     gone = jnp.where(removed, jnp.cumsum(removed, axis=1, dtype=jnp.int32) - 1, capacity[1])
     return _inverted(position, capacity[0]), _inverted(gone, capacity[1]), position
 
 
 def position_in_image(tokens: Tokens, chosen: Array) -> Array:
-    """Positions of the chosen tokens among the chosen of their image: [B, N] bool -> int32."""
+    """Positions of chosen tokens among the chosen of their image: [B, N] bool -> int32."""
     if tokens.member.shape[2] == 1:
         return jnp.cumsum(chosen & tokens.member[:, :, 0], axis=1, dtype=jnp.int32) - 1
     earlier = jnp.cumsum(tokens.member & chosen[:, :, None], axis=1, dtype=jnp.int32)
@@ -397,14 +411,15 @@ def position_in_image(tokens: Tokens, chosen: Array) -> Array:
 
 
 def list_chosen(chosen: Array, most: int) -> Array:
-    """Indices of the chosen tokens in their order: [B, N] bool -> [B, most] int32; N: none."""
+    """Lists the indices of chosen tokens in order: [B, N] bool -> [B, most] int32; N for none."""
     return _inverted(jnp.where(chosen, jnp.cumsum(chosen, axis=1) - 1, most), most)
 
 
 def _inverted(position: Array, capacity: int) -> Array:
-    """The token in each position: [B, N] -> [B, capacity] int32; N where there is none."""
+    """Finds the token in each position: [B, N] -> [B, capacity] int32; N where there is none."""
     count = position.shape[1]
     here = position[:, None, :] == jnp.arange(capacity, dtype=jnp.int32)[None, :, None]
+    # At most one token is in a position, so the sum of index - count picks it, or 0 for none.
     back = jnp.arange(count, dtype=jnp.int32) - count
     return jnp.where(here, back, 0).sum(axis=2, dtype=jnp.int32) + count
 
@@ -413,28 +428,29 @@ def put(values: Array, index: Array, count: int, fill: int = 0) -> Array:
     """Undoes `take`: values [B, K] of tokens index [B, K] -> [B, N], `fill` for the others.
 
     Args:
-      values: [B, K].
-      index: [B, K] int32, each token once; N for none.
-      count: N.
-      fill: 0, or any integer for values that are integers.
+      values: [B, K] values.
+      index: [B, K] int32, index of each value's token, each token once; N for none.
+      count: Number N of tokens.
+      fill: Value of the other tokens: 0, or any integer for values that are integers.
     """
-    # By comparing, as in `ranks`; a scatter is what converters to other formats lack, too.
+    # Compares all pairs, as in `ranks`; converters to other formats lack a scatter, too.
     here = index[:, None, :] == jnp.arange(count, dtype=index.dtype)[None, :, None]
     above = (values - fill)[:, None, :]
     return jnp.where(here, above, 0).sum(axis=2, dtype=values.dtype) + fill
 
 
 def nearest(features: Array, tokens: Tokens, ours: Array, theirs: Array) -> tuple[Array, Array]:
-    """The most similar patch token of the same image.
+    """Finds the most similar patch token of the same image.
 
     Args:
       features: [B, N, C], features of the tokens.
-      tokens: The tokens.
+      tokens: Sequence of tokens.
       ours: [B, R] int32, indices of the tokens to find one for; N for none.
       theirs: [B, K] int32, indices of the tokens to choose from; N for none.
 
     Returns:
-      [B, R] int32 index into `theirs`, K where there is none, and the cosine similarity, 0 there.
+      Index into `theirs` [B, R] int32, K where there is none, and cosine similarity [B, R], 0 where
+      there is none.
     """
     wide = features.astype(jnp.float32)
     length = jnp.sum(jnp.square(wide), axis=2, keepdims=True)

@@ -1,4 +1,4 @@
-"""EViT: the most important tokens stay, all others are fused into one (Liang et al. 2022, 3)."""
+"""EViT: the most important tokens stay, all others are fused (Liang et al. 2022, section 3)."""
 
 from typing import ClassVar
 
@@ -12,19 +12,19 @@ class EViT(base.Reducer):
     """Keeps the most important tokens, and one that is the others' sum weighted by importance.
 
     As in EViT's own code the weights are not normalized, and the fused token is an ordinary one
-    afterwards.
+    afterward.
     """
 
     needs_importance: ClassVar[bool] = True
 
     def keep_table(self, most: int) -> base.KeepTable:
-        """See `Reducer.keep_table`; the fused token is counted."""
+        """Counts the fused token, too; see `Reducer.keep_table`."""
         important = base.kept_by_share(self.keep, most)
         fused = important < np.arange(most + 1)
         return base.KeepTable(important + fused.astype(np.int32))
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """See `Reducer.macs`."""
+        """Counts importance and fusion; see `Reducer.macs`."""
         return base.importance_macs(before, width, heads) + (before - after) * after * width
 
     def __call__(
@@ -35,14 +35,14 @@ class EViT(base.Reducer):
         *,
         train: bool = False,
     ) -> base.Merge:
-        """See `Reducer.__call__`."""
+        """Keeps the most important tokens and fuses the others; see `Reducer.__call__`."""
         assert tokens.importance is not None
         score = tokens.importance
         rank = base.ranks(score, tokens.member & tokens.patch[:, :, None])
         stay = table.of_tokens(tokens)
         important = base.KeepTable(base.kept_by_share(self.keep, len(table.kept) - 1))
         kept, removed, position = base.place(tokens, tokens.patch & (rank >= stay), capacity)
-        # The token that the others are fused into is the most important of them.
+        # The fused token takes the position of the most important token that is not kept.
         fuses = tokens.patch & (rank == important.of_tokens(tokens)) & (rank < stay)
         at = tokens.member & fuses[:, :, None]
         fused_position = tokens.of_image(jnp.where(at, position[:, :, None], 0).sum(axis=1))

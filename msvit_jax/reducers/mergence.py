@@ -1,6 +1,6 @@
-"""Token Mergence: the most important tokens stay, each other one is merged into the nearest one.
+"""Token Mergence: the most important tokens stay, each other one is merged into the nearest.
 
-Bian et al. 2023 (arXiv 2306.04897) have no public code and only the abstract was at hand: this is
+Bian et al. 2023 (arXiv 2306.04897) published no code and only the abstract was available: this is
 our reconstruction.
 """
 
@@ -15,12 +15,12 @@ WEIGHTS = ("similarity", "size")
 
 
 class Mergence(base.Reducer):
-    """Merges every unimportant token into the important one of the most similar features.
+    """Merges every unimportant token into the important one with the most similar features.
 
     Attributes:
-      merge_weights: Weights of the tokens in a merged one: "similarity" (softmax of the cosine
-        similarities to the token that stays, whose own is 1; after TPS, Wei et al. 2023) or "size"
-        (number of patches that each stands for).
+      merge_weights: Kind of the weights of tokens that are merged: "similarity" (softmax of the
+        cosine similarities to the token that stays, whose own is 1; after TPS, Wei et al. 2023) or
+        "size" (number of patches that each stands for).
     """
 
     merge_weights: str = "similarity"
@@ -28,15 +28,15 @@ class Mergence(base.Reducer):
     needs_importance: ClassVar[bool] = True
 
     def check_options(self) -> None:
-        """See `Reducer.check_options`."""
+        """Raises ValueError for unknown merge weights."""
         if self.merge_weights not in WEIGHTS:
             raise ValueError(
                 f"merge_weights={self.merge_weights!r} is none of {', '.join(WEIGHTS)}."
             )
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """See `Reducer.macs`."""
-        # Similarities of each removed token to each that stays, and merging.
+        """Counts importance, similarities and merging; see `Reducer.macs`."""
+        # The similarity of each removed token to each that stays, and merging, cost the same.
         return base.importance_macs(before, width, heads) + 2 * (before - after) * after * width
 
     def __call__(
@@ -47,7 +47,7 @@ class Mergence(base.Reducer):
         *,
         train: bool = False,
     ) -> base.Merge:
-        """See `Reducer.__call__`."""
+        """Merges unimportant tokens into important ones; see `Reducer.__call__`."""
         assert tokens.importance is not None
         rank = base.ranks(tokens.importance, tokens.member & tokens.patch[:, :, None])
         removed = tokens.patch & (rank >= table.of_tokens(tokens))

@@ -1,4 +1,4 @@
-"""Tokens chosen by chance stay, the others are dropped: the control of every comparison."""
+"""Random tokens stay, the others are dropped: the control of every comparison."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ class Random(base.Reducer):
     needs_random_score: ClassVar[bool] = True
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """See `Reducer.macs`."""
+        """Counts nothing; see `Reducer.macs`."""
         return 0 * before
 
     def __call__(
@@ -26,7 +26,7 @@ class Random(base.Reducer):
         *,
         train: bool = False,
     ) -> base.Merge:
-        """See `Reducer.__call__`."""
+        """Keeps the tokens of the highest random score; see `Reducer.__call__`."""
         assert tokens.random_score is not None
         score = (tokens.random_score >> 8).astype(jnp.float32)
         return keep_highest(tokens, score, table, capacity)

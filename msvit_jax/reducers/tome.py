@@ -1,6 +1,6 @@
 """ToMe: bipartite soft matching of tokens by attention's keys (Bolya et al. 2023, section 3).
 
-The only reducer here that lays the tokens that stay in another order, see `_order`.
+It is the only reducer here that reorders the tokens that stay, see `_order`.
 """
 
 from typing import ClassVar
@@ -27,11 +27,11 @@ class ToMe(base.Reducer):
 
     @property
     def counts_sizes(self) -> bool:
-        """See `Reducer.counts_sizes`."""
+        """Whether attention in later layers counts each token by its size."""
         return self.proportional_attention
 
     def keep_table(self, most: int) -> base.KeepTable:
-        """See `Reducer.keep_table`."""
+        """Keeps at least half of the tokens; see `Reducer.keep_table`."""
         n = np.arange(most + 1)
         if self.remove:
             kept = n - np.minimum(self.remove, n // 2)
@@ -40,7 +40,7 @@ class ToMe(base.Reducer):
         return base.KeepTable(kept.astype(np.int32))
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """See `Reducer.macs`."""
+        """Counts matching and merging; see `Reducer.macs`."""
         return before / 2 * before / 2 * (width // heads) + (before - after) * after * width
 
     def __call__(
@@ -51,12 +51,12 @@ class ToMe(base.Reducer):
         *,
         train: bool = False,
     ) -> base.Merge:
-        """See `Reducer.__call__`."""
+        """Merges the most similar pairs of tokens; see `Reducer.__call__`."""
         assert tokens.keys is not None
         count = tokens.x.shape[1]
         position = base.position_in_image(tokens, tokens.member.any(axis=2))
         source, target = (tokens.patch & (position % 2 == parity) for parity in (0, 1))
-        # Half of the tokens; each further image of a row may begin with either parity.
+        # At most half of the tokens, rounded up, plus one for each further image in a row.
         half = min(count, -(-count // 2) + tokens.member.shape[2] - 1)
         sources, targets = (base.list_chosen(chosen, half) for chosen in (source, target))
         best, similarity = base.nearest(tokens.keys, tokens, sources, targets)
@@ -74,14 +74,14 @@ class ToMe(base.Reducer):
 
 
 def decreasing(remove: int, layers: int) -> tuple[int, ...]:
-    """ToMe's decreasing schedule: from twice as many merged tokens to none, as many in all.
+    """ToMe's decreasing schedule: from twice `remove` tokens merged to none, the same in total.
 
     Args:
       remove: Mean number of tokens merged in a layer.
       layers: Number of layers that merge.
 
     Returns:
-      The number for each layer, for the model's attribute `remove`.
+      Number of tokens merged in each layer, for the model's attribute `remove`.
     """
     if layers == 1:
         return (remove,)
@@ -89,20 +89,21 @@ def decreasing(remove: int, layers: int) -> tuple[int, ...]:
 
 
 def _order(tokens: base.Tokens, source: Array, leaves: Array, similar: Array) -> Array:
-    """Position of each token that stays, among those of its image, as ToMe's own code has it.
+    """Computes positions of the tokens that stay within their image, in ToMe's own order.
 
-    First the prefix, then sources that were not merged, then targets. The next layer takes every
-    other token of this order, so another order would make other groups there.
+    The order is the prefix, then sources that were not merged, then targets. The next layer takes
+    every other token of this order, so another order would make other pairs there.
 
     Args:
-      tokens: The sequence.
+      tokens: Sequence of tokens.
       source: [B, N] bool, patch tokens at even positions.
       leaves: [B, N] bool, sources that are merged.
-      similar: [B, N] int32, position by similarity of the sources that are not merged: their order
-        in images without a prefix. ToMe sorts them back only to get the class token to the front.
+      similar: [B, N] int32, rank by similarity of the sources that are not merged, which is their
+        order in images without a prefix. ToMe sorts them back only to get the class token to the
+        front.
 
     Returns:
-      [B, N] int32; anything for tokens that do not stay.
+      [B, N] int32 positions; undefined for tokens that do not stay.
     """
     front = tokens.prefix | (source & ~leaves)
     back = tokens.patch & ~source

@@ -15,7 +15,7 @@ class TopK(base.Reducer):
     needs_importance: ClassVar[bool] = True
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
-        """See `Reducer.macs`."""
+        """Counts the importance's computation; see `Reducer.macs`."""
         return base.importance_macs(before, width, heads)
 
     def __call__(
@@ -26,7 +26,7 @@ class TopK(base.Reducer):
         *,
         train: bool = False,
     ) -> base.Merge:
-        """See `Reducer.__call__`."""
+        """Keeps the most important tokens; see `Reducer.__call__`."""
         assert tokens.importance is not None
         return keep_highest(tokens, tokens.importance, table, capacity)
 

@@ -1,1 +1,1 @@
-"""Tokens with static shapes: pure array functions without parameters."""
+"""Token operations with static shapes: pure array functions without parameters."""

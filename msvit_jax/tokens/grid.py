@@ -1,7 +1,7 @@
 """Grids of patches, regions and slots: static-shape array functions without parameters.
 
 A *region* is a square of 2 x 2 fine cells that one coarse token can stand for. *Slots* hold the
-places of a region's fine cells in region-major order, so an array of slots has the length of the
+positions of a region's fine cells in region-major order, so an array of slots has the length of the
 fine grid whatever a gate decides: slot 0 of a region carries its coarse token or its first fine
 one, slots 1 to 3 its other fine tokens or nothing.
 """
@@ -20,7 +20,7 @@ def patches(images: Array, size: int) -> Array:
     """Cuts images into squares: [B, H, W, C] -> [B, H/size, W/size, size, size, C].
 
     Raises:
-      ValueError: where the image is not a whole number of patches.
+      ValueError: The image is not a whole number of patches.
     """
     batch, height, width, channels = images.shape
     if height % size or width % size:
@@ -33,12 +33,12 @@ def patches(images: Array, size: int) -> Array:
 
 
 def places(images: Array, size: int, times: int) -> list[Array]:
-    """Sorts small squares by their place within larger ones: times**2 of [B, H/t, W/t, C].
+    """Sorts small squares by their offset within larger ones: times**2 of [B, H/t, W/t, C].
 
     Args:
-      images: [B, H, W, C], a whole number of the larger squares.
-      size: side of the small squares.
-      times: of them, along a side of a larger one.
+      images: [B, H, W, C], images that are a whole number of the larger squares.
+      size: Side of the small squares.
+      times: Number of small squares along a side of a larger one.
     """
     if times == 1:
         return [images]
@@ -55,7 +55,7 @@ def pool(cells: Array, size: int = REGION) -> Array:
 
     On an image, bilinear resizing by one half is exactly this mean.
     """
-    # As sums of strided slices: a mean over axes of the reshaped image costs a TPU five times more.
+    # Sums of strided slices: a mean over axes of the reshaped image costs a TPU five times more.
     rows = sum(cells[..., i::size, :, :] for i in range(size))
     return sum(rows[..., i::size, :] for i in range(size)) / size**2
 
@@ -79,8 +79,8 @@ def fill_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
     """Fills each region's slots with its coarse token or with its fine ones.
 
     Args:
-      fine: [B, R, S, D] fine tokens, region by region.
-      coarse: [B, R, D] coarse tokens.
+      fine: [B, R, S, D], fine tokens, region by region.
+      coarse: [B, R, D], coarse tokens.
       is_coarse: [B, R], 1 where the coarse token stands for the region, 0 where the fine ones do.
 
     Returns:
@@ -91,45 +91,45 @@ def fill_slots(fine: Array, coarse: Array, is_coarse: Array) -> Array:
 
 
 def slot_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """Which slots hold a token: [B, R] -> [B, R, slots]; slot 0 always does."""
+    """Returns 1 for slots with a token, else 0: [B, R] -> [B, R, slots]; slot 0 always has one."""
     rest = 1 - is_coarse[:, :, None]
     return jnp.concatenate([jnp.ones_like(rest), jnp.repeat(rest, slots - 1, axis=2)], axis=2)
 
 
 def slot_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """How many fine cells each slot's token stands for: [B, R] -> [B, R, slots]."""
+    """Number of fine cells each slot's token stands for: [B, R] -> [B, R, slots]."""
     weights = slot_weights(is_coarse, slots)
     return weights.at[:, :, 0].add((slots - 1) * is_coarse)
 
 
 def both_scales(fine: Array, coarse: Array) -> Array:
-    """Both scales of each region side by side, the coarse token first, as the paper has them.
+    """Joins both scales of each region, the coarse token first, as the paper has them.
 
     The active ones among them are in the order of `fill_slots`.
 
     Args:
-      fine: [B, R, S, D] fine tokens, region by region.
-      coarse: [B, R, D] coarse tokens.
+      fine: [B, R, S, D], fine tokens, region by region.
+      coarse: [B, R, D], coarse tokens.
 
     Returns:
-      [B, R, 1 + S, D].
+      [B, R, 1 + S, D] tokens.
     """
     return jnp.concatenate([coarse[:, :, None], fine], axis=2)
 
 
 def both_weights(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """The weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
+    """Weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
     fine = jnp.repeat(1 - is_coarse[:, :, None], slots, axis=2)
     return jnp.concatenate([is_coarse[:, :, None], fine], axis=2)
 
 
 def both_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
-    """How many fine cells each token of `both_scales` stands for: [B, R] -> [B, R, 1 + slots]."""
+    """Number of fine cells each token of `both_scales` stands for: [B, R] -> [B, R, 1 + slots]."""
     return both_weights(is_coarse, slots).at[:, :, 0].multiply(slots)
 
 
 def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array:
-    """A dense map from slots, each coarse token repeated over the cells it stands for.
+    """Makes a dense map from slots, each coarse token repeated over the cells it stands for.
 
     Args:
       slots: [B, R, S, D] tokens.
@@ -144,15 +144,16 @@ def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array
 
 
 def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
-    """A dense map of which cell stands for which, from slots that name slots.
+    """Makes a dense map of merge targets by cell from merge targets by slot.
 
     Args:
-      hosts: [B, R * 4] int32, a slot for each slot; -1: none.
+      hosts: [B, R * 4] int32, the slot that each slot was merged into; -1 for none.
       is_coarse: [B, R] decisions, 0 or 1.
-      size: (rows, columns) of cells.
+      size: (rows, columns) of the grid of cells.
 
     Returns:
-      [B, rows, columns] int32, cells counted row by row; -1: none.
+      [B, rows, columns] int32, the merge target of each cell, cells counted row by row; -1 for
+      none.
     """
     cells = jnp.arange(size[0] * size[1], dtype=jnp.int32).reshape(1, *size, 1)
     named = to_regions(cells).reshape(-1)[jnp.maximum(hosts, 0)]
@@ -163,7 +164,8 @@ def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array
 def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
     """Sines and cosines of every cell's row and column: [side**2, width] float64.
 
-    At width / 4 frequencies each; `row_first` says whether the row's or the column's come first.
+    There are width / 4 frequencies for each; `row_first` tells whether the row's or the column's
+    come first.
     """
     frequency = 10000.0 ** -np.linspace(0.0, 1.0, width // 4)
     places = np.divmod(np.arange(side * side), side)
@@ -172,12 +174,12 @@ def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
 
 
 def resize_positions(positions: Array, grid: tuple[int, int], method: str = "timm") -> Array:
-    """Resizes position embeddings [h, w, D] to another grid, as the code does that they are from.
+    """Resizes position embeddings [h, w, D] to another grid, by the method of their code base.
 
     Args:
-      positions: Embeddings of every cell.
+      positions: [h, w, D], embeddings of every cell.
       grid: (rows, columns) of the result.
-      method: One of `RESIZINGS`.
+      method: Name of the method, one of `RESIZINGS`.
     """
     if positions.shape[:2] == tuple(grid):
         return positions
@@ -202,14 +204,14 @@ _CUBIC = -0.75
 
 @functools.cache
 def _cubic(old: int, new: int, beyond: float) -> np.ndarray:
-    """PyTorch's bicubic interpolation of an axis: [new, old] float64, rows sum to 1."""
+    """PyTorch's bicubic interpolation of an axis: [new, old] float64; rows sum to 1."""
     at = (np.arange(new) + 0.5) * (old / (new + beyond)) - 0.5
     cells = np.floor(at)[:, None] + np.arange(-1, 3)
     far = np.abs(at[:, None] - cells)
     near = ((_CUBIC + 2) * far - (_CUBIC + 3)) * far**2 + 1
     tail = _CUBIC * (((far - 5) * far + 8) * far - 4)
     matrix = np.zeros((new, old))
-    inside = cells.clip(0, old - 1).astype(int)  # beyond the edge, its last cell counts again
+    inside = cells.clip(0, old - 1).astype(int)  # beyond an edge, the edge cell is repeated
     np.add.at(matrix, (np.arange(new)[:, None], inside), np.where(far <= 1, near, tail))
     matrix.flags.writeable = False
     return matrix
@@ -218,9 +220,9 @@ def _cubic(old: int, new: int, beyond: float) -> np.ndarray:
 def resize_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
     """Resizes the kernel of a patch embedding: [p, p, C, D] -> [size, size, C, D] float32.
 
-    FlexiViT's pseudo-inverse (Beyer et al. 2022, arXiv 2212.08013, section 3.4): of patches that
-    are enlarged, bilinear, the new kernel makes just the tokens that the old one made of them
-    before; of patches made smaller it comes as close as it can.
+    FlexiViT's pseudo-inverse (Beyer et al. 2022, arXiv 2212.08013, section 3.4): for patches
+    enlarged bilinearly, the new kernel gives exactly the tokens that the old one gave for the
+    original patches; for patches made smaller it is the closest approximation.
     """
     old = kernel.shape[0]
     enlarge = jax.image.resize(jnp.eye(old), (size, old), method="bilinear", antialias=False)
@@ -230,10 +232,11 @@ def resize_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
 
 @functools.cache
 def upsampling(old: int, new: int) -> np.ndarray:
-    """The matrix that brings `old` cells of an axis to `new` ones: [new, old] float32, read-only.
+    """Returns the matrix that resizes an axis from `old` to `new` cells: [new, old] float32.
 
-    Nearest neighbour to the next multiple of `old`, then adaptive average pooling, as DVT's code
-    resizes what a stage reuses (7 -> 14 -> 10, 10 -> 20 -> 14). Rows sum to 1.
+    Nearest neighbor to the next multiple of `old`, then adaptive average pooling, as DVT's code
+    resizes what a stage reuses (7 -> 14 -> 10, 10 -> 20 -> 14). Rows sum to 1; the matrix is
+    read-only.
     """
     if old < 1 or new < 1:
         raise ValueError(f"Grids of {old} and {new} cells: at least 1 is needed.")
@@ -250,12 +253,12 @@ def upsampling(old: int, new: int) -> np.ndarray:
 
 
 def upsample(x: Array, new: tuple[int, int], axis: int) -> Array:
-    """Brings a grid to another by `upsampling`: [..., h, w, ...] -> [..., H, W, ...].
+    """Resizes a grid by `upsampling`: [..., h, w, ...] -> [..., H, W, ...].
 
     Args:
-      x: rows and columns of the grid are its axes `axis` and `axis` + 1.
-      new: (H, W).
-      axis: counted from the front.
+      x: Map whose axes `axis` and `axis` + 1 are the rows and columns of the grid.
+      new: (H, W) of the result.
+      axis: Axis of the rows, counted from the front.
     """
     for place, size in enumerate(new, start=axis):
         x = _blend(x, upsampling(x.shape[place], size), place)
@@ -263,7 +266,7 @@ def upsample(x: Array, new: tuple[int, int], axis: int) -> Array:
 
 
 def _blend(x: Array, matrix: np.ndarray, axis: int) -> Array:
-    """Matrix [new, old] times one axis of x, as blends of its few non-zero columns."""
+    """Multiplies one axis of x by a matrix [new, old], as blends of its few non-zero columns."""
     order = np.argsort(matrix == 0, axis=1, kind="stable")  # the non-zero columns first
     shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
     total = None
@@ -276,15 +279,15 @@ def _blend(x: Array, matrix: np.ndarray, axis: int) -> Array:
 
 
 def windows(x: Array, size: int, stride: int, padding: int) -> Array:
-    """Overlapping squares, what PyTorch calls unfold: [B, H, W, C] -> [B, h, w, size**2 * C].
+    """Cuts overlapping squares, PyTorch's unfold: [B, H, W, C] -> [B, h, w, size**2 * C].
 
     Features are ordered (row, column, channel).
 
     Args:
-      x: any map.
-      size: side of a square.
-      stride: from one square to the next.
-      padding: zeros on every side.
+      x: [B, H, W, C] map.
+      size: Side of a square.
+      stride: Step from one square to the next.
+      padding: Width of the zeros on every side.
     """
     around = (padding, padding)
     x = jnp.pad(x, ((0, 0), around, around, (0, 0)))

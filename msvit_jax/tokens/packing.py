@@ -1,15 +1,15 @@
-"""Packing: active tokens of a batch into fewer places, computed on the device with static shapes.
+"""Packs a batch's active tokens into fewer positions, on the device, with static shapes.
 
-A batch of B images is packed in G independent *groups* of b = B / G images, as many as devices it
-is spread over, so that no token leaves its device. A group has T *places*. Every image takes a run
-of places, its tokens in order; images that find none are reported. All indices come from sorts and
-gathers: nothing waits for the host.
+A batch of B images is packed in G independent *groups* of b = B / G images, as many groups as
+devices it is spread over, so that no token leaves its device. A group has T *positions*. Every
+image takes a run of positions, with its tokens in order; images that find none are reported. All
+indices come from sorts and gathers, so nothing waits for the CPU.
 
-Two ways to lay out a group's places, our reconstruction of what MSViT's adaptive trimming and
-NaViT-like packing want under static shapes:
+There are two ways to arrange a group's positions, our reconstruction of what MSViT's adaptive
+trimming and NaViT-like packing need under static shapes:
 
-* a *ladder* of budgets: the images, sorted by length, get places of a few fixed lengths;
-* *rows*: images are placed first-fit, longest first, into rows of one length.
+* *length buckets*: the images, sorted by length, get runs of a few fixed lengths;
+* *rows*: images are assigned first-fit, longest first, to rows of one length.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,20 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-NOBODY = -1  # the owner of an empty place
+NOBODY = -1  # the owner of an empty position
 
 
 @struct.dataclass
 class Runs:
-    """Which image has which run of places, group by group.
+    """The run of positions of each image, group by group.
 
     Attributes:
-      owner: [G, T] int32, the image within its group that a place belongs to, or `NOBODY`.
-      offset: [G, T] int32, how many places into its image's run a place lies.
-      start: [G, b] int32, an image's first place; T where it has none.
-      room: [G, b] int32, places that an image's run has; 0 where it has none.
-      fits: [G, b] bool, whether an image has got a run of its length.
+      owner: [G, T] int32, index within its group of the image that a position belongs to, or
+        `NOBODY`.
+      offset: [G, T] int32, offset of a position within its image's run.
+      start: [G, b] int32, first position of each image; T where it has none.
+      room: [G, b] int32, number of positions in each image's run; 0 where it has none.
+      fits: [G, b] bool, whether each image got a run of its length.
     """
 
     owner: Array
@@ -44,13 +45,15 @@ class Runs:
 
 @struct.dataclass
 class Packing:
-    """Where each token goes, and where each place's token comes from.
+    """Position of each token, and token of each position.
 
     Attributes:
-      source: [G, T] int32, the token of a group's b * N that a place holds; b * N in empty places.
-      owner: [G, T] int32, see `Runs`.
-      place: [B, N] int32, a token's place within its group; T where it has none.
-      fits: [B] bool, whether all active tokens of an image are placed.
+      source: [G, T] int32, index of the token in a position among the group's b * N; b * N in empty
+        positions.
+      owner: [G, T] int32, index within its group of the image that a position belongs to, or
+        `NOBODY`.
+      place: [B, N] int32, position of each token within its group; T where it has none.
+      fits: [B] bool, whether all active tokens of an image have positions.
     """
 
     source: Array
@@ -59,17 +62,18 @@ class Packing:
     fits: Array
 
     def gather(self, tokens: Array, *, fill: float = 0.0) -> Array:
-        """[B, N, ...] -> [G, T, ...], with `fill` in empty places."""
+        """Packs tokens: [B, N, ...] -> [G, T, ...], with `fill` in empty positions."""
         groups = self.source.shape[0]
         flat = tokens.reshape(groups, -1, *tokens.shape[2:])
         return _take(flat, self.source, fill)
 
     def restore(self, packed: Array, *, count: int | None = None) -> Array:
-        """[G, T, ...] -> [B, N, ...], zeros for tokens that have no place.
+        """Unpacks tokens: [G, T, ...] -> [B, N, ...], zeros for tokens that have no position.
 
         Args:
-          packed: what became of the tokens.
-          count: of an image's tokens only the first so many: [B, count, ...].
+          packed: [G, T, ...] packed tokens, or anything computed from them.
+          count: Number of first tokens of an image that are returned, [B, count, ...]; None for
+            all.
         """
         groups = self.source.shape[0]
         images = self.place.shape[0]
@@ -78,22 +82,22 @@ class Packing:
 
 
 def _take(values: Array, index: Array, fill: float) -> Array:
-    """Rows of values [G, M, ...] by index [G, ...]; `fill` where the index is M."""
+    """Gathers rows of values [G, M, ...] by index [G, ...]; `fill` where the index is M."""
     take = lambda v, i: v.at[i].get(mode="fill", fill_value=fill)  # noqa: E731
     return jax.vmap(take)(values, index)
 
 
 def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
-    """Gives equal parts of each group runs of the given widths, sorted images to sorted runs.
+    """Assigns images to length buckets: long images get runs of the large capacities.
 
-    As many images get a run as is possible at all: longest first, each takes the longest run left.
+    As many images as possible get a run: longest first, each takes the longest run left.
 
     Args:
-      lengths: [G, b] int32, places each image needs.
-      widths: places of the runs, one width for each of len(widths) equal parts of b images.
+      lengths: [G, b] int32, number of positions each image needs.
+      widths: Capacities of the length buckets, one for each of len(widths) equal parts of b images.
 
     Raises:
-      ValueError: the parts are not equal.
+      ValueError: The parts are not equal.
     """
     images = lengths.shape[1]
     if not widths or images % len(widths):
@@ -115,7 +119,7 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
         # The placed images, longest first, take the runs in their order; the last runs stay empty.
         taker = order[jnp.argsort(~placed, stable=True)]
         taken = jnp.arange(images) < placed.sum()
-        turn = jnp.argsort(taker).astype(jnp.int32)  # each image's turn among the takers
+        turn = jnp.argsort(taker).astype(jnp.int32)  # inverse of `taker`: each image's turn
         run = jnp.where(taken[turn], turn, images)
         return Runs(
             owner=jnp.where(taken, taker.astype(jnp.int32), NOBODY)[run_of],
@@ -129,10 +133,14 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
 
 
 def _placed(lengths: Array, widths: Sequence[int], part: int) -> Array:
-    """Which of the images, longest first, get a run: [b] bool; `widths` fall, `part` runs each."""
+    """Decides which images, longest first, get a run: [b] bool.
+
+    `widths` are descending, with `part` runs of each.
+    """
     placed = jnp.zeros(lengths.shape, bool)
     for index, width in enumerate(widths):
         narrower = widths[index + 1] if index + 1 < len(widths) else -1
+        # Images that need a run of this width, and as many of them as runs of it or wider are left.
         mine = (lengths <= width) & (lengths > narrower)
         free = (index + 1) * part - placed.sum()
         placed |= mine & (jnp.cumsum(mine) <= free)
@@ -143,9 +151,9 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
     """Packs each group's images into rows: longest first, each into the first row with room.
 
     Args:
-      lengths: [G, b] int32, places each image needs.
-      count: rows of a group.
-      width: places of a row.
+      lengths: [G, b] int32, number of positions each image needs.
+      count: Number of rows of a group.
+      width: Capacity of a row in tokens.
     """
     images, total = lengths.shape[1], count * width
 
@@ -154,7 +162,7 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
 
         def put(filled: Array, need: Array) -> tuple[Array, Array]:
             room = filled + need <= width
-            row = jnp.argmax(room)  # the first
+            row = jnp.argmax(room)  # the first row with room
             fits = room[row]
             start = jnp.where(fits, row * width + filled[row], total)
             return filled.at[row].add(jnp.where(fits, need, 0)), start.astype(jnp.int32)
@@ -178,8 +186,12 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
 
 
 def _owners(start: Array, total: int) -> tuple[Array, Array]:
-    """The last image that starts at or before each place, and where: [T], [T]; b where none."""
+    """Finds the last image that starts at or before each position, and where it starts.
+
+    Both are [T]; the image is b where there is none.
+    """
     images = start.shape[0]
+    # Images are marked at their first positions; each position takes the last mark before it.
     here = jnp.full((total,), images, jnp.int32)
     here = here.at[start].set(jnp.arange(images, dtype=jnp.int32), mode="drop")
     places = jnp.arange(total, dtype=jnp.int32)
@@ -191,16 +203,17 @@ def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
     """Puts tokens into their images' runs, in their own order.
 
     Args:
-      active: [B, N] bool, which tokens must have a place.
-      runs: made for lengths of `active.sum(axis=1)`.
-      extra: [B, N] bool, inactive tokens that take places behind the active ones, as many as the
+      active: [B, N] bool, whether each token must have a position.
+      runs: Runs made for lengths of `active.sum(axis=1)`.
+      extra: [B, N] bool, inactive tokens that take positions behind the active ones, as many as the
         run has left.
 
     Returns:
-      The places; images that do not fit have none.
+      The packing; images that do not fit have no positions.
     """
     groups, images = runs.start.shape
     count, total = active.shape[1], runs.owner.shape[1]
+    # A stable sort puts active tokens first, then extra ones, then the others, each in order.
     last = jnp.where(active, 0, 1 if extra is None else jnp.where(extra, 1, 2))
     order = jnp.argsort(last, axis=1, stable=True).astype(jnp.int32)
     placed = active if extra is None else active | extra
@@ -213,6 +226,7 @@ def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
         owner = jnp.where(holds, runs.owner, NOBODY)
         token = order.at[owner, runs.offset].get(mode="fill", fill_value=0)
         source = jnp.where(holds, owner * count + token, images * count)
+        # `order` lists tokens by rank, its inverse gives the rank of each token.
         rank = jnp.argsort(order, axis=1).astype(jnp.int32)
         place = jnp.where(rank < limit[:, None], runs.start[:, None] + rank, total)
         return source, owner, place

@@ -1,7 +1,7 @@
-"""Sizes of layouts for token counts that are known: plain NumPy, on the host.
+"""Sizes of layouts for known token counts, in plain NumPy on the CPU.
 
-Layouts have static shapes, so their sizes are chosen before compilation, from counts that a model
-has shown on a sample or that a benchmark forces. Lengths include the prefix tokens, counts do not.
+Layouts have static shapes, so their sizes are chosen before compilation, from counts measured on a
+sample or fixed by a benchmark. Lengths include the prefix tokens, counts do not.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ class RowPlan:
     """Sizes of the "rows" layout.
 
     Attributes:
-      rows: for the whole batch.
-      width: tokens of a row, prefix tokens included.
+      rows: Number of rows for the whole batch.
+      width: Capacity of a row in tokens, prefix tokens included.
     """
 
     rows: int
@@ -26,31 +26,33 @@ class RowPlan:
 
 
 def largest_part(batch: int, most: int = 8) -> int:
-    """The largest number of equal parts, `most` or fewer, that a batch can be cut into."""
+    """Largest number of equal parts, `most` or fewer, that a batch can be cut into."""
     return max(parts for parts in range(1, most + 1) if batch % parts == 0)
 
 
 def round_up(value: float, multiple: int) -> int:
-    """The least multiple that is not smaller."""
+    """Rounds up to a multiple."""
     return math.ceil(value / multiple) * multiple
 
 
 def fitting_capacities(
     counts: ArrayLike, parts: int, multiple: int = 1, most: int | None = None
 ) -> tuple[int, ...]:
-    """The smallest budgets that hold these counts: one for each of equal parts of the sorted batch.
+    """Finds the smallest capacities that hold given token counts, one per length bucket.
+
+    The length buckets are equal parts of the batch sorted by token count.
 
     Args:
-      counts: [B] active patch tokens of the images.
-      parts: number of budgets; divides B.
-      multiple: budgets are rounded up to multiples of this,
-      most: but never beyond this, the tokens of an image that is all fine.
+      counts: [B], number of active patch tokens of each image.
+      parts: Number of length buckets; divides B.
+      multiple: Number that capacities are rounded up to multiples of.
+      most: Largest capacity, the number of tokens of an image that is all fine; None for no limit.
 
     Returns:
-      Ascending budgets, not all different where the counts are alike.
+      Ascending capacities, not all different where the counts are alike.
 
     Raises:
-      ValueError: the batch cannot be cut into so many parts.
+      ValueError: The batch cannot be cut into that many parts.
     """
     ordered = np.sort(np.asarray(counts))
     if parts < 1 or not ordered.size or ordered.size % parts:
@@ -61,19 +63,19 @@ def fitting_capacities(
 
 
 def first_fit(lengths: ArrayLike, width: int) -> np.ndarray:
-    """The row that each image goes to: longest first, each into the first row with room.
+    """Assigns each image to a row: longest first, each to the first row with room.
 
     The order is that of `packing.rows`, which does the same under jit in a given number of rows.
 
     Args:
-      lengths: [B] tokens of the images, none above `width`.
-      width: tokens of a row.
+      lengths: [B], number of tokens of each image, none above `width`.
+      width: Capacity of a row in tokens.
 
     Returns:
-      [B] int.
+      [B] int, row of each image.
 
     Raises:
-      ValueError: an image is longer than a row.
+      ValueError: An image is longer than a row.
     """
     lengths = np.asarray(lengths)
     if lengths.size and lengths.max() > width:
@@ -87,12 +89,12 @@ def first_fit(lengths: ArrayLike, width: int) -> np.ndarray:
 
 
 def row_plan(counts: ArrayLike, prefix: int, width: int) -> RowPlan:
-    """The fewest rows of this width that first-fit packs the images into.
+    """Plans the fewest rows of a width that first-fit packs the images into.
 
     Args:
-      counts: [B] active patch tokens of the images.
-      prefix: tokens that each image has besides.
-      width: tokens of a row.
+      counts: [B], number of active patch tokens of each image.
+      prefix: Number of prefix tokens of each image.
+      width: Capacity of a row in tokens.
     """
     return RowPlan(int(first_fit(np.asarray(counts) + prefix, width).max()) + 1, width)
 
@@ -100,13 +102,13 @@ def row_plan(counts: ArrayLike, prefix: int, width: int) -> RowPlan:
 def cheapest_rows(
     counts: ArrayLike, prefix: int, widths: Iterable[int], cost: Callable[[int], float]
 ) -> RowPlan:
-    """The cheapest of the row plans for several widths; the narrowest of equals.
+    """Chooses the cheapest of the row plans for several widths; the narrowest of equals.
 
     Args:
-      counts: [B] active patch tokens of the images.
-      prefix: tokens that each image has besides.
-      widths: to try.
-      cost: of a row of a width, e.g. multiply-accumulates.
+      counts: [B], number of active patch tokens of each image.
+      prefix: Number of prefix tokens of each image.
+      widths: Widths of rows to try.
+      cost: Function that gives the cost of a row by its width, e.g. multiply-accumulates.
     """
     plans = [row_plan(counts, prefix, width) for width in sorted(widths)]
     return min(plans, key=lambda plan: plan.rows * cost(plan.width))

@@ -1,1 +1,1 @@
-"""Training: state, optimiser, step, loop, and starting from other parameters."""
+"""Training: state, optimizer, step, loop, and initialization from other parameters."""

@@ -1,9 +1,9 @@
-"""The schedule of the trimmed layout: budgets that follow the running token counts.
+"""Schedule of the trimmed layout: capacities that follow the running token counts.
 
-MSViT trims every batch to its largest count ("adaptive trimming"). Under jit a new length is a new
-program, so here the budgets change rarely, to what the counts of many steps ask for: our
-reconstruction. The alternatives that a gate learns from cost places (see `tokens.alternatives`), so
-they are carried in one step of several, whose gradient counts for all of those.
+MSViT trims every batch to its largest count ("adaptive trimming"). Under jit a new length needs a
+new compilation, so here capacities change rarely, to what the counts of many steps ask for: our
+reconstruction. The alternatives that a gate learns from cost capacity (see `tokens.alternatives`),
+so they are carried in one step of several, whose gradient counts for all of those steps.
 """
 
 import dataclasses
@@ -16,22 +16,22 @@ from ml_collections import config_dict
 from msvit_jax.tokens.grid import REGION
 from msvit_jax.tokens.plan import round_up
 
-# A part's budget covers the count that this many standard deviations more images than the part's
-# share would need: batches differ.
+# A bucket's capacity also covers images that exceed its share by this many standard deviations,
+# because batches differ.
 _DEVIATIONS = 1.0
-_STEP = 8  # budgets are multiples of this, or the whole grid
+_STEP = 8  # capacities are multiples of this, or the whole grid
 
 
 def default_config() -> dict[str, Any]:
-    """The config's `capacity` section."""
+    """Returns the defaults of the config's `capacity` section."""
     return {
-        "num_buckets": 8,  # of a device's share of the batch, each with its own budget
-        "alternatives": 0.25,  # places for alternatives of regions, as a share of the grid's
-        "alternatives_every": 4,  # steps: one of them carries alternatives, with their gradient
-        "every_steps": 200,  # between changes to smaller budgets; to larger ones, an eighth of it
-        "min_saving": 0.08,  # places that new budgets must save to be worth a compilation
-        "max_overflow": 0.02,  # share of images without places above which budgets grow
-        "max_recompiles": 8,  # of the budgets in a run, each a compilation; then the whole grid
+        "num_buckets": 8,  # length buckets of a device's share of the batch, each with a capacity
+        "alternatives": 0.25,  # capacity for regions' alternatives, as a share of the grid's tokens
+        "alternatives_every": 4,  # steps, one of which carries alternatives, with their gradient
+        "every_steps": 200,  # steps between changes to smaller capacities; to larger ones, 1/8
+        "min_saving": 0.08,  # least share of capacity that new ones must save to be compiled
+        "max_overflow": 0.02,  # share of images that do not fit above which capacities grow
+        "max_recompiles": 8,  # changes of capacities in a run, each a compilation; then all tokens
     }
 
 
@@ -43,17 +43,18 @@ def bucket_capacities(
     images: int,
     multiple: int = _STEP,
 ) -> tuple[int, ...]:
-    """Budgets for equal parts of a batch, sorted by token count.
+    """Chooses capacities for length buckets, equal parts of a batch sorted by token count.
 
     Args:
       histogram: [N + 1], number of images by count of active patch tokens, 0 to N.
-      smallest: tokens that every image has at least.
-      parts: how many.
-      images: of a batch that is packed together; the fewer, the more batches differ.
-      multiple: what budgets are rounded up to; none is larger than N.
+      smallest: Least number of tokens that an image has.
+      parts: Number of length buckets.
+      images: Number of images of a batch that is packed together; the fewer, the more batches
+        differ.
+      multiple: Number that capacities are rounded up to multiples of; none is larger than N.
 
     Returns:
-      Ascending budgets.
+      Ascending capacities.
     """
     below = np.cumsum(histogram) / max(histogram.sum(), 1)
     share = np.arange(1, parts + 1) / parts
@@ -65,11 +66,11 @@ def bucket_capacities(
 
 @dataclasses.dataclass(frozen=True)
 class StepCapacity:
-    """What a training step has places for.
+    """Capacities of a training step and the tokens they are for.
 
     Attributes:
-      budgets: see `MSViT.budget`.
-      gate_gradient: see `MSViT.gate_gradient`.
+      budgets: Capacities of the length buckets, the model's `MSViT.budget`.
+      gate_gradient: Factor of the task's gradient to the gate, the model's `MSViT.gate_gradient`.
     """
 
     budgets: tuple[int, ...]
@@ -77,23 +78,23 @@ class StepCapacity:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The model's attributes."""
+        """Attributes of the model that the capacities set."""
         return {"budget": self.budgets, "gate_gradient": self.gate_gradient}
 
 
 @dataclasses.dataclass
 class CapacitySchedule:
-    """Budgets of a run and the counts that decide on the next ones.
+    """Capacities of a run, and the counts that decide on the next ones.
 
     Attributes:
-      options: see `default_config`.
-      regions: of an image; it has at least as many tokens.
-      images: of a batch that is packed together.
-      parts: of those images, each with its own budget.
-      budgets: for active tokens alone, in use now.
-      histogram: [N + 1], counts since the last look.
-      unfit: images without places since then.
-      changes: of the budgets so far.
+      options: Section of the config, see `default_config`.
+      regions: Number of regions of an image, which has at least as many tokens.
+      images: Number of images of a batch that is packed together.
+      parts: Number of length buckets of those images, each with its own capacity.
+      budgets: Capacities in use, for active tokens alone.
+      histogram: [N + 1], number of images by count of active patch tokens since the last look.
+      unfit: Number of images since then that did not fit.
+      changes: Number of changes of the capacities so far.
     """
 
     options: config_dict.ConfigDict
@@ -109,14 +110,14 @@ class CapacitySchedule:
     def start(
         cls, options: config_dict.ConfigDict, *, regions: int, images: int
     ) -> "CapacitySchedule":
-        """Starts with places for all tokens of both scales.
+        """Starts with capacity for all tokens of both scales.
 
         Args:
-          options: see `default_config`.
-          regions: of an image.
-          images: of a batch that is packed together.
+          options: Section of the config, see `default_config`.
+          regions: Number of regions of an image.
+          images: Number of images of a batch that is packed together.
         """
-        parts = math.gcd(images, options.num_buckets)  # equal ones
+        parts = math.gcd(images, options.num_buckets)  # so that buckets are equal
         counts = np.zeros(REGION**2 * regions + 1)
         made = cls(options, regions, images, parts, (), counts)
         made.budgets = (made._everything,)
@@ -124,11 +125,11 @@ class CapacitySchedule:
 
     @property
     def _everything(self) -> int:
-        """Tokens of both scales of an image."""
+        """Number of tokens of both scales of an image."""
         return (REGION**2 + 1) * self.regions
 
     def at(self, step: int) -> StepCapacity:
-        """What step number `step` + 1 has places for."""
+        """Returns the capacities of step number `step` + 1."""
         every = self.options.alternatives_every
         if self.budgets == (self._everything,):
             return StepCapacity(self.budgets, 1.0)
@@ -139,20 +140,20 @@ class CapacitySchedule:
         return StepCapacity(budgets, float(every))
 
     def observe(self, histogram: np.ndarray, unfit: float) -> None:
-        """Takes the counts of a step, and how many images found no places."""
+        """Takes the token counts of a step, and the number of images that did not fit."""
         self.histogram = self.histogram + histogram
         self.unfit += float(unfit)
 
     def due(self, step: int) -> bool:
-        """Whether to look after this step: often, because a gate can move within few steps."""
+        """Tells whether to look after this step; often, because a gate can move in few steps."""
         every = self.options.every_steps
         return step % every == 0 or step % max(1, every // 8) == 0
 
     def look(self, step: int) -> str | None:
-        """Decides on budgets by the counts since the last look.
+        """Decides on capacities by the counts since the last look.
 
         Returns:
-          What changed, for the log; None if nothing did.
+          Description of the change, for the log; None if nothing changed.
         """
         seen, unfit = self.histogram.sum(), self.unfit
         wanted = self._wanted()
@@ -175,7 +176,7 @@ class CapacitySchedule:
 
     def _wanted(self) -> tuple[int, ...]:
         if self.changes >= self.options.max_recompiles:
-            # No more compilations than promised: stay, or give every image its places.
+            # No more compilations are allowed: keep the capacities, or make every image fit.
             enough = self.unfit <= self.options.max_overflow * self.histogram.sum()
             return self.budgets if enough else (self._everything,)
         return bucket_capacities(
@@ -186,7 +187,7 @@ class CapacitySchedule:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run goes on with the same budgets."""
+        """Returns what a checkpoint keeps, so that a resumed run has the same capacities."""
         return {
             "budgets": list(self.budgets),
             "histogram": self.histogram.tolist(),
@@ -195,7 +196,7 @@ class CapacitySchedule:
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Takes over what `to_json` gave."""
+        """Restores what `to_json` returned."""
         self.budgets = tuple(kept["budgets"])
         self.histogram = np.asarray(kept["histogram"], np.float64)
         self.unfit, self.changes = float(kept["unfit"]), int(kept["changes"])

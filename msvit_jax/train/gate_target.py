@@ -1,14 +1,14 @@
-"""Holds a gate to its target: an integral correction of its last bias.
+"""Holds a gate to its target share by an integral correction of its last bias.
 
-Batch shaping asks for a distribution, whose share of fine regions comes out near the target but not
-at it, because the task asks for more. So after every step the bias moves a little towards where
-the batch would have had just the target's share, noise-free, as evaluation decides. Our addition to
-MSViT; `loss.gate.correction=0` trains as the paper does.
+Batch shaping asks for a distribution whose share of fine regions comes out near the target but not
+at it, because the task asks for more. So after every step the bias moves a little toward the value
+at which the batch would have had exactly the target's share, noise-free, as evaluation decides.
+This is our addition to MSViT; `loss.gate.correction=0` trains as the paper does.
 
-What the losses want of all regions alike is kept from the gate meanwhile (`gate.hold_level`): it
-would pull against the correction, and that ruined gates which had learned well (digits_msvit from
-96.7 %: 98 % of the digit regions fine after one epoch, 78 % after four, top-1 94.2 %; held, 98 %
-and 97.5 %).
+Meanwhile the part of the gradient that is common to all regions is kept from the gate
+(`gate.hold_level`): it would pull against the correction, and that ruined gates which had learned
+well (digits_msvit from 96.7 %: 98 % of the digit regions fine after one epoch, 78 % after four,
+top-1 94.2 %; held, 98 % and 97.5 %).
 
 A correction in proportion to the missing share would be too weak for a gate that is certain, whose
 logits lie far from the threshold, and too strong for one that has learned nothing. The distance in
@@ -31,7 +31,7 @@ BIAS = "model/gate_mlp/fc4/bias"
 
 
 def learns(model: nn.Module, config: config_dict.ConfigDict) -> bool:
-    """Whether a run has a gate that learns how many regions are fine."""
+    """Tells whether a run has a gate that learns how many regions are fine."""
     return (
         getattr(model, "gate", None) == "mlp"
         and model.fine_share is None
@@ -40,23 +40,24 @@ def learns(model: nn.Module, config: config_dict.ConfigDict) -> bool:
 
 
 def applies(model: nn.Module, config: config_dict.ConfigDict) -> bool:
-    """Whether a run has a gate that learns and a target to hold it to."""
+    """Tells whether a run has a gate that learns and a target to hold it to."""
     gate = config.loss.gate
     its_own = gate.kind == "bas" and gate.prior == "beta"  # the prior's mean replaces the target
     return bool(gate.correction) and gate.kind != "none" and not its_own and learns(model, config)
 
 
 def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Array]:
-    """What the correction needs to know of a batch, for the log as well.
+    """Measures what the correction needs of a batch, also for the log.
 
     Args:
-      gate: logits [B, R] of staying coarse, of the global batch.
-      threshold: a region is coarse where its probability exceeds this.
-      target: share of fine regions aimed at.
+      gate: Gate's output with logits [B, R] of staying coarse, for the global batch.
+      threshold: Probability of coarse above which a region is coarse.
+      target: Target share of fine regions.
 
     Returns:
-      `fine_rate`, the share of fine regions without noise, and `gate_offset`, the logits by which
-      the gate is too coarse: the target's share of the regions lies below threshold + offset.
+      Dict with `fine_rate`, the share of fine regions without noise, and `gate_offset`, the logits
+      by which the gate is too coarse: the target's share of the regions lies below threshold +
+      offset.
     """
     logits = gate.logits.astype(jnp.float32) - logit(jnp.asarray(threshold, jnp.float32))
     return {
@@ -66,7 +67,7 @@ def measure(gate: GateOutput, threshold: float, target: float) -> dict[str, Arra
 
 
 def without_bias(grads: Any) -> Any:
-    """The gradient without the last bias': rounding, which Adam would scale to whole steps."""
+    """Zeroes the last bias's gradient, which is rounding that Adam would scale to whole steps."""
     return map_names(lambda name, leaf: jnp.zeros_like(leaf) if name == BIAS else leaf, grads)
 
 

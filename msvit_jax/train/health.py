@@ -1,4 +1,4 @@
-"""Watches a run's figures for signs that it has gone wrong, and says each once, with a remedy."""
+"""Watches a run's figures for signs that it went wrong, and reports each once, with a remedy."""
 
 import collections
 import dataclasses
@@ -7,27 +7,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
-GROWTH = 100.0  # a norm so many times what it began with
-FALL = 15.0  # points of training top-1 below its start or its best
-SATURATED = 0.005  # share of the regions that may be decided differently and the gate be saturated
-_FIRST = 10  # steps whose figures are "what it began with"
-_WINDOW = 50  # steps whose figures are "now"
+GROWTH = 100.0  # norm over its initial value from which on it is reported
+FALL = 15.0  # points of training top-1 below its best from which on it is reported
+SATURATED = 0.005  # share of deviating regions below which the gate counts as saturated
+_FIRST = 10  # steps whose figures are the initial values
+_WINDOW = 50  # steps whose figures are the current values
 
 
 @dataclasses.dataclass
 class Health:
-    """The figures of a run so far.
+    """Figures of a run so far, and checks of them.
 
     Attributes:
-      batch_size: images of a step.
-      half_epoch: steps.
+      batch_size: Number of images of a step.
+      half_epoch: Number of steps in half an epoch.
     """
 
     batch_size: int
     half_epoch: int
 
     def __post_init__(self) -> None:
-        """Starts with nothing seen."""
+        """Starts without figures."""
         self._norms: dict[str, list[float]] = collections.defaultdict(list)
         self._recent: dict[str, collections.deque[float]] = {}
         self._top1: collections.deque[float] = collections.deque(maxlen=_WINDOW)
@@ -35,11 +35,11 @@ class Health:
         self._told: set[str] = set()
 
     def observe(self, scalars: Mapping[str, float], top1: float) -> list[str]:
-        """Takes a step's figures.
+        """Takes the figures of one step.
 
         Args:
-          scalars: norms (their names begin with `grad_norm`) and, if a gate learns, `fine_rate`.
-          top1: accuracy on the step's images, in percent.
+          scalars: Norms (their names begin with `grad_norm`) and, if a gate learns, `fine_rate`.
+          top1: Accuracy on the step's images, in percent.
 
         Returns:
           Warnings, each kind at most once in a run.

@@ -1,9 +1,9 @@
-"""Starting from other parameters: another run's, or a weights file's.
+"""Starts from other parameters: another run's, or those of a weights file.
 
 Parameters are matched by name. A dense model's fit a mixed-scale one below `backbone/`, and every
 stage of a cascade; position embeddings are resized to the model's grid, kernels of patch embeddings
-to its patches; a head for other classes is left at its start. What `weights.read` finds in a file
-comes here.
+to its patches; a head for other classes keeps its fresh parameters. The weights come from
+`weights.read` for a file.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from msvit_jax.tree import flat_names, map_names
 
 Flat = dict[str, np.ndarray]
 HEADS = ("head/", "head_dist/")
-# Parts that a source without them need not have: they start fresh.
+# Parts that may be missing in the source; they start fresh.
 OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of each parameter.
+    """Lists what happened to each parameter.
 
     Attributes:
-      matched: taken over as they are.
-      resized: position and patch embeddings, with old and new shape.
-      widened: layers that see a cascade's reused features besides, with old and new shape.
-      fresh: left at their start, with the reason.
-      unused: in the source and not in the model.
-      notes: What else is worth knowing: what was chosen, followed, or looks wrong.
+      matched: Names of parameters taken over as they are.
+      resized: Position and patch embeddings that were resized, with old and new shape.
+      widened: Layers that also see a cascade's reused features, with old and new shape.
+      fresh: Parameters that keep their fresh values, with the reason.
+      unused: Names in the source that are not in the model.
+      notes: Further remarks: what was chosen, followed, or looks wrong.
     """
 
     matched: list[str]
@@ -48,7 +48,7 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        """A line per kind, for people."""
+        """Summarizes the report, one part per kind."""
         lines = [f"{len(self.matched)} parameters matched"]
         for title in ("resized", "widened", "fresh", "unused"):
             names: list[str] = getattr(self, title)
@@ -64,16 +64,16 @@ def fit(
     """Fits weights to a model's parameters.
 
     Args:
-      weights: by name, as from `weights.read`.
-      params: the model's tree, arrays or shapes.
-      pos_resize: How position embeddings are resized, one of `grid.RESIZINGS`; those of a gate are
-        ours, and always resized in our way.
+      weights: Arrays by name, as from `weights.read`.
+      params: Tree of the model's parameters, arrays or shapes.
+      pos_resize: Method that resizes position embeddings, one of `grid.RESIZINGS`; those of a gate
+        are always resized by our own method.
 
     Returns:
-      Arrays by the model's names, for those that are taken over; and what became of each.
+      Arrays by the model's names, for those that are taken over, and a report on each parameter.
 
     Raises:
-      UserError: something else than a head has another shape, or is missing; all are listed.
+      UserError: Something other than a head has another shape or is missing; all are listed.
     """
     wanted = flat_names(params)
     weights = _for_stages(_below_backbone(weights, wanted), wanted)
@@ -116,10 +116,10 @@ def fit(
 
 
 def model_shapes(model: nn.Module) -> Any:
-    """Shapes of a model's parameters.
+    """Returns the shapes of a model's parameters.
 
     Raises:
-      UserError: the model's sizes do not fit together.
+      UserError: The model's sizes do not fit together.
     """
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     try:
@@ -129,13 +129,13 @@ def model_shapes(model: nn.Module) -> Any:
 
 
 def params_for(model: nn.Module, weights: Any, *, pos_resize: str = "timm") -> tuple[Any, Report]:
-    """Fits a tree or a flat dict of weights to a model, all of whose parameters it must hold.
+    """Fits a tree or flat dict of weights, which must hold all of a model's parameters, to it.
 
     Returns:
-      The model's parameters, and what became of each.
+      Parameters of the model, and a report on each.
 
     Raises:
-      UserError: some are missing or of another shape.
+      UserError: Some are missing or have another shape.
     """
     shapes = model_shapes(model)
     taken, report = fit(flat_names(weights), shapes, pos_resize=pos_resize)
@@ -168,20 +168,20 @@ def _for_stages(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[s
 
 
 def _squares(value: Any, leaf: Any) -> bool:
-    """Whether two kernels [p, p, C, D] differ by the size of their patches alone."""
+    """Tells whether two kernels [p, p, C, D] differ only in the size of their patches."""
     same = tuple(value.shape[2:]) == tuple(leaf.shape[2:])
     return same and all(len(x.shape) == 4 and x.shape[0] == x.shape[1] for x in (value, leaf))
 
 
 def _widenable(name: str, value: Any, leaf: Any) -> bool:
-    """Whether a layer of a later stage is a plain one's that sees more channels (DVT, 3.2)."""
+    """Tells whether a later stage's layer is a plain one with more input channels (DVT, 3.2)."""
     grown = value.ndim == len(leaf.shape) and value.shape[0] < leaf.shape[0]
     later = re.match(r"stage_[1-9]\d*/blocks_\d+/(norm2/|mlp/fc1/kernel)", name)
     return bool(later) and grown and value.shape[1:] == tuple(leaf.shape[1:])
 
 
 def _widen(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Lets the norm pass the new channels on, and the layer behind it ignore them at first."""
+    """Makes the norm pass on the new channels, and the layer behind it ignore them at first."""
     start = 1 if name.endswith("norm2/scale") else 0
     wide = np.full(shape, start, value.dtype)
     wide[: len(value)] = value
@@ -189,14 +189,14 @@ def _widen(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _prefix_length(count: int) -> int | None:
-    """Tokens before a square grid among `count` positions: 0, 1 or 2, else None."""
+    """Number of tokens before a square grid among `count` positions: 0, 1 or 2, else None."""
     return next((p for p in range(3) if math.isqrt(count - p) ** 2 == count - p), None)
 
 
 def _resizable(value: Any, leaf: Any) -> bool:
     if len(value.shape) != len(leaf.shape) or value.shape[-1] != leaf.shape[-1]:
         return False
-    if len(value.shape) == 3:  # a gate's, [rows, columns, D]
+    if len(value.shape) == 3:  # of a gate, [rows, columns, D]
         return True
     prefixes = _prefix_length(value.shape[0]), _prefix_length(leaf.shape[0])
     return len(value.shape) == 2 and prefixes[0] == prefixes[1] and prefixes[0] is not None

@@ -1,8 +1,8 @@
-"""The schedule of keep rates for training from scratch: all tokens first, then fewer and fewer.
+"""Schedule of keep rates for training from scratch: all tokens first, then fewer and fewer.
 
 EViT (Liang et al. 2022) keeps all tokens for 10 epochs and lowers the rate along a cosine over the
-next 100. Under jit a new rate is a new program, so here it falls in a few steps. A function of the
-training step alone: a resumed run goes on where it was.
+next 100. Under jit a new rate needs a new compilation, so here it falls in a few steps. The rate is
+a function of the training step alone, so a resumed run continues where it was.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ Rates = tuple[float, ...]
 
 
 def default_config() -> dict[str, Any]:
-    """The config's `keep_rate` section."""
+    """Returns the defaults of the config's `keep_rate` section."""
     return {
-        "hold_epochs": 0.0,  # with all tokens
-        "epochs": 0.0,  # over which the keep rate then falls to the model's; 0: no schedule
+        "hold_epochs": 0.0,  # epochs with all tokens
+        "epochs": 0.0,  # epochs in which the keep rate then falls to the model's; 0: no schedule
         "num_rates": 5,  # different rates on the way, each a compilation
     }
 
@@ -31,10 +31,10 @@ class KeepRateSchedule:
     """Keep rates by training step.
 
     Attributes:
-      target: of each reducing layer, at the end.
-      hold: steps with all tokens.
-      steps: over which the rates fall.
-      num_rates: different rates.
+      target: Final keep rate of each reducing layer.
+      hold: Number of steps with all tokens.
+      steps: Number of steps in which the rates fall.
+      num_rates: Number of different rates.
     """
 
     target: Rates
@@ -46,10 +46,10 @@ class KeepRateSchedule:
     def of(
         cls, options: Mapping[str, Any], model: nn.Module, steps_per_epoch: float
     ) -> "KeepRateSchedule | None":
-        """The schedule that a config asks for, or None.
+        """Makes the schedule that a config asks for; None if it asks for none.
 
         Raises:
-          UserError: the model has no keep rates, or the schedule's values are not possible.
+          UserError: The model has no keep rates, or the schedule's values are not possible.
         """
         if not options["epochs"] and not options["hold_epochs"]:
             return None
@@ -75,7 +75,7 @@ class KeepRateSchedule:
         )
 
     def at(self, step: int) -> Rates:
-        """The rates of a step, counted from 0: 1 at first, `target` at last."""
+        """Returns the rates of a step, counted from 0: 1 at first, `target` at last."""
         done = (step - self.hold) / self.steps if self.steps else float(step >= self.hold)
         part = min(max(math.floor(done * self.num_rates), 0), self.num_rates) / self.num_rates
         left = (1 + math.cos(math.pi * part)) / 2
@@ -83,11 +83,11 @@ class KeepRateSchedule:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The `ViT` of a model; a plain model itself."""
+    """Returns the `ViT` of a model; a plain model itself."""
     return getattr(model, "backbone", model)
 
 
 def with_rates(model: nn.Module, rates: Rates) -> nn.Module:
-    """The same model, for the same parameters, with other keep rates."""
+    """Returns the same model, for the same parameters, with other keep rates."""
     changed = backbone_of(model).clone(keep=rates)
     return model.clone(backbone=changed) if hasattr(model, "backbone") else changed

@@ -1,8 +1,8 @@
-"""The training loop: batches in, reports and checkpoints out.
+"""The training loop: takes batches, writes reports and checkpoints.
 
-The host runs ahead of the devices by `LAG` steps: figures of a step are read when they have long
-been computed, so that logging never makes a device wait, and a loss that is not finite is still
-known within `LAG` steps. Before a checkpoint is saved every step before it has been checked.
+Python runs ahead of the devices by `LAG` steps: figures of a step are read when they have long been
+computed, so that logging never makes a device wait, and a loss that is not finite is still noticed
+within `LAG` steps. Before a checkpoint is saved every step before it has been checked.
 """
 
 import collections
@@ -40,18 +40,18 @@ LAG = 2
 
 
 class NotFiniteError(UserError):
-    """The loss or its gradient became NaN or infinite."""
+    """Error for a loss or gradient that became NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a run is.
+    """Length of a run.
 
     Attributes:
-      steps: after which this run ends.
-      schedule_steps: that the learning-rate schedule spans.
-      steps_per_epoch: a float: a batch may span two epochs.
-      eval_every: steps between evaluations.
+      steps: Step after which this run ends.
+      schedule_steps: Number of steps that the learning-rate schedule spans.
+      steps_per_epoch: Number of steps per epoch, a float because a batch may span two epochs.
+      eval_every: Number of steps between evaluations.
     """
 
     steps: int
@@ -61,7 +61,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: config_dict.ConfigDict, train_examples: int) -> "Plan":
-        """Works out steps from the config's epochs."""
+        """Computes steps from the config's epochs."""
         per_epoch = train_examples / config.batch_size
         whole = round(config.epochs * per_epoch)
         steps = whole if config.steps is None else config.steps
@@ -74,18 +74,17 @@ class Plan:
 
 
 def train(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
-    """Trains, or resumes what the workdir holds, to the end of the config's epochs.
+    """Trains to the end of the config's epochs, resuming the workdir's run if it holds one.
 
     Args:
-      config: see `config.base`.
-      workdir: where checkpoints and logs go; a run of the same config in it is resumed.
+      config: Config with the keys of `config.base`.
+      workdir: Directory for checkpoints and logs; a run of the same config in it is resumed.
 
     Returns:
       Figures of the last evaluation (`metrics.summarise`).
 
     Raises:
-      UserError: the config cannot be run, or the workdir belongs to another.
-      NotFiniteError: the loss was NaN or infinite.
+      UserError: The config cannot be run, or the workdir belongs to another.
     """
     with contextlib.ExitStack() as held:
         return _Run(config, checkpoint.checked_workdir(workdir), held).run()
@@ -133,7 +132,7 @@ class _Run:
         )
 
     def _capacity_schedule(self) -> CapacitySchedule | None:
-        """The trimmed layout's schedule, unless the config itself gives the budgets."""
+        """Makes the trimmed layout's schedule, unless the config itself sets the capacities."""
         model, config = self.model, self.config
         if getattr(model, "layout", None) != "trimmed" or model.budget is not None:
             return None
@@ -143,7 +142,7 @@ class _Run:
         return CapacitySchedule.start(config.capacity, regions=rows * columns, images=images)
 
     def start_state(self) -> TrainState:
-        """The newest checkpoint's state, or a fresh one."""
+        """Returns the newest checkpoint's state, or a fresh one."""
         state, damaged = self.checkpoints.restore_latest(self.program.like)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
@@ -151,7 +150,7 @@ class _Run:
             self.messages.append(f"resumed at step {int(state.step)}")
             if self.capacity is not None:
                 about = self.checkpoints.about(int(state.step))
-                self.capacity.restore(about.get("capacity") or about["trim"])  # its name before
+                self.capacity.restore(about.get("capacity") or about["trim"])  # the earlier name
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
@@ -163,7 +162,7 @@ class _Run:
         return self.program.fresh_state(loaded)
 
     def _check_classes(self, step: int) -> None:
-        """Raises UserError where a checkpoint was trained on other classes than the data's now."""
+        """Raises UserError where a checkpoint was trained on other classes than the data's."""
         names = self.checkpoints.about(step).get("class_names") or ()
         how = self.config.data.match_classes
         if labels.order(names, self.info.class_names, how, of="The run") is not None:
@@ -173,7 +172,7 @@ class _Run:
             )
 
     def _with_our_classes(self, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Weights to start from, without a head that was trained for classes of other names."""
+        """Returns initial weights, without a head that was trained for classes of other names."""
         names, ours = weights.class_names(self.config.init_from), self.info.class_names
         how = self.config.data.match_classes
         if len(names) != len(ours):
@@ -185,7 +184,7 @@ class _Run:
             return labels.without_heads(flat)
 
     def teacher(self) -> Teacher | None:
-        """The model to distil from, on every device."""
+        """Loads the model to distill from, on every device."""
         teacher = teacher_of(self.config)
         if teacher is None:
             return None
@@ -266,7 +265,7 @@ class _Run:
         return figures or evaluate(_weights(state)).figures
 
     def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        """The compiled step with the budgets and keep rates of now, each of them compiled once."""
+        """Returns the step for the current capacities and keep rates, each compiled once."""
         step_capacity = None if self.capacity is None else self.capacity.at(step)
         rates = None if self.keep_rate is None else self.keep_rate.at(step)
         if (step_capacity, rates) not in self._compiled_steps:
@@ -274,7 +273,7 @@ class _Run:
         return self._compiled_steps[step_capacity, rates]
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
-        """Global batches on the devices, a few ahead."""
+        """Iterates over global batches on the devices, a few ahead."""
         host = data.train_iterator(
             self.config.data,
             batch_size=self.config.batch_size,
@@ -284,13 +283,13 @@ class _Run:
         return data.device_batches(host, lambda b: sharding.shard_batch(self.mesh, b))
 
     def _stopping(self, step: int, stop: "StopRequest") -> bool:
-        """Whether to save and leave; the same answer on every process."""
+        """Tells whether to save and stop; the same answer on every process."""
         if jax.distributed.is_initialized():
             return self.checkpoints.reached_preemption(step)
         return stop.asked
 
     def describe(self) -> list[str]:
-        """Says what is trained, on what."""
+        """Describes the model, the data and the devices."""
         model, config = self.model, self.config
         grid = max_tokens(model)
         count = count_parameters(self.program.params["model"])
@@ -323,7 +322,7 @@ class _Run:
 
 
 def _weights(state: TrainState) -> Any:
-    """What is evaluated: the moving average where there is one."""
+    """Returns the parameters to evaluate: the moving average where there is one."""
     return state.params["model"] if state.ema is None else state.ema
 
 
@@ -342,19 +341,19 @@ class Reporter:
         self._seconds: float | None = None
 
     def add(self, step: int, reported: StepMetrics) -> None:
-        """Takes a step's figures, still on their way, and reads those that are `LAG` old."""
+        """Takes a step's figures, not yet computed, and reads those that are `LAG` steps old."""
         jax.tree.map(lambda x: x.copy_to_host_async(), reported)
         self._pending.append((step, reported))
         if len(self._pending) > LAG:
             self._read()
 
     def flush(self) -> None:
-        """Reads everything; waits for the devices."""
+        """Reads all pending figures; waits for the devices."""
         while self._pending:
             self._read()
 
     def restart_clock(self) -> None:
-        """Leaves what happened since the last step out of the time per step."""
+        """Excludes what happened since the last step from the time per step."""
         self._clock += time.perf_counter() - self._read_at
 
     def _read(self) -> None:
@@ -398,7 +397,7 @@ class Reporter:
             name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
         }
         steps = step - self._clock_step
-        # Steps are read up to LAG late: too few of them say nothing of the pace.
+        # Steps are read up to LAG late, so too few of them do not give their time.
         if self._seconds is None or steps > 2 * LAG:
             self._seconds = (now - self._clock) / max(steps, 1)
         seconds = self._seconds
@@ -417,9 +416,9 @@ class Reporter:
 def _following(
     config: config_dict.ConfigDict, workdir: pathlib.Path
 ) -> tuple[config_dict.ConfigDict, dict[str, Any]]:
-    """The config with what its weights say of the model and it leaves open, and that alone.
+    """Adds the model options that the weights declare and the config leaves open.
 
-    A run that goes on has this in its own config, and needs the source no more.
+    A resumed run has these in its own config and no longer needs the source.
     """
     if not config.init_from:
         return config, {}
@@ -433,7 +432,7 @@ def _following(
 
 
 def teacher_of(config: config_dict.ConfigDict) -> Teacher | None:
-    """Loads the teacher that a config names, if it does."""
+    """Loads the teacher that a config names; None if it names none."""
     options = config.loss.distillation
     return load_teacher(options.teacher, options.model, config) if options.teacher else None
 
@@ -463,7 +462,7 @@ def load_teacher(source: str, name: str, config: config_dict.ConfigDict) -> Teac
 
 @dataclasses.dataclass
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether the run was asked to stop."""
 
     asked: bool = False
 
@@ -484,7 +483,7 @@ def _stop_signals() -> Iterator[StopRequest]:
         stop.asked = True
         signal.signal(number, old[number])
 
-    with contextlib.suppress(ValueError):  # not in the main thread: no signals there
+    with contextlib.suppress(ValueError):  # outside the main thread there are no signals
         for name in (signal.SIGTERM, signal.SIGINT):
             old[name] = signal.signal(name, ask)
     try:

@@ -1,7 +1,7 @@
-"""The optimiser: AdamW with warm-up and cosine decay, and what differs between parameters.
+"""The optimizer: AdamW with warm-up and cosine decay, and what differs between parameters.
 
-Parameters are told apart by their path: what decays (kernels only), how fast a layer learns
-(layer decay, the gate's own rate) and what is frozen.
+Parameters are distinguished by their path: which decay (kernels only), how fast a layer learns
+(layer decay, the gate's own rate) and which are frozen.
 """
 
 import re
@@ -21,7 +21,7 @@ FIRST_LAYER = ("patch_embed", "cls_token", "dist_token", "reg_tokens", "pos_embe
 
 
 def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Linear warm-up from 0, a cosine to the minimum, and the minimum for the cool-down."""
+    """Makes a linear warm-up from 0, a cosine to the minimum, and the minimum for the cool-down."""
     warmup, cooldown = (
         round(options[f"{name}_epochs"] * steps_per_epoch) for name in ("warmup", "cooldown")
     )
@@ -42,19 +42,19 @@ def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> 
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter of the state's tree belongs to the gate or to the gate's loss."""
+    """Tells whether a parameter of the state's tree belongs to the gate or to the gate's loss."""
     return name.startswith(("model/gate", "gate_loss/"))
 
 
 def group(name: str) -> str:
-    """The part of a state's parameters that is clipped together: backbone, gate or priors."""
+    """Returns the part of the parameters that is clipped together: backbone, gate or priors."""
     if name.startswith("gate_loss/"):
         return "priors"
     return "gate" if is_gate(name) else "backbone"
 
 
 def group_norms(grads: Params) -> dict[str, Array]:
-    """The gradient's norm in each group that there is."""
+    """Computes the gradient's norm in each group that exists."""
     members: dict[str, list[Array]] = {}
     for name, leaf in flat_names(grads).items():
         members.setdefault(group(name), []).append(leaf)
@@ -79,12 +79,12 @@ def clip_groups(largest: float) -> optax.GradientTransformation:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: kernels only, not biases, norms, tokens, positions, priors."""
+    """Tells whether weight decay applies: only to kernels of the model."""
     return name.endswith("/kernel") and not name.startswith("gate_loss/")
 
 
 def frozen(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern matches the start of the path below 'model/', or of the whole path."""
+    """Tells whether a pattern matches the start of the path, with or without 'model/'."""
     short = name.removeprefix("model/")
     return any(re.match(p, short) or re.match(p, name) for p in patterns)
 
@@ -108,10 +108,10 @@ def check_frozen(params: Params, patterns: tuple[str, ...]) -> None:
 
 
 def layer_scales(params: Params, decay: float, depth: int) -> Params:
-    """Learning-rate factors of layer decay: 1 at the head, `decay` more per layer below.
+    """Computes learning-rate factors of layer decay: 1 at the head, times `decay` per layer below.
 
     Embeddings are layer 0, block i is layer i + 1, norm and head come after the last block. A
-    stacked tree of blocks gets one factor per layer. The gate stands beside the layers: factor 1.
+    stacked tree of blocks gets one factor per layer. The gate is outside the layers, with factor 1.
     """
 
     def scale(name: str, leaf: Any) -> Any:
@@ -127,7 +127,7 @@ def layer_scales(params: Params, decay: float, depth: int) -> Params:
 
 
 def depth_of(params: Params) -> int:
-    """Number of transformer blocks in a tree of parameters, separate or stacked."""
+    """Counts the transformer blocks in a tree of parameters, separate or stacked."""
     depth = 0
     for name, leaf in flat_names(params).items():
         for part in name.split("/"):
@@ -150,16 +150,16 @@ def _layer(parts: list[str], depth: int) -> int:
 def make_optimizer(
     options: Mapping[str, Any], params: Params, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Builds the optimiser for a state's parameters.
+    """Builds the optimizer for a state's parameters.
 
     Args:
-      options: the config's `optimizer` section.
-      params: {'model': ..., 'gate_loss': ...}, arrays or shapes.
-      rate: learning rate by step.
+      options: Config's `optimizer` section.
+      params: Dict {'model': ..., 'gate_loss': ...}, arrays or shapes.
+      rate: Learning rate by step.
 
     Returns:
-      clipping, group by group -> Adam -> decay of kernels -> learning rate by layer and
-      group. Frozen parameters have no optimiser state.
+      Chain of clipping, group by group -> Adam -> decay of kernels -> learning rate by layer and
+      group. Frozen parameters have no optimizer state.
     """
     patterns = tuple(options["freeze"])
     check_frozen(params, patterns)
@@ -190,7 +190,7 @@ def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _scale_by(options: Mapping[str, Any], depth: int) -> optax.GradientTransformation:
-    """Multiplies updates by layer decay and by the gate's rate over the common one."""
+    """Multiplies updates by layer decay and by the gate's rate relative to the common one."""
     gate_rate = options["gate_learning_rate"]
     gate_factor = 1.0 if gate_rate is None else gate_rate / options["learning_rate"]
 
@@ -212,10 +212,10 @@ def stop_frozen(params: Params, patterns: tuple[str, ...]) -> Params:
 
 
 def update_ema(ema: Params, params: Params, decay: float, step: Array) -> Params:
-    """One step of an exponential moving average.
+    """Does one step of an exponential moving average.
 
-    The decay grows as (1 + step) / (10 + step) up to `decay`, so that short runs are not held at
-    their random start.
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that short runs do not stay close
+    to their random initialization.
     """
     count = step.astype(jax.numpy.float32)
     rate = jax.numpy.minimum(decay, (1 + count) / (10 + count))

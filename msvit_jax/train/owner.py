@@ -1,10 +1,10 @@
-"""A workdir has one owner at a time: the run that is training in it.
+"""Ownership of a workdir by one run at a time, the run that trains in it.
 
-The owner keeps the file `owner.json` and says in it, every few seconds, that it is still there. On
-one machine a lock of the kernel (`flock`) decides, which is gone the moment its process is, however
+The owner keeps the file `owner.json` and updates it every few seconds as a sign of life. On one
+machine a lock of the kernel (`flock`) decides, which is gone as soon as its process is, however
 that ended. Between machines, where a file system may have no such locks, and at addresses, an owner
 that is silent for a minute counts as gone. Clocks are not compared: what counts is whether the file
-changes while one looks at it.
+changes while it is watched.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from msvit_jax.errors import UserError, describe
 
 try:
     import fcntl
-except ImportError:  # Windows: by what the owner says alone
+except ImportError:  # Windows: the owner's signs of life alone decide
     fcntl = None  # type: ignore[assignment]
 
 FILE = "owner.json"
-_BEAT = 15.0  # seconds between two signs of life
-_PATIENCE = 4  # beats without one after which an owner is gone
-_SETTLE = 2.0  # seconds in which another process that starts at the same time has written
-_SIZE = 1024  # bytes of the file, always: it is written in place
+_BEAT = 15.0  # seconds between signs of life
+_PATIENCE = 4  # missed signs of life after which an owner counts as gone
+_SETTLE = 2.0  # seconds within which a process that starts at the same time has written
+_SIZE = 1024  # fixed bytes of the file, which is written in place
 
 
 @contextlib.contextmanager
@@ -44,10 +44,10 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
     """Owns a workdir; all processes of one run own it together, by their first one.
 
     Args:
-      workdir: made where it is missing.
+      workdir: Directory to own; made where it is missing.
 
     Raises:
-      UserError: another run owns it, or it cannot be written.
+      UserError: Another run owns it, or it cannot be written.
     """
     with contextlib.ExitStack() as held:
         on_first_process(lambda: held.enter_context(_hold(workdir)))
@@ -55,10 +55,10 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def on_first_process(action: Callable[[], Any]) -> None:
-    """Runs something on process 0; where it fails there, all processes raise the same.
+    """Runs an action on process 0; if it fails there, all processes raise the same error.
 
     Raises:
-      UserError: it failed by such an error, or by one of the operating system.
+      UserError: The action raised a UserError or an error of the operating system.
     """
     failed = ""
     if jax.process_index() == 0:
@@ -98,7 +98,7 @@ def _hold(workdir: pathlib.Path) -> Iterator[None]:
 
 
 class _Claim:
-    """This process' claim on a workdir."""
+    """Claim of this process on a workdir."""
 
     def __init__(self, workdir: pathlib.Path) -> None:
         self._workdir, self._path = workdir, workdir / FILE
@@ -117,7 +117,7 @@ class _Claim:
         """Becomes the owner.
 
         Raises:
-          UserError: there is another.
+          UserError: There is another.
         """
         locked = None if paths.is_address(self._path) else self._lock()
         found = self._read()
@@ -132,7 +132,7 @@ class _Claim:
                 raise self._refusal(self._read())
 
     def _lock(self) -> bool | None:
-        """Whether this process got the kernel's lock; None where there are none."""
+        """Takes the kernel's lock and returns whether that worked; None where there is none."""
         while True:
             self.close()
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -142,16 +142,16 @@ class _Claim:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            except OSError:  # of several kinds, for file systems that have none
+            except OSError:  # several kinds, from file systems without locks
                 return None
-            # An owner that ends removes the file: a lock on what is no longer there is none.
+            # An owner that ends removes the file, and a lock on a removed file does not count.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
                     return True
 
     def _gone(self, found: dict[str, Any], locked: bool) -> bool:
-        """Whether the owner that a file names is there no more."""
-        if locked and found.get("host") == self._about["host"]:  # started anew since, perhaps
+        """Tells whether the owner that a file names no longer runs."""
+        if locked and found.get("host") == self._about["host"]:  # perhaps it restarted since
             return True
         if found.get("machine") == self._about["machine"] and not _alive(found.get("pid")):
             return True
@@ -186,7 +186,7 @@ class _Claim:
         """Gives signs of life until `ended`."""
         while not ended.wait(_BEAT):
             self._beats += 1
-            # A back end that fails now and then is no reason to end a run.
+            # A back end's occasional failure must not end a run.
             with contextlib.suppress(Exception):
                 owner = self._token(self._read())
                 if owner not in (None, self._about["token"]):
@@ -214,7 +214,7 @@ class _Claim:
                 os.pwrite(self._descriptor, text.encode().ljust(_SIZE), 0)
 
     def _read(self) -> dict[str, Any]:
-        """What the file says; nothing where there is none, or one that was cut short."""
+        """Reads the file; returns an empty dict if it is missing or was cut short."""
         try:
             found = json.loads(self._path.read_text())
         except (FileNotFoundError, ValueError):
@@ -228,7 +228,7 @@ class _Claim:
 
 @functools.cache
 def _machine() -> str:
-    """Names this machine since it was started, and the space that its process numbers are of."""
+    """Names this machine since its boot, and the namespace that its process numbers belong to."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -247,7 +247,7 @@ def _alive(pid: Any) -> bool:
 
 
 def _lost(workdir: pathlib.Path) -> None:
-    """Ends the process at once: whatever it wrote from now on would be among another run's."""
+    """Ends the process at once, because its writes would mix with another run's."""
     print(
         f"error: {str(workdir)!r} was taken over by another run while this one gave no sign of "
         "life (it was suspended, perhaps). This one ends; the other goes on from its checkpoints.",

@@ -1,6 +1,6 @@
-"""What of a training run gets compiled: the state and the step, for a config and a mesh.
+"""The compiled parts of a training run, its state and step, for a config and a mesh.
 
-The loop runs it; `msvit_jax.aot` compiles it for devices that are not there.
+The loop runs them; `msvit_jax.aot` compiles them for devices that are not present.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ class Program:
     """A run's model, state and step.
 
     Attributes:
-      config: resolved (`config.resolve`).
-      mesh: where everything lies.
-      model: of the registry.
-      gate_loss: a `losses.GateLoss`.
-      params: shapes of {'model': ..., 'gate_loss': ...}.
-      optimizer: the optimiser.
-      make_state: see `state.state_maker`.
-      like: the state's shapes with their shardings.
+      config: Resolved config (`config.resolve`).
+      mesh: Mesh of devices that holds all arrays.
+      model: Model from the registry.
+      gate_loss: Loss of the gate, a `losses.GateLoss`.
+      params: Shapes of {'model': ..., 'gate_loss': ...}.
+      optimizer: Optimizer of the parameters.
+      make_state: Function that makes the state, from `state.state_maker`.
+      like: Shapes of the state with their shardings.
     """
 
     config: config_dict.ConfigDict
@@ -51,10 +51,10 @@ class Program:
 
     @classmethod
     def of(cls, config: config_dict.ConfigDict, mesh: Mesh, schedule: optax.Schedule) -> "Program":
-        """Finds out all shapes and shardings; computes nothing.
+        """Works out all shapes and shardings; computes nothing.
 
         Raises:
-          UserError: the config's model or optimiser cannot be built.
+          UserError: The config's model or optimizer cannot be built.
         """
         model = _grouped(configs.build_model(config), config, mesh)
         gate_loss = configs.build_gate_loss(config, model)
@@ -73,7 +73,7 @@ class Program:
 
     @property
     def shardings(self) -> Any:
-        """A sharding for each leaf of the state."""
+        """Sharding of each leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.like)
 
     def fresh_state(self, loaded: Mapping[str, Any]) -> TrainState:
@@ -84,11 +84,12 @@ class Program:
     def jit_step(
         self, capacity: StepCapacity | None = None, rates: Rates | None = None
     ) -> jax.stages.Wrapped:
-        """The jitted step (state, batch, teacher) -> (state, metrics); the state is donated.
+        """Jits the step (state, batch, teacher) -> (state, metrics); the state is donated.
 
         Args:
-          capacity: budgets of the trimmed layout and what they are for, instead of the model's own.
-          rates: keep rates, instead of the model's own.
+          capacity: Capacities of the trimmed layout and factor of the gate's gradient; None for the
+            model's own.
+          rates: Keep rates; None for the model's own.
         """
         model = self.model if capacity is None else self.model.clone(**capacity.attributes)
         model = model if rates is None else with_rates(model, rates)
@@ -100,10 +101,10 @@ class Program:
 
 
 def _grouped(model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh) -> nn.Module:
-    """A model whose layout, if it has one, packs each device's images on their own.
+    """Returns the model with a layout, if it has one, that packs each device's images apart.
 
     Raises:
-      UserError: the layout cannot train this model, or the batch cannot be cut for it.
+      UserError: The layout cannot train this model, or the batch cannot be cut for it.
     """
     kind = getattr(model, "layout", "slots")
     if kind == "slots":

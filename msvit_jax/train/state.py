@@ -1,4 +1,4 @@
-"""The training state, born on its devices."""
+"""The training state, created on its devices."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,10 +22,10 @@ class TrainState:
     """Everything that a step changes.
 
     Attributes:
-      step: scalar int32, optimiser steps done.
-      params: {'model': ..., 'gate_loss': ...}; the latter are the learned priors, or empty.
-      opt_state: the optimiser's.
-      ema: moving average of params['model'], or None.
+      step: Scalar int32, number of optimizer steps done.
+      params: Dict {'model': ..., 'gate_loss': ...}; the latter are the learned priors, or empty.
+      opt_state: State of the optimizer.
+      ema: Moving average of params['model'], or None.
     """
 
     step: Array
@@ -35,15 +35,16 @@ class TrainState:
 
 
 def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
-    """Makes fresh parameters of a model and of its gate's loss.
+    """Initializes parameters of a model and of its gate's loss.
 
     Args:
-      model: of the registry.
-      gate_loss: a `losses.GateLoss`; has no parameters for a model without a gate.
-      key: random key.
+      model: Model from the registry.
+      gate_loss: Loss of the gate, a `losses.GateLoss`; has no parameters for a model without a
+        gate.
+      key: Random key.
 
     Raises:
-      UserError: the model's sizes do not fit together.
+      UserError: The model's sizes do not fit together.
     """
     keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
     images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
@@ -84,5 +85,5 @@ def state_maker(
 
 
 def count_parameters(params: Params) -> int:
-    """Number of parameters in a tree."""
+    """Counts the parameters in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,7 +1,7 @@
-"""One optimiser step: a pure function of (state, batch, seed) that runs under jit on any mesh.
+"""One optimizer step: a pure function of (state, batch, seed) for jit on any mesh.
 
-Random numbers are a function of (seed, step) alone. The batch arrives as bytes and is normalised
-on the device. Nothing here asks which model it trains: what concerns a gate applies where the
+Random numbers are a function of (seed, step) alone. The batch arrives as bytes and is normalized on
+the device. Nothing here depends on the kind of model: what concerns a gate applies where the
 model's output has one.
 """
 
@@ -29,11 +29,11 @@ Batch = dict[str, Array]
 
 @struct.dataclass
 class StepMetrics:
-    """What a step reports.
+    """Results that a step reports.
 
     Attributes:
-      sums: over the global batch.
-      scalars: total loss, its terms and the gradient's norms.
+      sums: Sums of metrics over the global batch.
+      scalars: Total loss, its terms and the gradient's norms, by name.
     """
 
     sums: metrics.Sums
@@ -42,14 +42,14 @@ class StepMetrics:
 
 @struct.dataclass
 class Teacher:
-    """A dense model to distil from; `variables` travel as an argument, never as a constant."""
+    """A dense model to distill from; `variables` are an argument of the step, never a constant."""
 
     model: nn.Module = struct.field(pytree_node=False)
     variables: Any
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """uint8 [B, H, W, 3] -> float32, on the scale of 0 to 1, minus mean, over std."""
+    """Normalizes uint8 images [B, H, W, 3], scaled to 0 to 1, with mean and std: float32."""
     shape = (1, 1, 1, 3)
     centre = jnp.asarray(mean, jnp.float32).reshape(shape)
     scale = jnp.asarray(std, jnp.float32).reshape(shape)
@@ -57,7 +57,7 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def max_tokens(model: nn.Module) -> int:
-    """Patch tokens of a training image on the fine grid."""
+    """Number of patch tokens of a training image on the fine grid."""
     side = getattr(model, "grid_size", model.image_size // model.patch_size)
     return side**2
 
@@ -70,9 +70,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Builds step(state, batch, teacher) -> (state, metrics).
 
-    With `optimizer.accum_steps` = k the gradient is the mean over k pieces of the batch, each
-    computed after the other: less memory, the same step. A gate's loss then sees the order
-    statistics of a piece, not of the whole batch.
+    With `optimizer.accum_steps` = k the gradient is the mean over k pieces of the batch, computed
+    one after the other: less memory, the same step. A gate's loss then sees the order statistics of
+    a piece, not of the whole batch.
     """
     pieces = config.optimizer.accum_steps
     patterns = tuple(config.optimizer.freeze)
@@ -111,7 +111,7 @@ def make_train_step(
 
 
 def _norms(grads: Any) -> dict[str, Array]:
-    """The gradient's norm, and those of the groups that are clipped apart where there are some."""
+    """Returns the gradient's norm, and those of the groups that are clipped apart, if several."""
     norms = group_norms(grads)
     parts = {f"grad_norm_{name}": norm for name, norm in norms.items()} if len(norms) > 1 else {}
     return {"grad_norm": optax.tree.norm(list(norms.values())), **parts}
@@ -125,7 +125,10 @@ def _accumulate(
     teacher: Teacher | None,
     pieces: int,
 ) -> tuple[Any, StepMetrics]:
-    """Mean gradient over pieces; piece j is every k-th row, so that rows stay on their device."""
+    """Averages the gradient over k pieces of a batch.
+
+    Piece j has every k-th row, so that rows stay on their device.
+    """
     split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(index: Array) -> tuple[Any, StepMetrics]:
@@ -157,7 +160,7 @@ def _make_objective(
         images, targets = _mixed(mix_key, images, targets, config.data)
         rngs = {"gate": gate_key, "dropout": dropout_key}
         rngs["reducer"] = jax.random.fold_in(dropout_key, 1)
-        # Decisions that come with a batch are used instead of the gate's: msvit_jax.benchmark.
+        # Decisions in a batch are used instead of the gate's (by msvit_jax.benchmark).
         forced = {"coarse": batch["coarse"]} if "coarse" in batch else {}
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
         per_example = losses.cross_entropy(output.logits, targets)
@@ -192,14 +195,14 @@ def _make_objective(
 
 
 def _mean(values: Array, fits: Array | None) -> Array:
-    """The mean over the images of a batch that have an answer; none of them: 0."""
+    """Averages over the images of a batch that have an answer; 0 if none has."""
     if fits is None:
         return values.mean()
     return jnp.where(fits, values, 0.0).sum() / jnp.maximum(fits.sum(), 1).astype(values.dtype)
 
 
 def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
-    """Images as another model wants them."""
+    """Converts images to another model's normalization."""
     if (ours.mean, ours.std) == (theirs.mean, theirs.std):
         return images
     shape = (1, 1, 1, 3)
@@ -211,9 +214,9 @@ def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
 
 
 def smooth(labels: Array, classes: int, amount: float) -> Array:
-    """One-hot targets [B, classes], `amount` of them spread evenly over all classes.
+    """Makes one-hot targets [B, classes], with `amount` of them spread evenly over all classes.
 
-    NaN for a label that is no class: a loss of zero would look like success.
+    NaN for a label outside the classes, because a loss of zero would look like success.
     """
     targets = jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
     return jnp.where(((labels >= 0) & (labels < classes))[:, None], targets, jnp.nan)

@@ -163,7 +163,7 @@ def has_pictures(model: Any) -> bool:
 
 def reducing_layers(model: Any) -> tuple[int, ...]:
     """The layers that reduce tokens, counted from 1."""
-    stages = getattr(getattr(model, "backbone", model), "stages", {})
+    stages = getattr(getattr(model, "backbone", model), "reductions", {})
     return tuple(layer + 1 for layer in stages)
 
 
