@@ -85,7 +85,8 @@ class Buckets:
     """Runs images of similar token counts together, with one capacity per call.
 
     A call is made as soon as one bucket holds a full batch, so few images wait at a time. Images
-    left at the end are run in descending order of bucket, which needs the fewest calls.
+    left at the end are run in descending order of bucket, which needs the fewest and cheapest
+    calls.
     """
 
     def __init__(self, shapes: Sequence[Shape]) -> None:

@@ -233,7 +233,8 @@ def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
 
     The heads, epsilon, activation, and mean and std of the pixels that a source states are adopted
     unless `model` sets them. A name of the registry sets none of them, nor the number of classes; a
-    module sets those that differ from the defaults of `ViT`, and raises if the source contradicts.
+    module sets those that differ from the defaults of `ViT`. A source that contradicts these is an
+    error.
 
     Args:
       source: Source of the weights, as in `load`.
