@@ -163,8 +163,8 @@ def has_pictures(model: Any) -> bool:
 
 def reducing_layers(model: Any) -> tuple[int, ...]:
     """The layers that reduce tokens, counted from 1."""
-    stages = getattr(getattr(model, "backbone", model), "reductions", {})
-    return tuple(layer + 1 for layer in stages)
+    specs = getattr(getattr(model, "backbone", model), "reductions", {})
+    return tuple(layer + 1 for layer in specs)
 
 
 def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:

@@ -83,7 +83,7 @@ def literal_msvit(variables, images, coarse, model):
         )
         projection = p[f"blocks_{layer}"]["attn"]["proj"]
         x = x + mixed @ projection["kernel"] + projection["bias"][None, None]
-        x = bound._mix_channels(x, None, None)
+        x = bound._mlp_residual(x, None, None)
     x = blocks.LayerNorm(epsilon=1e-6).apply({"params": p["norm"]}, x)
     return x[:, 0] @ p["head"]["kernel"] + p["head"]["bias"][None]
 

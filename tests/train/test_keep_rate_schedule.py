@@ -13,9 +13,9 @@ from tests import tiny_run
 TINY = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 4, "heads": 2, "num_classes": 3}
 
 
-def _schedule(model="mergence_tiny_patch16_224", hold=10.0, epochs=100.0, programs=5, **overrides):
+def _schedule(model="mergence_tiny_patch16_224", hold=10.0, epochs=100.0, num_rates=5, **overrides):
     made = msvit_jax.create_model(model, **TINY, **overrides)
-    options = {"hold_epochs": hold, "epochs": epochs, "programs": programs}
+    options = {"hold_epochs": hold, "epochs": epochs, "num_rates": num_rates}
     return KeepRateSchedule.of(options, made, steps_per_epoch=2.0)
 
 
@@ -25,7 +25,7 @@ def test_rates_fall_from_one_to_the_models_along_evits_cosine():
     assert (rates[:20] == 1).all()
     np.testing.assert_allclose(rates[220:], [[0.9, 0.6, 0.5]] * 80)
     assert (np.diff(rates, axis=0) <= 0).all()
-    assert len(np.unique(rates[:, 0])) == 6  # five programs after the first
+    assert len(np.unique(rates[:, 0])) == 6  # five rates after the first
     # Never below EViT's continuous schedule, and at most one step of it above.
     epoch = (np.arange(20, 220) - 20) / 2
     smooth = lambda e: 0.5 + 0.5 * (1 + np.cos(math.pi * e / 100)) / 2  # noqa: E731
@@ -47,7 +47,7 @@ def test_other_rates_are_the_same_model_for_the_same_parameters():
         ({"model": "vit_tiny_patch16_224"}, "this one does not"),
         ({"reducer": "tome", "remove": 1, "scales": (4,)}, "this one does not"),
         ({"hold": -1.0}, "not negative"),
-        ({"programs": 0}, "at least one program"),
+        ({"num_rates": 0}, "at least one rate"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments, message):
