@@ -33,7 +33,7 @@ import numpy as np
 import peers
 from absl import flags, logging
 
-from msvit_jax import errors, host
+from msvit_jax import errors, process_tuning
 from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
 from msvit_jax.models import attention, registry
 from msvit_jax.tokens.packing import NOBODY
@@ -99,10 +99,14 @@ def masks(length: int, batch: int) -> dict[str, attention.Mask]:
     one = jnp.asarray(np.where(place < filled, 0, NOBODY), jnp.int32)
     return {
         "nothing": attention.Mask(),
-        "budget": attention.Mask(segments=one, alone=True, images=batch),
-        "rows": attention.Mask(segments=jnp.asarray(second, jnp.int32), most=3, images=2 * batch),
+        "budget": attention.Mask(segments=one, single_segment=True, images=batch),
+        "rows": attention.Mask(
+            segments=jnp.asarray(second, jnp.int32), max_segments=3, images=2 * batch
+        ),
         "sizes (ToMe)": attention.Mask(sizes=sizes),
-        "budget, sizes": attention.Mask(segments=one, alone=True, sizes=sizes, images=batch),
+        "budget, sizes": attention.Mask(
+            segments=one, single_segment=True, sizes=sizes, images=batch
+        ),
         "weights": attention.Mask(weights=jnp.asarray(seen, jnp.float32)),
         "bias": attention.Mask(
             bias=jnp.asarray(rng.normal(size=(batch, HEADS, length, length)), jnp.float32)
@@ -310,7 +314,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared
     begun = time.perf_counter()
-    host.keep_freed_memory()
+    process_tuning.keep_freed_memory()
     scale = SMALL if _SMALL.value else Scale()
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     peer = peers.start_peer(device, scale.dtype, sys.executable)

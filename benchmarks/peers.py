@@ -6,8 +6,8 @@ The same architecture, random weights, forward passes, the same number of thread
 or the same device (on a GPU). PyTorch runs in a process of its own, under the interpreter
 --torch_python, which needs torch and timm; the two processes take turns, so that one waits while
 the other works. timm's attention is PyTorch's fused one; --compile measures torch.compile as well.
-Both processes reuse freed memory (`host.keep_freed_memory`). Where torch or timm is missing, that
-is said and our side is measured alone.
+Both processes reuse freed memory (`process_tuning.keep_freed_memory`). Where torch or timm is
+missing, that is said and our side is measured alone.
 
 A table, then one JSON object as the last line, as of `python -m msvit_jax.benchmark`; records of
 timm have the layout "timm" or "timm_compiled", their `speedup` is over our dense model, and
@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from msvit_jax import errors, host
+from msvit_jax import errors, process_tuning
 from msvit_jax.benchmark import Options, machine, report, sides, turns
 from msvit_jax.config import split_override
 
@@ -69,7 +69,7 @@ class Peer:
         Raises:
           UserError: it cannot be started.
         """
-        environment = {**os.environ, **host.keep_freed_memory_environment()}
+        environment = {**os.environ, **process_tuning.keep_freed_memory_environment()}
         try:
             self._process = subprocess.Popen(
                 command,
@@ -206,10 +206,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)
-    host.keep_freed_memory()
+    process_tuning.keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared
     if _THREADS.value:
-        host.use_cores(_THREADS.value)
+        process_tuning.use_cores(_THREADS.value)
     options = Options(
         model=_MODEL.value,
         batches=tuple(map(int, _BATCH.value)),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from msvit_jax import checkpoint, config, data, errors, evaluate, host, paths
+from msvit_jax import checkpoint, config, data, errors, evaluate, paths, process_tuning
 from msvit_jax.inference import Predictor
 from msvit_jax.logging import duration
 from msvit_jax.train import loop
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs the demo."""
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
-    host.keep_freed_memory()
-    host.make_devices_of_cores()
+    process_tuning.keep_freed_memory()
+    process_tuning.make_devices_of_cores()
     run(paths.parse(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
 
 

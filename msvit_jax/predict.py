@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from msvit_jax import checkpoint, errors, evaluate, extras, flops, host, paths, weights
+from msvit_jax import checkpoint, errors, evaluate, extras, flops, paths, process_tuning, weights
 from msvit_jax.data import decode, image_files
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
@@ -75,7 +75,7 @@ def run(patterns: Sequence[str], options: Options) -> None:
     Raises:
       UserError: Nothing is found, nothing can be read, or an output cannot be written.
     """
-    host.keep_freed_memory()
+    process_tuning.keep_freed_memory()
     checkpoint.quiet_orbax()
     found = find_files(patterns)
     files = found.files

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config as configs
-from msvit_jax import errors, host
+from msvit_jax import errors, process_tuning
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REGIONS, FINEST = 16, 64
@@ -75,7 +75,7 @@ class Workers:
                     text=True,
                     stdout=subprocess.PIPE,
                     stderr=errors_to,
-                    env={**os.environ, **host.keep_freed_memory_environment()},
+                    env={**os.environ, **process_tuning.keep_freed_memory_environment()},
                     preexec_fn=lambda: _pin(core),
                 )
         finally:

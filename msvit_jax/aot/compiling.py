@@ -93,10 +93,10 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=place)
     with jax.set_mesh(mesh):
         if what == PREDICT:
-            return _forward(program).lower(program.like.params["model"], images)
+            return _forward(program).lower(program.abstract_state.params["model"], images)
         batch = {"image": images, "label": labels}
         return program.jit_step(variant.capacity).lower(
-            program.like, batch, _teacher_shapes(config, mesh)
+            program.abstract_state, batch, _teacher_shapes(config, mesh)
         )
 
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from msvit_jax import benchmark, errors, host
+from msvit_jax import benchmark, errors, process_tuning
 from msvit_jax.benchmark.options import DTYPES, REDUCED
 from msvit_jax.models.registry import MIXED_SCALE
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)
-    kept = host.keep_freed_memory()
+    kept = process_tuning.keep_freed_memory()
     usual = ["slots", "trimmed"] if _TRAIN.value else ["slots", "budget", "rows"]
     if _MODEL.value not in MIXED_SCALE:
         usual = [REDUCED]

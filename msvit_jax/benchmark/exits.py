@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags, logging
 
 from msvit_jax import config as configs
-from msvit_jax import evaluate, flops, host
+from msvit_jax import evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, run
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}.")
     logging.set_verbosity(logging.ERROR)
-    kept = host.keep_freed_memory()
+    kept = process_tuning.keep_freed_memory()
     given = flags.FLAGS
     records = measure(
         given.model,

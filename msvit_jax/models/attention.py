@@ -43,9 +43,9 @@ class Mask:
       length_buckets: Pairs (rows, length), one for each length bucket, where rows of several
         lengths are laid end to end; the first axis of all arrays is then groups, the second all
         positions of a group. Empty: B rows of length N.
-      alone: Whether each row holds at most one image, starting at its first position, without a
-        gap.
-      most: Maximum number of runs of equal segments in a row, if rows are not `alone`.
+      single_segment: Whether each row holds at most one image, starting at its first position,
+        without a gap.
+      max_segments: Largest number of segments in a row; unused with `single_segment`.
       images: Number of images in the batch, if there are segments.
     """
 
@@ -54,8 +54,8 @@ class Mask:
     sizes: Array | None = None
     bias: Array | None = None
     length_buckets: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
-    alone: bool = struct.field(pytree_node=False, default=False)
-    most: int = struct.field(pytree_node=False, default=2)
+    single_segment: bool = struct.field(pytree_node=False, default=False)
+    max_segments: int = struct.field(pytree_node=False, default=2)
     images: int = struct.field(pytree_node=False, default=0)
 
 
@@ -168,10 +168,10 @@ def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
 
 def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     marks = None
-    if mask.segments is not None and mask.alone:
+    if mask.segments is not None and mask.single_segment:
         marks = _key_bias(mask.segments != mask.segments[:, :1])
     elif mask.segments is not None:
-        marks = _segment_bias(mask.segments, mask.most)
+        marks = _segment_bias(mask.segments, mask.max_segments)
     return _plain(query, key, value, None, mask.bias, _joined(marks, _size_bias(mask.sizes)))
 
 
@@ -348,7 +348,7 @@ def _fused(
     if mask.sizes is not None:
         counted = jnp.log(jnp.maximum(mask.sizes, 1.0))[:, None, None, :]
         bias = counted if bias is None else bias + counted
-    if mask.segments is not None and mask.alone:
+    if mask.segments is not None and mask.single_segment:
         lengths = (mask.segments == mask.segments[:, :1]).sum(axis=1, dtype=jnp.int32)
     elif mask.segments is not None:
         visible = _visible(mask.segments)

@@ -203,8 +203,8 @@ def pack(
         weights=weights,
         segments=jnp.where(packed.owner == packing.NOBODY, packing.NOBODY, packed.owner + first),
         length_buckets=length_buckets,
-        alone=layout.kind != "rows",
-        most=layout.row_width // shortest + 1,  # plus the run of empty positions
+        single_segment=layout.kind != "rows",
+        max_segments=layout.row_width // shortest + 1,  # plus the run of empty positions
         images=images * layout.groups,
     )
     return _in_tiles(Packed(packed.gather(tokens), mask, packed))

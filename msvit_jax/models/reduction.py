@@ -355,12 +355,12 @@ def _segment_membership(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array
     active = jnp.ones((batch, count), bool)
     if mask.segments is not None:
         active = mask.segments != NOBODY
-    if mask.segments is None or mask.alone:
+    if mask.segments is None or mask.single_segment:
         if mask.weights is not None:
             active &= mask.weights > 0.5
         return active[:, :, None], active & (place < prefix)
     new = jnp.pad(mask.segments[:, 1:] != mask.segments[:, :-1], ((0, 0), (1, 0)))
     run = jnp.cumsum(new, axis=1)
     first = lax.cummax(jnp.where(new, place, 0), axis=1)
-    member = (run[:, :, None] == jnp.arange(mask.most)[None, None]) & active[:, :, None]
+    member = (run[:, :, None] == jnp.arange(mask.max_segments)[None, None]) & active[:, :, None]
     return member, active & (place - first < prefix)

@@ -143,7 +143,7 @@ class _Run:
 
     def start_state(self) -> TrainState:
         """Returns the newest checkpoint's state, or a fresh one."""
-        state, damaged = self.checkpoints.restore_latest(self.program.like)
+        state, damaged = self.checkpoints.restore_latest(self.program.abstract_state)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
             self._check_classes(int(state.step))

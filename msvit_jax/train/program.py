@@ -37,7 +37,7 @@ class Program:
       params: Shapes of {'model': ..., 'gate_loss': ...}.
       optimizer: Optimizer of the parameters.
       make_state: Function that makes the state, from `state.state_maker`.
-      like: Shapes of the state with their shardings.
+      abstract_state: Shapes of the state with their shardings.
     """
 
     config: config_dict.ConfigDict
@@ -47,7 +47,7 @@ class Program:
     params: Params
     optimizer: optax.GradientTransformation
     make_state: Callable[[Array, Mapping[str, Array]], TrainState]
-    like: TrainState
+    abstract_state: TrainState
 
     @classmethod
     def of(cls, config: config_dict.ConfigDict, mesh: Mesh, schedule: optax.Schedule) -> "Program":
@@ -64,17 +64,17 @@ class Program:
         update = optimizer.make_optimizer(config.optimizer, params, schedule)
         make = state_maker(model, gate_loss, update, with_ema=config.ema_decay > 0)
         shapes = jax.eval_shape(make, key, {})
-        like = jax.tree.map(
+        abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
             sharding.tree_sharding(mesh, shapes),
         )
-        return cls(config, mesh, model, gate_loss, params, update, make, like)
+        return cls(config, mesh, model, gate_loss, params, update, make, abstract_state)
 
     @property
     def shardings(self) -> Any:
         """Sharding of each leaf of the state."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.like)
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def fresh_state(self, loaded: Mapping[str, Any]) -> TrainState:
         """Makes the state on its devices; `loaded` parameters replace the fresh ones by name."""

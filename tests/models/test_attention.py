@@ -56,7 +56,7 @@ def test_segments_see_themselves_only_and_poison_stays_where_it_is(implementatio
     query, key, value = random_qkv(1, 2, 10)
     empty = jnp.asarray(segments == NOBODY)[:, :, None, None]
     poisoned = [jnp.where(empty, jnp.nan, x) for x in (query, key, value)]
-    mask = Mask(segments=jnp.asarray(segments, jnp.int32), alone=alone, most=3)
+    mask = Mask(segments=jnp.asarray(segments, jnp.int32), single_segment=alone, max_segments=3)
     with runs(implementation):
         found = attention(*poisoned, mask, implementation=implementation)
     visible = segments[:, :, None] == segments[:, None, :]
@@ -68,7 +68,7 @@ def test_an_empty_row_is_finite():
     segments = jnp.full((1, 4), NOBODY)
     query, key, value = random_qkv(2, 1, 4)
     for alone in (False, True):
-        found = attention(query, key, value, Mask(segments=segments, alone=alone))
+        found = attention(query, key, value, Mask(segments=segments, single_segment=alone))
         assert np.isfinite(found).all()
 
 
@@ -170,7 +170,7 @@ def test_what_is_not_possible_is_told():
 def test_gradients_are_those_of_softmax_attention(masked):
     query, key, value = random_qkv(5, 2, 6)
     segments = np.asarray([[0, 0, 1, 1, 1, NOBODY], [2, 2, 2, 3, 3, 3]])
-    mask = None if masked == "nothing" else Mask(segments=jnp.asarray(segments), most=3)
+    mask = None if masked == "nothing" else Mask(segments=jnp.asarray(segments), max_segments=3)
     same = segments[:, :, None] == segments[:, None, :]
     visible = jnp.asarray(np.ones((2, 1, 6, 6), bool) if mask is None else same[:, None])
     held = jnp.asarray(segments != NOBODY)[:, :, None, None]
@@ -235,11 +235,11 @@ def test_a_place_that_makes_the_length_even_changes_nothing(masked):
     apart = jnp.asarray([[0] * 3 + [5] * 2 + [NOBODY] * 2, [1] * 6 + [3]])
     mask = {
         "nothing": Mask(),
-        "alone": Mask(segments=alone, alone=True),
-        "segments": Mask(segments=apart, most=3),
+        "alone": Mask(segments=alone, single_segment=True),
+        "segments": Mask(segments=apart, max_segments=3),
         "sizes": Mask(sizes=sizes),
         "bias": Mask(bias=bias),
-        "both": Mask(segments=alone, alone=True, sizes=sizes),
+        "both": Mask(segments=alone, single_segment=True, sizes=sizes),
     }[masked]
     held = True if mask.segments is None else (mask.segments != NOBODY)[:, :, None, None]
 

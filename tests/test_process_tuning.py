@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from msvit_jax import host
+from msvit_jax import process_tuning
 from msvit_jax.errors import UserError
 
 FAULTS = """
@@ -30,12 +30,12 @@ PROGRAM = (
     FAULTS
     + """
 import jax
-from msvit_jax import host
+from msvit_jax import process_tuning
 
-told = {"usual": faults(), "kept": host.keep_freed_memory()}
+told = {"usual": faults(), "kept": process_tuning.keep_freed_memory()}
 faults()
 told["reusing"] = faults()
-told["devices"] = host.make_devices_of_cores()
+told["devices"] = process_tuning.make_devices_of_cores()
 ones = jax.numpy.ones((told["devices"], 2))
 mesh = jax.make_mesh((told["devices"],), ("data",))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -63,14 +63,14 @@ def test_freed_memory_is_not_fetched_from_the_kernel_again(told):
 def test_programs_can_be_started_so(told):
     if not told["kept"]:
         pytest.skip("this C library is not glibc")
-    environment = {**os.environ, **host.keep_freed_memory_environment()}
+    environment = {**os.environ, **process_tuning.keep_freed_memory_environment()}
     command = [sys.executable, "-c", FAULTS + "faults(); print(faults())"]
     assert int(subprocess.check_output(command, text=True, env=environment)) < 100
 
 
 def test_beside_an_accelerator_memory_is_left_alone():
-    asked = "host.keep_freed_memory(), host.keep_freed_memory_environment()"
-    code = f"from msvit_jax import host; print({asked})"
+    asked = "process_tuning.keep_freed_memory(), process_tuning.keep_freed_memory_environment()"
+    code = f"from msvit_jax import process_tuning; print({asked})"
     environment = {**os.environ, "JAX_PLATFORMS": "cuda,cpu"}
     told = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
     assert told.split() == ["False", "{}"]
@@ -80,10 +80,10 @@ def test_beside_an_accelerator_memory_is_left_alone():
 def test_a_process_keeps_to_its_cores():
     there = os.sched_getaffinity(0)
     try:
-        host.use_cores(1)
+        process_tuning.use_cores(1)
         assert len(os.sched_getaffinity(0)) == 1
         with pytest.raises(UserError, match="2 cores are asked for; this process has 1 to 1"):
-            host.use_cores(2)
+            process_tuning.use_cores(2)
     finally:
         os.sched_setaffinity(0, there)
 
