@@ -1,5 +1,6 @@
 """Earlier names of config keys: files, command lines and runs that use them keep working."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,10 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 def hint(message: str) -> str:
     """Returns a hint for an error that names an earlier section or key; empty if none does."""
     sections = {name.split(".")[0] for name in RENAMED.values()}
-    quoted = message.replace('"', "'").split("'")[1::2]
+    words = re.findall(r"\w+", message)
     for old, new in RENAMED.items():
         section, leaf = old.split(".")
-        if (leaf if section in sections else section) in quoted:
+        if (leaf if section in sections else section) in words:
             return f" (config.{section} is config.{new.split('.')[0]} now; e.g. {old} is {new})"
     return ""
 
