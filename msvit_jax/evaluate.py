@@ -34,8 +34,10 @@ from msvit_jax import (
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
+from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import GateOutput
+from msvit_jax.models.reduction import reductions_of
 from msvit_jax.train import init_from
 from msvit_jax.train.step import max_tokens, normalise, smooth
 
@@ -179,8 +181,7 @@ class Evaluator:
 
 def _layer_tokens(model: nn.Module, counts: np.ndarray) -> np.ndarray | None:
     """Patch tokens into each layer's MLP, by initial number of tokens; None if none reduces."""
-    backbone = getattr(model, "backbone", model)
-    return backbone.layer_tokens(counts) if getattr(backbone, "reductions", None) else None
+    return backbone_of(model).layer_tokens(counts) if reductions_of(model) else None
 
 
 def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:

@@ -19,6 +19,7 @@ DENSE = "dense"
 LADDER = "ladder"
 REDUCED = "reduced"
 ALTERNATIVES = "alternatives"
+_SCHEDULED = ("trimmed", ALTERNATIVES)  # two kinds of steps of one run
 KNOWN = (DENSE, REDUCED, *LAYOUTS, ALTERNATIVES, LADDER)
 _STEPS = 8  # most bucket capacities of the variant "ladder"
 _TILE = 128  # lanes of a TPU's registers
@@ -100,7 +101,7 @@ def variant(
     with made.unlocked():
         if name == DENSE:
             return Variant(name, _to_dense(made), made)
-        scheduled = name in ("trimmed", ALTERNATIVES) and "budget" not in config.model
+        scheduled = name in _SCHEDULED and "budget" not in config.model
         if name == config.model.get("layout", "slots") and not scheduled:
             return Variant(name, "as configured", made)
         _forget_layout(made)
@@ -108,7 +109,7 @@ def variant(
         if name != "slots":
             made.model.row_groups = chips
         places = _size(made, name, batch_size // chips, chips, sizes)
-    if name in ("trimmed", ALTERNATIVES):
+    if name in _SCHEDULED:
         return _scheduled(made, name, sizes)
     return Variant(name, places, made if name == "slots" else with_frozen_gate(made))
 
@@ -148,7 +149,7 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
     options = config.model
     if name == "slots":
         return "whole grid"
-    if name in ("budget", "trimmed", ALTERNATIVES):
+    if name in ("budget", *_SCHEDULED):
         options.budget = sizes.tokens
         return f"{sizes.tokens} each"
     plain = config.copy_and_resolve_references()

@@ -160,6 +160,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch", 32, "Images of a call of a compiled program.")
     flags.DEFINE_integer("images", 256, "Images that are answered in each round.")
     flags.DEFINE_list("shares", ["0.5", "0.3", "0.2"], "Of the images that leave at each exit.")
-    flags.DEFINE_integer("rounds", 5, "How often all sides run, after two to warm up.")
+    flags.DEFINE_integer("rounds", 5, "How often all cases run, after one round to warm up.")
     flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=width=64.")
     run(main)

@@ -1,6 +1,6 @@
 """The attributes that models around a plain transformer share."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from msvit_jax.models.vit import ViT
@@ -36,3 +36,8 @@ class BackboneMixin:
     def std(self) -> tuple[float, float, float]:
         """Standard deviation that images are normalized with."""
         return self.backbone.std
+
+
+def backbone_of(model: Any) -> Any:
+    """Returns the plain transformer of a model: its backbone, or the model itself."""
+    return getattr(model, "backbone", model)

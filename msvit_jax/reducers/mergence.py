@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msvit_jax.reducers import base
+from msvit_jax.reducers.topk import keep_highest
 
 WEIGHTS = ("similarity", "size")
 
@@ -49,9 +50,8 @@ class Mergence(base.Reducer):
     ) -> base.Merge:
         """Merges unimportant tokens into important ones; see `Reducer.__call__`."""
         assert tokens.importance is not None
-        rank = base.ranks(tokens.importance, tokens.member & tokens.patch[:, :, None])
-        removed = tokens.patch & (rank >= table.of_tokens(tokens))
-        kept, removed, _ = base.place(tokens, removed, capacity)
+        merge = keep_highest(tokens, tokens.importance, table, capacity)
+        kept, removed = merge.kept, merge.removed
         target, similarity = base.nearest(tokens.x, tokens, removed, kept)
         if self.merge_weights == "size":
             kept_weight = base.take(tokens.size, kept)

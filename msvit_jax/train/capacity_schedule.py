@@ -76,11 +76,6 @@ class StepCapacity:
     budgets: tuple[int, ...]
     gate_gradient: float
 
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of the model that the capacities set."""
-        return {"budget": self.budgets, "gate_gradient": self.gate_gradient}
-
 
 @dataclasses.dataclass
 class CapacitySchedule:

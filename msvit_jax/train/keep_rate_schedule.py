@@ -13,6 +13,8 @@ from typing import Any
 from flax import linen as nn
 
 from msvit_jax.errors import UserError
+from msvit_jax.models.backbone_mixin import backbone_of
+from msvit_jax.models.reduction import reductions_of
 
 Rates = tuple[float, ...]
 
@@ -53,7 +55,7 @@ class KeepRateSchedule:
         """
         if not options["epochs"] and not options["hold_epochs"]:
             return None
-        specs = getattr(backbone_of(model), "reductions", {})
+        specs = reductions_of(model)
         if not specs or any(spec.make().remove for spec in specs.values()):
             raise UserError(
                 "keep_rate.epochs is for models that keep a share of their tokens (model.reducer "
@@ -80,11 +82,6 @@ class KeepRateSchedule:
         part = min(max(math.floor(done * self.num_rates), 0), self.num_rates) / self.num_rates
         left = (1 + math.cos(math.pi * part)) / 2
         return tuple(round(rate + (1 - rate) * left, 6) for rate in self.target)
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """Returns the `ViT` of a model; a plain model itself."""
-    return getattr(model, "backbone", model)
 
 
 def with_rates(model: nn.Module, rates: Rates) -> nn.Module:

@@ -91,7 +91,9 @@ class Program:
             model's own.
           rates: Keep rates; None for the model's own.
         """
-        model = self.model if capacity is None else self.model.clone(**capacity.attributes)
+        model = self.model
+        if capacity is not None:
+            model = model.clone(budget=capacity.budgets, gate_gradient=capacity.gate_gradient)
         model = model if rates is None else with_rates(model, rates)
         return jax.jit(
             make_train_step(model, self.gate_loss, self.optimizer, self.config),

@@ -14,6 +14,7 @@ from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.shapes import has_gate
+from msvit_jax.models.reduction import reductions_of
 from msvit_jax.tokens.grid import REGION
 from msvit_jax.visualize.maps import (
     GATE_COLUMNS,
@@ -163,8 +164,7 @@ def has_pictures(model: Any) -> bool:
 
 def reducing_layers(model: Any) -> tuple[int, ...]:
     """The layers that reduce tokens, counted from 1."""
-    specs = getattr(getattr(model, "backbone", model), "reductions", {})
-    return tuple(layer + 1 for layer in specs)
+    return tuple(layer + 1 for layer in reductions_of(model))
 
 
 def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:

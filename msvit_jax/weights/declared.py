@@ -14,6 +14,7 @@ import numpy as np
 
 from msvit_jax import config_rules, paths
 from msvit_jax.errors import UserError
+from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.registry import BACKBONES, create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.weights import files, ours
@@ -117,7 +118,7 @@ class Declared:
 
     def differences(self, model: Any, keys: Sequence[str] = UNSEEN) -> dict[str, Any]:
         """Stated attributes, among `keys`, that differ from a model's."""
-        trunk = trunk_of(model)
+        trunk = backbone_of(model)
         return {
             key: self.model[key]
             for key in keys
@@ -126,11 +127,6 @@ class Declared:
 
 
 _TYPES = {field.name: field.type for field in dataclasses.fields(ViT)}
-
-
-def trunk_of(model: Any) -> Any:
-    """The plain transformer of a model: its backbone, or the model itself."""
-    return getattr(model, "backbone", model)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -182,7 +178,7 @@ def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
 
 
 def _say_all(found: Declared, model: Any, where: str) -> None:
-    trunk = trunk_of(model)
+    trunk = backbone_of(model)
     found.say(where, **{key: getattr(trunk, key) for key in UNSEEN})
 
 

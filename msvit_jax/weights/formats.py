@@ -14,6 +14,7 @@ import numpy as np
 
 from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.train import init_from
@@ -30,7 +31,6 @@ from msvit_jax.weights import (
     wrappers,
 )
 from msvit_jax.weights.declared import FREE, UNSEEN, Declared, same
-from msvit_jax.weights.declared import trunk_of as trunk_of_any
 from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
 
 BACKBONE = "backbone/"
@@ -150,7 +150,7 @@ class _Opened:
         wrong = {} if model is None else self.declared.differences(model, keys)
         if not wrong:
             return
-        trunk = trunk_of_any(model)
+        trunk = backbone_of(model)
         where = self.declared.where
         told = "; ".join(
             f"{where[key]} says {key}={value!r}, the model has {getattr(trunk, key)!r}"
@@ -257,11 +257,11 @@ def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
         model = create_model(model, **followed, num_classes=classes)
     else:
         wrong = opened.declared.differences(model)
-        trunk = trunk_of_any(model)
+        trunk = backbone_of(model)
         followed = {k: x for k, x in wrong.items() if same(getattr(trunk, k), _DEFAULTS[k])}
         model = _changed(model, followed)
     found = opened.source_for(model, UNSEEN)
-    if trunk_of_any(model).pos_resize != found.pos_resize:
+    if backbone_of(model).pos_resize != found.pos_resize:
         model = _changed(model, {"pos_resize": found.pos_resize})
     params, report = _params(opened.path, found, model)
     report.notes.extend(

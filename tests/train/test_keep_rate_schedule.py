@@ -6,7 +6,8 @@ import pytest
 
 import msvit_jax
 from msvit_jax.errors import UserError
-from msvit_jax.train.keep_rate_schedule import KeepRateSchedule, backbone_of, with_rates
+from msvit_jax.models.backbone_mixin import backbone_of
+from msvit_jax.train.keep_rate_schedule import KeepRateSchedule, with_rates
 from msvit_jax.train.loop import train
 from tests import tiny_run
 
