@@ -17,6 +17,7 @@ Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same
 layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.
 """
 
+import concurrent.futures
 import dataclasses
 import faulthandler
 import json
@@ -142,24 +143,29 @@ def raw_cudnn(mask: attention.Mask) -> Callable[..., jax.Array]:
 
 def check_attention() -> Iterator[dict[str, Any]]:
     """Errors of every implementation, as a share of the largest value; or what it says."""
+    jobs = []
     for length in (197, 198):
         keys = jax.random.split(jax.random.key(length), 4)
         given = [jax.random.normal(key, (8, length, HEADS, CHANNELS)) for key in keys]
         for name, mask in masks(length, 8).items():
-            with jax.default_matmul_precision("highest"):
-                wanted = jax.device_get(passes(ours(mask, "xla"), mask, jnp.float32)(*given))
             tried = {kind: ours(mask, kind) for kind in ("xla", "fused", "pallas")}
             if name == "sizes (ToMe)":
                 tried["jax.nn as it comes"] = raw_cudnn(mask)
             for kind, attend in tried.items():
                 found = {"length": length, "mask": name, "implementation": kind}
-                yield found | judged(passes(attend, mask, jnp.bfloat16), given, wanted)
+                jobs.append((found, mask, attend, given))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # the compiler is what takes the time
+        yield from pool.map(lambda job: job[0] | judged(*job[1:]), jobs)
 
 
-def judged(run: Any, given: Sequence[jax.Array], wanted: Any) -> dict[str, Any]:
-    """How far a run is from what is wanted, forward and backward, or what it says."""
+def judged(
+    mask: attention.Mask, attend: Callable[..., jax.Array], given: Sequence[jax.Array]
+) -> dict[str, Any]:
+    """How far attention is from XLA's in float32, forward and backward, or what it says."""
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.device_get(passes(ours(mask, "xla"), mask, jnp.float32)(*given))
     try:
-        answers = jax.device_get(run(*given))
+        answers = jax.device_get(passes(attend, mask, jnp.bfloat16)(*given))
     except Exception as error:  # whatever it is, it is the finding
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     return {
@@ -188,12 +194,16 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
         "budget": model.clone(layout="budget", budget=most),
         "rows": model.clone(layout="rows", rows=8, row_width=512),
     }
-    answers = {}
-    for name, form in forms.items():
+
+    def logits(form: Any) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            run = jax.jit(lambda v, x, c, form=form: form.apply(v, x, coarse=c))
-            answers[name] = np.asarray(run(variables, images, coarse).logits)
-        apart = np.abs(answers[name] - answers["slots"]).max() / np.abs(answers["slots"]).max()
+            run = jax.jit(lambda v, x, c: form.apply(v, x, coarse=c).logits)
+            return np.asarray(run(variables, images, coarse))
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = dict(zip(forms, pool.map(logits, forms.values()), strict=True))
+    for name, answer in answers.items():
+        apart = np.abs(answer - answers["slots"]).max() / np.abs(answers["slots"]).max()
         yield {"layout": name, "error": float(apart)}
 
 
@@ -239,8 +249,13 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
         ),
         (options(small, ("reduced",), *scale.tome, "attention_impl=xla"), {"reduced": "ToMe"}),
     ]
-    made = [side for each, names in wanted for side in named(each, batch, names)]
-    return peers.compare(gated, made, peer, ("timm", "timm_compiled"))
+
+    def cases() -> list[sides.Case]:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            made = pool.map(lambda each: named(each[0], batch, each[1]), wanted)
+            return [case for group in made for case in group]
+
+    return peers.compare(gated, batch, cases, peer, ("timm", "timm_compiled"))
 
 
 def compare_exits(scale: Scale, batch: int) -> Records:

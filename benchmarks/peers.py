@@ -14,13 +14,14 @@ timm have the layout "timm" or "timm_compiled", their `speedup` is over our dens
 `dense_speedup` is our dense model's over them.
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -113,32 +114,35 @@ def timm_sizes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def measure(options: Options, batch: int, peer: Peer | None, kinds: Sequence[str]) -> list[Any]:
     """Measures one batch size: our sides, then timm's."""
-    return compare(options, sides.forward_sides(options, sides.draw(options, batch)), peer, kinds)
+
+    def cases() -> list[sides.Case]:
+        return sides.forward_sides(options, sides.draw(options, batch))
+
+    return compare(options, batch, cases, peer, kinds)
 
 
 def compare(
-    options: Options, ours: Sequence[sides.Case], peer: Peer | None, kinds: Sequence[str]
+    options: Options,
+    batch: int,
+    make_cases: Callable[[], Sequence[sides.Case]],
+    peer: Peer | None,
+    kinds: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Measures sides of ours and timm's model in turns.
+    """Measures cases of ours and timm's model in turns.
 
     Args:
-      options: of the first side, a dense model, which all others are compared with.
-      ours: at one batch size.
-      peer: None: our sides alone.
+      options: Options of the first case, a dense model, which all others are compared with.
+      batch: Number of images.
+      make_cases: Compiles our cases at that batch size; timm's are made at the same time.
+      peer: timm's process; None measures our cases alone.
       kinds: "timm", "timm_compiled".
     """
-    batch, calls = ours[0].tokens.shape[1], len(ours[0].calls)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_make_peers, options, batch, peer, kinds)
+        ours = make_cases()
+    made, calls = asked.result(), len(ours[0].calls)
     timed = [[lambda side=side: _rested(lambda: sum(c() for c in side.calls))] for side in ours]
-    made: dict[str, dict[str, Any]] = {}
-    for kind in kinds if peer else ():
-        made[kind] = peer.ask(
-            do="make",
-            name=kind,
-            model=options.dense,
-            sizes=timm_sizes(options.overrides),
-            batch=batch,
-            compile=kind == "timm_compiled",
-        )
+    for kind in made:
         if "error" in made[kind]:
             print(f"{kind} is not measured: {made[kind]['error']}")
         else:
@@ -154,9 +158,27 @@ def compare(
     return records
 
 
+def _make_peers(
+    options: Options, batch: int, peer: Peer | None, kinds: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Makes timm's models; returns what the process says of each."""
+    return {
+        kind: peer.ask(
+            do="make",
+            name=kind,
+            model=options.dense,
+            sizes=timm_sizes(options.overrides),
+            batch=batch,
+            compile=kind == "timm_compiled",
+        )
+        for kind in (kinds if peer else ())
+    }
+
+
 def _rested(call: turns.Timed) -> float:
     """Waits until the threads of the side that was on have stopped looking for work, then calls."""
-    time.sleep(_REST)
+    if jax.default_backend() == "cpu":
+        time.sleep(_REST)
     return call()
 
 

@@ -1,5 +1,6 @@
 """Training steps as cases: the step that train.py runs, without its input pipeline."""
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +33,15 @@ def train_sides(options: Options, work: Work) -> list[Case]:
         axis_types=(AxisType.Auto,) * 2,
         devices=jax.devices()[:1],
     )
-    with jax.set_mesh(mesh):
-        return [_train_side(layout, options, work, mesh) for layout in (DENSE, *options.layouts)]
+
+    def side(layout: str) -> Case:
+        with jax.set_mesh(mesh):
+            return _train_side(layout, options, work, mesh)
+
+    # On CPU compilers side by side would only share the cores, and the memory.
+    compilers = 1 if jax.default_backend() == "cpu" else len(options.layouts) + 1
+    with concurrent.futures.ThreadPoolExecutor(compilers) as pool:
+        return list(pool.map(side, (DENSE, *options.layouts)))
 
 
 def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
