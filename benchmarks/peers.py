@@ -200,7 +200,7 @@ def _timm_record(
         "layout": kind,
         **turns.spread("images_per_second", dense["images_per_round"] / seconds),
         **speedup,
-        "realised": speedup["speedup"],
+        "realized": speedup["speedup"],
         **turns.spread("dense_speedup", seconds / ours),
         **made,
     }

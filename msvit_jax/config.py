@@ -135,6 +135,7 @@ def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config
         does), or a value has the wrong type.
     """
     config = _read(path)
+    _rename(config)
     _check_keys(config, base(), path)
     items = overrides.items() if isinstance(overrides, Mapping) else map(split_override, overrides)
     for key, value in items:
@@ -206,11 +207,12 @@ def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
             f"{key!r} is a section of the config; set one of its keys, e.g. {key}.<key>."
         )
     if leaf in section:
-        read = _coerce(key, value, section.get_type(leaf))
+        read = config_aliases.current_value(key, _coerce(key, value, section.get_type(leaf)))
         config_rules.check(key, read)
         section[leaf] = read
     elif parents == ["model"]:
-        section[leaf] = _literal(value)  # any attribute of the model; build_model knows them
+        # Any attribute of the model; build_model knows them.
+        section[leaf] = config_aliases.current_value(key, _literal(value))
     else:
         raise UserError(f"Unknown config key {key!r}.{nearest(key, known)}")
 
@@ -346,6 +348,28 @@ def _read(path: str) -> config_dict.ConfigDict:
     except (AttributeError, TypeError) as error:
         hint = config_aliases.hint(str(error))
         raise UserError(f"{path} is not a valid config: {error}{hint}") from error
+
+
+def _rename(config: config_dict.ConfigDict) -> None:
+    """Brings the keys and values that a file has set under earlier names to their current ones."""
+    for key, value in flatten(config).items():
+        name = config_aliases.current_key(key)
+        changed = config_aliases.current_value(name, value)
+        if (name, changed) != (key, value):
+            with config.unlocked():
+                section, leaf = _section(config, name)
+                section[leaf] = changed
+                if name != key:
+                    section, leaf = _section(config, key)
+                    del section[leaf]
+
+
+def _section(config: config_dict.ConfigDict, key: str) -> tuple[config_dict.ConfigDict, str]:
+    """Returns the section that a dotted key is in, and the key's name there."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    return config, leaf
 
 
 def _find(path: str) -> pathlib.Path:

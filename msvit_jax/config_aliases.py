@@ -1,4 +1,4 @@
-"""Earlier names of config keys: files, command lines and runs that use them keep working."""
+"""Earlier names of config keys and values, so that files, command lines and runs keep working."""
 
 import re
 from collections.abc import Mapping
@@ -18,21 +18,34 @@ RENAMED = {
     "fall.programs": "keep_rate.num_rates",
 }
 
+# Earlier values, by the current name of their key.
+RENAMED_VALUES = {
+    "loss.gate.start": {"centre": "center"},
+    "model.gate": {"centre": "center"},
+}
+
 
 def current_key(key: str) -> str:
     """Returns the current name of a dotted config key."""
     return RENAMED.get(key, key)
 
 
+def current_value(key: str, value: Any) -> Any:
+    """Returns the current form of a value, given the current name of its key."""
+    renamed = RENAMED_VALUES.get(key, {})
+    return renamed.get(value, value) if isinstance(value, str) else value
+
+
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the keys of a nested config, as JSON has it, to their current names."""
+    """Brings the keys and values of a nested config, as JSON has it, to their current names."""
     renamed: dict[str, Any] = {}
     for key, value in _leaves(config):
-        *parents, leaf = current_key(key).split(".")
+        key = current_key(key)
+        *parents, leaf = key.split(".")
         section = renamed
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[leaf] = value
+        section[leaf] = current_value(key, value)
     return renamed
 
 

@@ -237,7 +237,7 @@ RULES: dict[str, Rule] = {
     "loss.gate.prior": OneOf(("relaxed_bernoulli", "beta")),
     "loss.gate.temperature": _POSITIVE,
     "loss.gate.beta": Numbers(_POSITIVE),
-    "loss.gate.start": OneOf(("centre", "uniform")),
+    "loss.gate.start": OneOf(("center", "uniform")),
     "loss.distillation.teacher": Text(),
     "loss.distillation.model": Text(),
     "loss.distillation.weight": _SHARE,

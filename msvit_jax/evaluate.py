@@ -38,8 +38,9 @@ from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import GateOutput
 from msvit_jax.models.reduction import reductions_of
+from msvit_jax.pixels import normalize
 from msvit_jax.train import init_from
-from msvit_jax.train.step import max_tokens, normalise, smooth
+from msvit_jax.train.step import max_tokens, smooth
 
 with extras.needed("train"):
     from ml_collections import config_dict
@@ -84,7 +85,7 @@ class Evaluation:
     """Results of an evaluation.
 
     Attributes:
-      figures: Figures from `metrics.summarise`.
+      figures: Figures from `metrics.summarize`.
       coarse_rates: [R], share of images in which each region stayed coarse; None without a gate.
       samples: First images; None for a model that gives all images all tokens.
     """
@@ -135,7 +136,7 @@ class Evaluator:
         self, params: Any, batch: dict[str, Array], threshold: Array | None
     ) -> tuple[metrics.Sums, Any]:
         model = self._model
-        images = normalise(batch["image"], model.mean, model.std)
+        images = normalize(batch["image"], model.mean, model.std)
         extra = {} if threshold is None else {"threshold": threshold}
         output = model.apply({"params": params}, images, train=False, **extra)
         targets = smooth(batch["label"], model.num_classes, 0.0)
@@ -173,7 +174,7 @@ class Evaluator:
                     total = _plus(total, last)
                 last = sums
         total = _plus(total, last)
-        figures = metrics.summarise(total, self._macs, self._layer_tokens)
+        figures = metrics.summarize(total, self._macs, self._layer_tokens)
         if "exits_top1" in figures:
             figures["exits_gmacs"] = (self._model.exit_macs() / 1e9).tolist()
         return Evaluation(figures, metrics.coarse_rates(total), samples)
@@ -224,7 +225,7 @@ def evaluate(
     split: str | None = None,
     threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Evaluates parameters once and returns the figures (`metrics.summarise`).
+    """Evaluates parameters once and returns the figures (`metrics.summarize`).
 
     Args:
       model: Model from the registry.

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.scipy.special import betainc, logit
 from jax.scipy.stats import norm
 
-from msvit_jax.models.gate import centre_distance
+from msvit_jax.models.gate import center_distance
 from msvit_jax.models.output import GateOutput
 
 _EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's CDF
@@ -150,7 +150,7 @@ class GateLoss(nn.Module):
       clip: Distance from 0 and 1 within which probabilities get no gradient from the relaxed
         Bernoulli prior: 1e-3 as in the published batch shaping, 0 (our choice) for gradient
         everywhere.
-      start: Initialization of the means ("gbas"): "centre", falling with the distance from the
+      start: Initialization of the means ("gbas"): "center", falling with the distance from the
         image's center around `target`, or "uniform" at `target`.
       grid_size: (rows, columns) of regions, for "gbas".
     """
@@ -162,7 +162,7 @@ class GateLoss(nn.Module):
     temperature: float = 0.3
     beta: tuple[float, float] = (0.6, 0.4)
     clip: float = 0.0
-    start: str = "centre"
+    start: str = "center"
     grid_size: tuple[int, int] = (7, 7)
 
     @nn.compact
@@ -221,9 +221,9 @@ class GateLoss(nn.Module):
     def _first_means(self) -> np.ndarray:
         if self.start == "uniform":
             return np.full(self.grid_size[0] * self.grid_size[1], self.target, np.float32)
-        if self.start != "centre":
-            raise ValueError(f"start={self.start!r} is neither 'centre' nor 'uniform'.")
-        nearness = 1 - centre_distance(self.grid_size)
+        if self.start != "center":
+            raise ValueError(f"start={self.start!r} is neither 'center' nor 'uniform'.")
+        nearness = 1 - center_distance(self.grid_size)
         if not nearness.any():  # a grid of corners only, 2 x 2: all equally near
             nearness = np.ones_like(nearness)
         means = self.target * nearness / nearness.mean()

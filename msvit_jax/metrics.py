@@ -148,7 +148,7 @@ def to_host(sums: Sums) -> Sums:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
 
 
-def summarise(
+def summarize(
     sums: Sums, macs: np.ndarray | None = None, layer_tokens: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Computes figures for people and logs.

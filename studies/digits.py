@@ -12,7 +12,7 @@ On the small digits also, from dense and for as many epochs as MSViT:
 
 * dense, longer
 * lower resolution: the images at 48 px, 36 tokens, the nearest to MSViT's MACs
-* random, centre: a gate that learns nothing, its share of fine regions rounded up to at least the
+* random, center: a gate that learns nothing, its share of fine regions rounded up to at least the
   tokens of the seed's MSViT
 
 All are judged after their last step, not at their best. Results are written to
@@ -43,7 +43,7 @@ REGIONS, FINEST = 16, 64
 SMALL = {"data.name": "scattered_digits/small_digits"}
 SMALL_TARGET = 0.25  # share of fine regions; smaller digits lie in fewer of them
 ARMS = ("dense", "MSViT")
-SMALL_ARMS = ("dense", "dense, longer", "lower resolution", "random gate", "centre gate", "MSViT")
+SMALL_ARMS = ("dense", "dense, longer", "lower resolution", "random gate", "center gate", "MSViT")
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where the runs go.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Of TFDS.")
@@ -168,13 +168,13 @@ class Study:
                 "model.layout": "slots",
                 "model.fine_share": share_for(mixed["tokens_mean"]),
             }
-            random, centre = (
+            random, center = (
                 pool.submit(
                     self.arm, f"small/{gate}", "digits_msvit", **fixed, **{"model.gate": gate}
                 )
-                for gate in ("random", "centre")
+                for gate in ("random", "center")
             )
-            waited = (longer.result(), lower.result(), random.result(), centre.result())
+            waited = (longer.result(), lower.result(), random.result(), center.result())
         return dict(zip(SMALL_ARMS, (dense, *waited, mixed), strict=True))
 
 

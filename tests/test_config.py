@@ -187,6 +187,9 @@ def test_keys_of_before_are_read_everywhere(tmp_path):
     assert (read.capacity.max_overflow, read.keep_rate.num_rates) == (0.02, 5)
     assert read.optimizer.accum_steps == 4
     assert "trim" not in read
+    stored["model"]["gate"], stored["loss"]["gate"]["start"] = "centre", "centre"
+    read = configs.from_json(json.dumps(stored))
+    assert (read.model.gate, read.loss.gate.start) == ("center", "center")
     old = tmp_path / "old.py"
     old.write_text(
         "from msvit_jax.config import base\n"
@@ -197,6 +200,22 @@ def test_keys_of_before_are_read_everywhere(tmp_path):
     )
     with pytest.raises(UserError, match=r"config.trim is config.capacity now"):
         configs.load(str(old))
+
+
+def test_values_of_before_are_read_in_files_and_overrides(tmp_path):
+    old = tmp_path / "old.py"
+    old.write_text(
+        "from msvit_jax.config import base\n"
+        "def get_config():\n"
+        "    config = base()\n"
+        "    config.model = {'name': 'msvit_deit_tiny_patch16_224', 'gate': 'centre'}\n"
+        "    config.loss.gate.start = 'centre'\n"
+        "    return config\n"
+    )
+    config = configs.load(str(old))
+    assert (config.model.gate, config.loss.gate.start) == ("center", "center")
+    config = configs.load(str(old), ["model.gate=centre", "loss.gate.start=centre"])
+    assert (config.model.gate, config.loss.gate.start) == ("center", "center")
 
 
 def test_names_of_before_are_names_of_keys_that_are_there():

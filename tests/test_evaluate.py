@@ -14,8 +14,8 @@ from msvit_jax import checkpoint, data, evaluate, flops, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budgets
+from msvit_jax.pixels import normalize
 from msvit_jax.train import loop
-from msvit_jax.train.step import normalise
 from msvit_jax.tree import flat_names
 from tests import jitted, tiny_run
 
@@ -60,7 +60,7 @@ def _expected(run):
     """Figures of an evaluation without batches, padding or jit."""
     batches = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
     (batch,) = list(batches)
-    images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
+    images = normalize(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
     output = jitted.apply(run.model, run.variables, images, train=False)
     logits = np.asarray(output.logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -130,7 +130,7 @@ def test_samples_of_a_model_that_reduces_tokens_are_its_merge_maps():
     evaluator = evaluate.Evaluator(model, config.data, batch_size=16, mesh=mesh, samples=3)
     samples = evaluator(jax.device_put(params, sharding.replicated(mesh))).samples
     assert samples.coarse is None
-    images = normalise(jnp.asarray(samples.images), model.mean, model.std)
+    images = normalize(jnp.asarray(samples.images), model.mean, model.std)
     expected = jitted.apply(model, {"params": params}, images)
     assert samples.merged.shape == (3, 2, 4, 4)
     np.testing.assert_array_equal(samples.merged.reshape(3, 2, 16)[:, 1], expected.hosts[1])
@@ -201,7 +201,7 @@ def test_a_cascade_is_evaluated_exit_by_exit(cascade, capsys):
     figures = evaluate.evaluate_run(cascade, batch_size=8)
     run = checkpoint.load_run(cascade)
     (batch,) = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
-    images = normalise(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
+    images = normalize(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
     exits = jitted.apply(run.model, run.variables, images).exits
     right = exits.argmax(-1) == batch["label"][:, None]
     assert figures["exits_top1"] == pytest.approx(100 * np.asarray(right).mean(0))

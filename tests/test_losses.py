@@ -115,7 +115,7 @@ def test_generalized_is_shaping_plus_hyperprior():
     assert float(result.terms["hyperprior"]) == pytest.approx(hyper, rel=1e-4)
 
 
-def test_priors_start_finer_in_the_centre_with_the_target_as_their_mean():
+def test_priors_start_finer_in_the_center_with_the_target_as_their_mean():
     _, _, variables = loss_of(jnp.zeros((2, 25)), kind="gbas", grid_size=(5, 5), target=0.2)
     mean = np.asarray(jax.nn.sigmoid(variables["params"]["logit_mean"])).reshape(5, 5)
     assert mean[2, 2] == mean.max()
@@ -221,7 +221,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_label():
     [
         ({"kind": "gbsa"}, "none of none, rate"),
         ({"kind": "bas", "prior": "gamma"}, "neither 'relaxed_bernoulli'"),
-        ({"kind": "gbas", "start": "edge"}, "neither 'centre'"),
+        ({"kind": "gbas", "start": "edge"}, "neither 'center'"),
         ({"kind": "gbas", "grid_size": (4, 4)}, "do not fit"),
         ({"target": 0.0}, "between 0 and 1"),
     ],

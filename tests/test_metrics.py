@@ -35,7 +35,7 @@ def _sums(output, labels, loss, mask, valid=None):
 
 def test_figures_equal_those_counted_by_hand():
     output, labels, loss, mask = _batch(50)
-    figures = metrics.summarise(_sums(output, labels, loss, mask), np.arange(GRID + 1) * 1e9)
+    figures = metrics.summarize(_sums(output, labels, loss, mask), np.arange(GRID + 1) * 1e9)
     logits, tokens = np.asarray(output.logits), np.asarray(output.tokens)
     coarse = np.asarray(output.gate.coarse)
     order = np.argsort(-logits, axis=1)
@@ -55,7 +55,7 @@ def test_figures_equal_those_counted_by_hand():
 
 def test_content_figures_equal_those_counted_by_hand():
     output, labels, loss, mask = _batch(40)
-    figures = metrics.summarise(_sums(output, labels, loss, mask))
+    figures = metrics.summarize(_sums(output, labels, loss, mask))
     fine = np.asarray(output.gate.coarse) < 0.5
     content = np.zeros((40, 4), bool)
     for image, row, column in np.ndindex(40, 2, 2):
@@ -103,6 +103,6 @@ def test_a_fixed_pattern_has_no_variance_and_full_agreement():
     output, labels, loss, mask = _batch(12)
     pattern = jnp.tile(jnp.asarray([[1.0, 0.0, 1.0, 1.0]], jnp.float32), (12, 1))
     gate = output.gate.replace(coarse=pattern)
-    figures = metrics.summarise(_sums(output.replace(gate=gate), labels, loss, mask))
+    figures = metrics.summarize(_sums(output.replace(gate=gate), labels, loss, mask))
     assert figures["decision_variance"] == 0
     assert figures["agreement"] == 1

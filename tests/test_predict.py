@@ -16,8 +16,8 @@ from msvit_jax import checkpoint, export, flops, predict
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictor
+from msvit_jax.pixels import normalize
 from msvit_jax.train import loop
-from msvit_jax.train.step import normalise
 from tests import jitted, tiny_run
 
 
@@ -43,7 +43,7 @@ def photos(tmp_path_factory):
 def _expected(workdir, files, threshold):
     run = checkpoint.load_run(workdir)
     images = np.stack([decode.read_file(file, tiny_run.SIDE, 1.0) for file in files])
-    images = normalise(images, run.model.mean, run.model.std)
+    images = normalize(images, run.model.mean, run.model.std)
     return jitted.apply(run.model, run.variables, images, train=False, threshold=threshold)
 
 

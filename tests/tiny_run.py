@@ -20,7 +20,7 @@ CLASSES = ("blue", "green", "red")
 
 @functools.cache
 def data_dir() -> str:
-    """Makes a TFDS data set of 16 px images whose class is the colour of a noisy square."""
+    """Makes a TFDS data set of 16 px images whose class is the color of a noisy square."""
     root = pathlib.Path(tempfile.mkdtemp(prefix="msvit_jax_tiny_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     rng = np.random.default_rng(0)

@@ -106,7 +106,7 @@ def damaged(whole: bytes, rng: np.random.Generator) -> bytes:
 def read_image(data: bytes) -> str:
     """'answered', or the line that a user gets."""
     try:
-        pixels = image_files.centre_crop(data, 16, 1.0)
+        pixels = image_files.center_crop(data, 16, 1.0)
     except image_files.ImageError as error:
         return str(error)
     assert pixels.shape == (16, 16, 3)

@@ -42,7 +42,7 @@ def random_value(rng, name, shape):
     return 0.3 * noise
 
 
-def randomise(module, rng):
+def randomize(module, rng):
     """Gives every parameter of a PyTorch module another value."""
     import torch
 
@@ -90,7 +90,7 @@ def timm_cases(images, rng):
         ),
     ):
         module = make(**sizes, **theirs)
-        randomise(module, rng)
+        randomize(module, rng)
         save_file(module.state_dict(), GOLDEN / f"{name}.safetensors")
         yield name, ours, answer(module, images)
 
@@ -138,7 +138,7 @@ def transformers_cases(images, rng):
         ),
     ):
         module = make(config(**sizes, **theirs))
-        randomise(module, rng)
+        randomize(module, rng)
         if "dinov2" in name and hasattr(module, "classifier"):
             with torch.no_grad():  # what looks at the patches: our head does not
                 module.classifier.weight[:, WIDTH:] = 0

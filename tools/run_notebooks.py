@@ -3,7 +3,7 @@
     python tools/run_notebooks.py notebooks/*.ipynb         # for real; outputs are kept
     python tools/run_notebooks.py --fast notebooks/*.ipynb  # few examples, elsewhere; files stay
 
-In the fast mode programs are compiled without optimisations and once for all notebooks, which
+In the fast mode programs are compiled without optimizations and once for all notebooks, which
 share a temporary folder. For real they keep everything in `runs` beside them, the data set, too,
 so that no path of this machine gets into their outputs. The first error ends it, with the cell that
 failed.

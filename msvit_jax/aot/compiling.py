@@ -15,10 +15,10 @@ from msvit_jax import sharding
 from msvit_jax.aot import hlo
 from msvit_jax.aot.topology import GIB, Topology
 from msvit_jax.aot.variants import Variant, with_frozen_gate
+from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.loop import teacher_of
 from msvit_jax.train.program import Program
-from msvit_jax.train.step import normalise
 
 TRAIN, PREDICT = WHAT = ("train", "predict")
 # The schedule's length is a constant in the step and affects nothing else.
@@ -111,7 +111,7 @@ def _forward(program: Program) -> jax.stages.Wrapped:
     model = program.model
 
     def forward(params: Any, images: Array) -> Any:
-        pixels = normalise(images, model.mean, model.std)
+        pixels = normalize(images, model.mean, model.std)
         output = model.apply({"params": params}, pixels, train=False)
         return output.logits, output.tokens, output.fits
 

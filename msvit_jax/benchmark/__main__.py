@@ -19,7 +19,7 @@ forward, backward, optimizer and the gate's loss. In budget and rows the gate is
 
 Prints a table, then one JSON object as the last line: machine, versions, commit, and under
 "records" one record for each batch and layout. `speedup` is the median ratio of paired times, dense
-/ dynamic; `mac_ratio` is the ratio of analytic multiply-accumulates; `realised` = speedup /
+/ dynamic; `mac_ratio` is the ratio of analytic multiply-accumulates; `realized` = speedup /
 mac_ratio.
 """
 

@@ -5,7 +5,7 @@
 
 Three Predictors run interleaved on the same random images, with random weights: the cascade with
 thresholds at which given shares of the images leave at each exit, the same cascade run to its last
-exit, and the dense backbone. Prints a table, then one JSON object as the last line; `realised` is
+exit, and the dense backbone. Prints a table, then one JSON object as the last line; `realized` is
 the speed-up divided by the ratio of multiply-accumulates.
 """
 
@@ -37,7 +37,7 @@ COLUMNS = (
     "against",
     "speedup",
     "mac_ratio",
-    "realised",
+    "realized",
 )
 
 
@@ -108,7 +108,7 @@ def measure(
 def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[str, Any]:
     speedup = spread("speedup", seconds[:, other] / seconds[:, 0])
     ratio = macs[other] / macs[0]
-    return {**speedup, "mac_ratio": ratio, "realised": speedup["speedup"] / ratio}
+    return {**speedup, "mac_ratio": ratio, "realized": speedup["speedup"] / ratio}
 
 
 def _shape(model: Any) -> tuple[int, int, int]:

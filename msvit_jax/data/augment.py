@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's mean; fills areas uncovered by rotation and shear
-COLOUR_STD = (58.4, 57.1, 57.4)
+MEAN_COLOR = (124, 116, 104)  # ImageNet's mean; fills areas uncovered by rotation and shear
+COLOR_STD = (58.4, 57.1, 57.4)
 MAX_MAGNITUDE = 10.0
 
 
@@ -71,7 +71,7 @@ def random_erasing(
         h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < h < height and 0 < w < width:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            noise = rng.normal(MEAN_COLOUR, COLOUR_STD, size=(h, w, 3))
+            noise = rng.normal(MEAN_COLOR, COLOR_STD, size=(h, w, 3))
             erased = pixels.copy()
             erased[top : top + h, left : left + w] = noise.clip(0, 255)
             return erased
@@ -110,13 +110,13 @@ def _affine(image: Image.Image, coefficients: tuple[float, ...]) -> Image.Image:
         Image.Transform.AFFINE,
         coefficients,
         Image.Resampling.BILINEAR,
-        fillcolor=MEAN_COLOUR,
+        fillcolor=MEAN_COLOR,
     )
 
 
 def _rotate(image: Image.Image, strength: float, sign: int) -> Image.Image:
     angle = 30.0 * strength * sign
-    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=MEAN_COLOUR)
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=MEAN_COLOR)
 
 
 def _solarize_add(image: Image.Image, strength: float, sign: int) -> Image.Image:

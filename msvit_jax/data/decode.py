@@ -64,10 +64,10 @@ def random_box(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    return _largest_centre_box(width, height, ratio)
+    return _largest_center_box(width, height, ratio)
 
 
-def _largest_centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+def _largest_center_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     w, h = min(width, height * ratio[1]), min(height, width / ratio[0])
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
@@ -88,7 +88,7 @@ def decode_mask(
         raise ImageError(f"a segmentation mask needs one channel of class numbers, not {mask.mode}")
     if opened.turn is not None:
         mask = mask.transpose(opened.turn)
-    box = image_files.centre_box(*mask.size, fraction)
+    box = image_files.center_box(*mask.size, fraction)
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=box), np.uint8)
 
 
@@ -108,7 +108,7 @@ def read_file(
     Args:
         path: Path of the file.
         size: Side S of the result.
-        fraction: Share of the short side that is kept, see `image_files.centre_box`.
+        fraction: Share of the short side that is kept, see `image_files.center_box`.
         exif_orientation: Whether the image is rotated upright by its EXIF data.
 
     Raises:

@@ -268,7 +268,7 @@ def _from_least_to_greatest(values: np.ndarray) -> np.ndarray:
     return np.rint((values - least) * (255 / max(greatest - least, 1e-300))).astype(np.uint8)
 
 
-def centre_box(width: int, height: int, fraction: float) -> Box:
+def center_box(width: int, height: int, fraction: float) -> Box:
     """Returns the central square whose side is `fraction` of the shorter side.
 
     Cropping and resizing it once is equivalent to resizing the short side to size / fraction and
@@ -279,7 +279,7 @@ def centre_box(width: int, height: int, fraction: float) -> Box:
     return left, top, left + side, top + side
 
 
-def centre_crop(
+def center_crop(
     encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
     """Crops an image's central square and resizes it to uint8 [S, S, 3].
@@ -287,25 +287,25 @@ def centre_crop(
     Args:
         encoded: Contents of a file, or uint8 [H, W, C] pixels.
         size: Side S of the result.
-        fraction: Share of the short side that is kept, see `centre_box`.
+        fraction: Share of the short side that is kept, see `center_box`.
         exif_orientation: Whether to rotate the image upright by its EXIF data, as viewers do.
 
     Raises:
         ImageError: The file is not an image, or is damaged.
     """
     opened = open_image(encoded, exif_orientation)
-    return resized_crop(opened, centre_box(*opened.size, fraction), size)
+    return resized_crop(opened, center_box(*opened.size, fraction), size)
 
 
 def read_image(
     path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Reads a file and crops it as `centre_crop` does, to uint8 [S, S, 3].
+    """Reads a file and crops it as `center_crop` does, to uint8 [S, S, 3].
 
     Raises:
         ImageError: The file cannot be read, is not an image, or is damaged.
     """
-    return centre_crop(read_bytes(path), size, fraction, exif_orientation)
+    return center_crop(read_bytes(path), size, fraction, exif_orientation)
 
 
 @guarded()

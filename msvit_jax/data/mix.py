@@ -69,7 +69,7 @@ def mix(
 class _Draw:
     lam: jax.Array
     use_cutmix: jax.Array
-    centre: jax.Array
+    center: jax.Array
 
 
 def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob: float) -> _Draw:
@@ -91,14 +91,14 @@ def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob:
 def _box(draw: _Draw, height: int, width: int) -> jax.Array:
     """Returns bool [H, W]: cutmix's rectangle of area 1 - lam, clipped at the border."""
     size = jnp.sqrt(1.0 - draw.lam) * draw.use_cutmix.astype(jnp.float32)
-    rows = _span(draw.centre[0], size, height)
-    columns = _span(draw.centre[1], size, width)
+    rows = _span(draw.center[0], size, height)
+    columns = _span(draw.center[1], size, width)
     return rows[:, None] & columns[None, :]
 
 
-def _span(centre: jax.Array, size: jax.Array, length: int) -> jax.Array:
+def _span(center: jax.Array, size: jax.Array, length: int) -> jax.Array:
     """Returns bool [length]: the pixels of an interval of `size * length` around a center."""
-    middle = jnp.floor(centre * length).astype(jnp.int32)
+    middle = jnp.floor(center * length).astype(jnp.int32)
     cut = jnp.floor(size * length).astype(jnp.int32)
     position = lax.iota(jnp.int32, length)
     start = middle - cut // 2

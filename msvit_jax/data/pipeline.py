@@ -212,7 +212,7 @@ class TrainTransform(grain.transforms.RandomMap):
 
     def _crop(self, element: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
         if self.crop_scale is None:
-            return centre_crop(element, self.size, 1.0, self.exif_orientation)
+            return center_crop(element, self.size, 1.0, self.exif_orientation)
         try:
             opened = image_files.open_image(element["image"], self.exif_orientation)
             box = decode.random_box(*opened.size, self.crop_scale, self.crop_ratio, rng)
@@ -230,7 +230,7 @@ def _checked_resize(name: str) -> str:
     return name
 
 
-def centre_crop(
+def center_crop(
     element: dict[str, Any], size: int, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
     """Crops the central square of an example's image and resizes it to uint8 [S, S, 3]."""
@@ -238,7 +238,7 @@ def centre_crop(
     if isinstance(pixels, np.ndarray) and pixels.shape == (size, size, 3) and fraction == 1.0:
         return pixels
     try:
-        return image_files.centre_crop(pixels, size, fraction, exif_orientation)
+        return image_files.center_crop(pixels, size, fraction, exif_orientation)
     except ImageError as error:
         raise decode.unreadable(element, error) from error
 
@@ -280,7 +280,7 @@ def _eval_example(
     valid = index < len(examples)
     example = examples[index if valid else 0]
     made = {
-        "image": centre_crop(example, size, crop, exif_orientation),
+        "image": center_crop(example, size, crop, exif_orientation),
         "label": np.asarray(example["label"], np.int32),
         "valid": np.asarray(valid),
     }
@@ -333,7 +333,7 @@ def _decode_example(
     example: dict[str, Any], size: int | None, exif_orientation: bool
 ) -> dict[str, Any]:
     if size is not None:
-        return example | {"image": centre_crop(example, size, 1.0, exif_orientation)}
+        return example | {"image": center_crop(example, size, 1.0, exif_orientation)}
     try:
         return example | {"image": image_files.decode(example["image"], exif_orientation)}
     except ImageError as error:

@@ -58,7 +58,7 @@ class ScatteredDigits(tfds.core.GeneratorBasedBuilder):
         ScatteredDigitsConfig(name="default", description="Bright digits on dimmed backgrounds."),
         ScatteredDigitsConfig(
             name="hard",
-            description="Larger canvases, any colours, undimmed photographs, clutter.",
+            description="Larger canvases, any colors, undimmed photographs, clutter.",
             canvas=96,
             digit_size=(14.0, 30.0),
             rotation=15.0,
@@ -177,8 +177,8 @@ def draw_canvas(
     if config.clutter:
         background = _add_clutter(background, int(rng.integers(config.clutter + 1)), rng)
     alpha = _place(digit / 16.0, config, rng)
-    colour = _digit_colour(background, alpha, config, rng)
-    image = background + alpha[..., None] * (colour - background)
+    color = _digit_color(background, alpha, config, rng)
+    image = background + alpha[..., None] * (color - background)
     return Canvas(np.rint(image).astype(np.uint8), (alpha >= 0.5).astype(np.uint8))
 
 
@@ -193,14 +193,14 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
     angle = np.deg2rad(rng.uniform(-config.rotation, config.rotation))
     shear = rng.uniform(-config.shear, config.shear)
     reach = size / 2 + MARGIN
-    centre = rng.uniform(reach, config.canvas - reach, size=2)
+    center = rng.uniform(reach, config.canvas - reach, size=2)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     to_canvas = rotation @ np.array([[1.0, shear], [0.0, 1.0]])
     to_canvas = to_canvas @ np.diag([size * aspect, size / aspect]) / 8
     to_scan = np.linalg.inv(to_canvas)
 
     padded = np.pad(ink, 2).astype(np.float32)  # soft edges for strokes at the scan's border
-    offset = 6.0 - to_scan @ centre
+    offset = 6.0 - to_scan @ center
     scan = Image.fromarray(padded).transform(
         (config.canvas, config.canvas),
         Image.Transform.AFFINE,
@@ -211,7 +211,7 @@ def _place(ink: np.ndarray, config: ScatteredDigitsConfig, rng: np.random.Genera
     return np.clip((np.asarray(scan, np.float64) - threshold) / softness + 0.5, 0.0, 1.0)
 
 
-def _digit_colour(
+def _digit_color(
     background: np.ndarray,
     alpha: np.ndarray,
     config: ScatteredDigitsConfig,
@@ -272,14 +272,14 @@ def _add_clutter(background: np.ndarray, strokes: int, rng: np.random.Generator)
     for _ in range(strokes):
         x, y = rng.uniform(0, image.width, size=2)
         dx, dy = rng.uniform(3, 12, size=2)
-        colour = tuple(int(value) for value in rng.integers(0, 256, size=3))
+        color = tuple(int(value) for value in rng.integers(0, 256, size=3))
         width = int(rng.integers(1, 4))
         if rng.random() < 0.5:
-            draw.line((x, y, x + dx, y + rng.choice([-1, 1]) * dy), fill=colour, width=width)
+            draw.line((x, y, x + dx, y + rng.choice([-1, 1]) * dy), fill=color, width=width)
         else:
             start = rng.uniform(0, 360)
             box = (x - dx, y - dy, x + dx, y + dy)
-            draw.arc(box, start, start + rng.uniform(60, 240), fill=colour, width=width)
+            draw.arc(box, start, start + rng.uniform(60, 240), fill=color, width=width)
     return np.asarray(image, np.float64)
 
 

@@ -177,7 +177,7 @@ def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
     channels = features["image"].shape[-1]
     if channels not in (None, 1, 3, 4):
         raise UserError(
-            f"Images of data set {name!r} have {channels} channels; grey, RGB and RGBA images "
+            f"Images of data set {name!r} have {channels} channels; gray, RGB and RGBA images "
             "can be read (1, 3 or 4 channels). Store it with three channels."
         )
 

@@ -32,7 +32,7 @@ from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import StageCarry
 from msvit_jax.models.layout import with_dense_layout
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from msvit_jax.weights import ours
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -288,7 +288,7 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
             # One group per image: the layout of larger groups would depend on the batch size.
             own = model.clone(row_groups=images.shape[0])
         given = {"threshold": threshold[0]} if threshold else {}
-        images = normalise(images, model.mean, model.std)
+        images = normalize(images, model.mean, model.std)
         output = own.apply(_variables(params), images, train=False, **given)
         answers = {"logits": output.logits}
         if output.gate is not None:
@@ -322,7 +322,7 @@ def _stages(model: Any, source: Source, images: Any) -> list[Function]:
 
 def _stage(model: Any, stage: int) -> Callable[..., dict[str, Any]]:
     def run_stage(params: Any, images: Array, handed: Any = None) -> dict[str, Any]:
-        images = normalise(images, model.mean, model.std)
+        images = normalize(images, model.mean, model.std)
         before = None if stage == 0 else StageCarry(**handed)
         done = model.apply(_variables(params), images, before, stage=stage, method="run_stage")
         if done.handed is None:

@@ -20,7 +20,7 @@ from ml_collections import config_dict
 from msvit_jax import checkpoint, data, extras, labels, paths, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import thresholds as exits
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 
 CSV_FILE, PLOT_FILE, FITTED_FILE = "budget_curve.csv", "budget_curve.png", "thresholds.json"
 COLUMNS = ("kind", "budget", "gmacs_mean", "top1", "shares", "thresholds")
@@ -65,7 +65,7 @@ def collect(
     """
 
     def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        images = normalise(batch["image"], model.mean, model.std)
+        images = normalize(batch["image"], model.mean, model.std)
         output = model.apply({"params": params}, images, train=False)
         return output.exits, batch["label"], batch["valid"]
 

@@ -208,7 +208,7 @@ def _check_shapes(shapes: Sequence[tuple[int, ...]], size: int) -> None:
             )
         if len(shape) != 3 or shape[-1] != 3:
             raise UserError(
-                f"An image must be [H, W, 3], not {shape}; convert grey and RGBA images to RGB, "
+                f"An image must be [H, W, 3], not {shape}; convert gray and RGBA images to RGB, "
                 "for instance with PIL's image.convert('RGB')."
             )
     found = sorted({shape[:2] for shape in shapes})

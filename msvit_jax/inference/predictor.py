@@ -28,7 +28,7 @@ from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
 
-_PREPARATION = ("normalise", "gate")  # programs in addition to those of the shapes
+_PREPARATION = ("normalize", "gate")  # programs in addition to those of the shapes
 
 
 @dataclasses.dataclass(frozen=True)

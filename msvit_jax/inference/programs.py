@@ -18,7 +18,7 @@ from msvit_jax.inference.schedule import Shape
 from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import Exit
 from msvit_jax.models.output import Features
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 
 
 @struct.dataclass
@@ -101,8 +101,8 @@ class Programs:
         if placed.dtype != np.uint8:
             return placed
         model = self._model
-        program = lambda images: normalise(images, model.mean, model.std)  # noqa: E731
-        return self._start("normalise", program, placed)
+        program = lambda images: normalize(images, model.mean, model.std)  # noqa: E731
+        return self._start("normalize", program, placed)
 
     def _batch_of(
         self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]

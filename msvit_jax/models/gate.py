@@ -18,7 +18,7 @@ from msvit_jax import flops
 from msvit_jax.models.block import gelu, init_weights
 from msvit_jax.tokens import grid
 
-GATES = ("mlp", "random", "centre", "entropy", "fine", "coarse")
+GATES = ("mlp", "random", "center", "entropy", "fine", "coarse")
 _CERTAIN = 20.0  # a logit whose probability is as good as 1 or 0 in float32
 _ENTROPY_BINS = 32
 
@@ -65,7 +65,7 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
     """Computes logits of the gates that learn nothing, to compare a learned one with.
 
     * "random": a uniform probability for each region, a function of the image's content alone.
-    * "centre": the region's distance from the image's center, 0 there and 1 in the corners.
+    * "center": the region's distance from the image's center, 0 there and 1 in the corners.
     * "entropy": 1 - H / log2(32), H the entropy of the region's gray levels in 32 bins (APT's
       criterion, on 32 instead of 512 bins).
     * "fine", "coarse": the same decision for every region.
@@ -81,8 +81,8 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
     if kind in ("fine", "coarse"):
         sign = 1.0 if kind == "coarse" else -1.0
         return jnp.full((batch, rows * columns), sign * _CERTAIN, jnp.float32)
-    if kind == "centre":
-        probability = jnp.asarray(centre_distance((rows, columns)), jnp.float32)
+    if kind == "center":
+        probability = jnp.asarray(center_distance((rows, columns)), jnp.float32)
         probability = jnp.broadcast_to(probability[None], (batch, rows * columns))
     elif kind == "random":
         probability = _random_probability(pixels)
@@ -94,7 +94,7 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
     return jax.scipy.special.logit(jnp.clip(probability, edge, 1 - edge))
 
 
-def centre_distance(size: tuple[int, int]) -> np.ndarray:
+def center_distance(size: tuple[int, int]) -> np.ndarray:
     """Distance of each region from the image's center, 1 in the corners: [rows * columns]."""
     rows, columns = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in size)
     distance = np.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2).reshape(-1)
@@ -113,9 +113,9 @@ def _random_probability(pixels: Array) -> Array:
 def _entropy(pixels: Array) -> Array:
     """Entropy in bits of the gray levels of each region: [B, h, w, S, S, 3] -> [B, h * w]."""
     luminance = jnp.asarray([0.299, 0.587, 0.114], jnp.float32)
-    grey = jnp.einsum("...c,c->...", pixels.astype(jnp.float32), luminance)
-    grey = grey.reshape(*grey.shape[:3], -1)
-    level = jnp.clip(jnp.floor(grey * _ENTROPY_BINS), 0, _ENTROPY_BINS - 1).astype(jnp.int32)
+    gray = jnp.einsum("...c,c->...", pixels.astype(jnp.float32), luminance)
+    gray = gray.reshape(*gray.shape[:3], -1)
+    level = jnp.clip(jnp.floor(gray * _ENTROPY_BINS), 0, _ENTROPY_BINS - 1).astype(jnp.int32)
     share = jnp.stack([(level == k).mean(axis=-1) for k in range(_ENTROPY_BINS)], axis=-1)
     entropy = -(share * jnp.log2(jnp.maximum(share, 1e-12))).sum(axis=-1)
     return entropy.reshape(entropy.shape[0], -1)

@@ -528,7 +528,7 @@ def check_images(images: Array, multiple: int) -> None:
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             f"Images must be [batch, height, width, 3], got shape {tuple(images.shape)}; "
-            "convert grey or RGBA images to RGB and add a batch axis to a single one."
+            "convert gray or RGBA images to RGB and add a batch axis to a single one."
         )
     height, width = images.shape[1:3]
     if height % multiple or width % multiple:

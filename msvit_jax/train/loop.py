@@ -81,7 +81,7 @@ def train(config: config_dict.ConfigDict, workdir: str | pathlib.Path) -> dict[s
       workdir: Directory for checkpoints and logs; a run of the same config in it is resumed.
 
     Returns:
-      Figures of the last evaluation (`metrics.summarise`).
+      Figures of the last evaluation (`metrics.summarize`).
 
     Raises:
       UserError: The config cannot be run, or the workdir belongs to another.
@@ -392,7 +392,7 @@ class Reporter:
     def _report(self, step: int) -> None:
         assert self._sums is not None
         run, now = self._run, self._read_at
-        figures = metrics.summarise(self._sums, self._macs)
+        figures = metrics.summarize(self._sums, self._macs)
         means = {
             name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
         }

@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array
 from ml_collections import config_dict
 
-from msvit_jax import losses, metrics
+from msvit_jax import losses, metrics, pixels
 from msvit_jax.data import mix
 from msvit_jax.models.output import Output
 from msvit_jax.train import gate_target
@@ -46,14 +46,6 @@ class Teacher:
 
     model: nn.Module = struct.field(pytree_node=False)
     variables: Any
-
-
-def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Normalizes uint8 images [B, H, W, 3], scaled to 0 to 1, with mean and std: float32."""
-    shape = (1, 1, 1, 3)
-    centre = jnp.asarray(mean, jnp.float32).reshape(shape)
-    scale = jnp.asarray(std, jnp.float32).reshape(shape)
-    return (images.astype(jnp.float32) / 255 - centre) / scale
 
 
 def max_tokens(model: nn.Module) -> int:
@@ -155,7 +147,7 @@ def _make_objective(
         params: Any, batch: Batch, key: Array, teacher: Teacher | None
     ) -> tuple[Array, StepMetrics]:
         mix_key, gate_key, dropout_key = jax.random.split(key, 3)
-        images = normalise(batch["image"], model.mean, model.std)
+        images = pixels.normalize(batch["image"], model.mean, model.std)
         targets = smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
         images, targets = _mixed(mix_key, images, targets, config.data)
         rngs = {"gate": gate_key, "dropout": dropout_key}
@@ -174,7 +166,7 @@ def _make_objective(
                 temperature=exits.temperature,
             ).mean()
         if teacher is not None:
-            shown = _renormalise(images, model, teacher.model)
+            shown = pixels.renormalize(images, model, teacher.model)
             total = _with_teacher(total, output, shown, teacher, config.loss.distillation)
         elif output.distilled_logits is not None:
             # Without a teacher both heads learn the labels, as in DeiT's fine-tuning.
@@ -199,18 +191,6 @@ def _mean(values: Array, fits: Array | None) -> Array:
     if fits is None:
         return values.mean()
     return jnp.where(fits, values, 0.0).sum() / jnp.maximum(fits.sum(), 1).astype(values.dtype)
-
-
-def _renormalise(images: Array, ours: nn.Module, theirs: nn.Module) -> Array:
-    """Converts images to another model's normalization."""
-    if (ours.mean, ours.std) == (theirs.mean, theirs.std):
-        return images
-    shape = (1, 1, 1, 3)
-    mean, std, new_mean, new_std = (
-        jnp.asarray(x, jnp.float32).reshape(shape)
-        for x in (ours.mean, ours.std, theirs.mean, theirs.std)
-    )
-    return (images * std + mean - new_mean) / new_std
 
 
 def smooth(labels: Array, classes: int, amount: float) -> Array:

@@ -112,7 +112,7 @@ def from_dataset(config: ConfigDict, count: int) -> list[Example]:
     found = ((index, split[index]) for index in indices)
     return [
         Example(
-            pipeline.centre_crop(
+            pipeline.center_crop(
                 example, config.image_size, config.eval_crop, config.exif_orientation
             ),
             f"{config.eval_split} {index}",

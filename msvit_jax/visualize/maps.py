@@ -96,8 +96,8 @@ def gate_heat_map(
     p_fine = 1 - _per_region(p_coarse, grid, "p_coarse").astype(np.float64)
     if not ((p_fine >= 0) & (p_fine <= 1)).all():
         raise ValueError("`p_coarse` must hold probabilities from 0 to 1; apply the sigmoid first.")
-    grey = np.asarray(Image.fromarray(image).convert("L"))
-    return enlarge(heat(_spread(p_fine, height, width), grey, opacity), scale)
+    gray = np.asarray(Image.fromarray(image).convert("L"))
+    return enlarge(heat(_spread(p_fine, height, width), gray, opacity), scale)
 
 
 def merge_map(
@@ -224,11 +224,11 @@ def _outline_tokens(picture: Picture, is_coarse: np.ndarray) -> Picture:
     height, width = picture.shape[0] // rows, picture.shape[1] // columns
     for row, column in np.ndindex(rows, columns):
         parts = 1 if is_coarse[row, column] else 2
-        colour = _COARSE_LINE if is_coarse[row, column] else _FINE_LINE
+        color = _COARSE_LINE if is_coarse[row, column] else _FINE_LINE
         for y, x in np.ndindex(parts, parts):
             top, left = row * height + y * (height // parts), column * width + x * (width // parts)
             corner = (left + width // parts - 1, top + height // parts - 1)
-            draw.rectangle(((left, top), corner), outline=colour)
+            draw.rectangle(((left, top), corner), outline=color)
     return np.asarray(canvas)
 
 

@@ -78,10 +78,10 @@ def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
     return path
 
 
-def heat(share: np.ndarray, grey: np.ndarray, opacity: float = HEAT_OPACITY) -> Picture:
+def heat(share: np.ndarray, gray: np.ndarray, opacity: float = HEAT_OPACITY) -> Picture:
     """Blends shares [h, w], dark for 0 to yellow for 1, with gray values [h, w] of 0 to 255."""
-    colours = 255 * _HEAT(share)[..., :3]
-    return np.rint(opacity * colours + (1 - opacity) * grey[..., None]).astype(np.uint8)
+    colors = 255 * _HEAT(share)[..., :3]
+    return np.rint(opacity * colors + (1 - opacity) * gray[..., None]).astype(np.uint8)
 
 
 def _draw_strip(strip: Strip) -> Picture:
@@ -89,8 +89,8 @@ def _draw_strip(strip: Strip) -> Picture:
     gap = _white(strip.pictures[0].shape[0], _MARGIN)
     parts = [part for picture in strip.pictures for part in (gap, picture)]
     row = np.hstack([*parts, gap])
-    colour = _WRONG_INK if strip.wrong else _INK
-    caption = _draw_text(strip.caption, row.shape[1], colour)
+    color = _WRONG_INK if strip.wrong else _INK
+    caption = _draw_text(strip.caption, row.shape[1], color)
     return np.vstack([row, caption])
 
 
@@ -98,16 +98,16 @@ def _draw_headings(headings: Sequence[Column], widths: Sequence[int]) -> Picture
     """The line of headings above the pictures; a strip is one margin wider than its columns."""
     cells = []
     for heading, width in zip(headings, widths, strict=True):
-        bar = _colour_bar(heading.heat, width // 3) if heading.heat else _white(_LINE, 0)
+        bar = _color_bar(heading.heat, width // 3) if heading.heat else _white(_LINE, 0)
         title = _draw_text(heading.title, _MARGIN + width - bar.shape[1])
         cells.append(np.hstack([title, bar]))
     return np.hstack([*cells, _white(_LINE, _MARGIN)])
 
 
-def _colour_bar(ends: tuple[str, str], width: int) -> Picture:
+def _color_bar(ends: tuple[str, str], width: int) -> Picture:
     """The heat map's colors over medium gray, between the labels of their ends."""
-    grey = np.full((_LINE, width), 128)
-    bar = heat(np.tile(np.linspace(0, 1, width), (_LINE, 1)), grey)
+    gray = np.full((_LINE, width), 128)
+    bar = heat(np.tile(np.linspace(0, 1, width), (_LINE, 1)), gray)
     bar[: _LINE // 3] = bar[-(_LINE // 3) :] = 255
     low, high = (_draw_text(end, math.ceil(_font().getlength(end)) + 2 * _MARGIN) for end in ends)
     return np.hstack([low, bar, high])
@@ -117,7 +117,7 @@ def _white(height: int, width: int) -> Picture:
     return np.full((height, width, 3), 255, np.uint8)
 
 
-def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Picture:
+def _draw_text(text: str, width: int, color: tuple[int, int, int] = _INK) -> Picture:
     """One line of text on white, shortened with an ellipsis if it does not fit."""
     font = _font()
     room = width - 2 * _MARGIN
@@ -126,7 +126,7 @@ def _draw_text(text: str, width: int, colour: tuple[int, int, int] = _INK) -> Pi
             text = text[:-1]
         text += "…"
     canvas = Image.new("RGB", (width, _LINE), "white")
-    ImageDraw.Draw(canvas).text((_MARGIN, _LINE // 2), text, fill=colour, font=font, anchor="lm")
+    ImageDraw.Draw(canvas).text((_MARGIN, _LINE // 2), text, fill=color, font=font, anchor="lm")
     return np.asarray(canvas)
 
 

@@ -16,7 +16,7 @@ NAME = "timm"
 def check(model: Any, form: str = NAME) -> None:
     """Raises UserError if a format's plain vision transformers cannot express a model."""
     if isinstance(model, T2TViT):
-        raise UserError(f"{form} has no T2T-ViT: its tokeniser has no names in this format.")
+        raise UserError(f"{form} has no T2T-ViT: its tokenizer has no names in this format.")
     if any(model.zeros):
         raise UserError(f"grid={model.grid} puts zeros around the image, which {form} cannot.")
 

@@ -20,7 +20,7 @@ MODEL, DENSE = "msvit_deit_tiny_patch16_224", "deit_tiny_patch16_224"
 TINY = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 3}
 KEYS = {
     *("what", "model", "layout", "batch", "dtype", "images_per_second", "gmacs", "speedup"),
-    *("mac_ratio", "realised", "images_per_second_quartiles", "images_per_second_range"),
+    *("mac_ratio", "realized", "images_per_second_quartiles", "images_per_second_range"),
     *("speedup_quartiles", "speedup_range", "tokens_mean", "tokens_std", "padding_efficiency"),
     *(
         "sizes",
@@ -75,7 +75,7 @@ def test_records_add_up(train):
             assert record["model"] == DENSE
         assert record["gmacs"] == pytest.approx(macs / 1e9)
         assert record["mac_ratio"] == pytest.approx(full / macs)
-        assert record["realised"] == record["speedup"] / record["mac_ratio"]
+        assert record["realized"] == record["speedup"] / record["mac_ratio"]
         assert record["tokens_mean"] == pytest.approx(counts.mean())
         assert record["tokens_std"] == pytest.approx(counts.std())
         for name in ("images_per_second", "speedup"):

@@ -29,7 +29,7 @@ def test_records_add_up():
     for record, other in zip(early, (last, dense), strict=True):
         assert record["gmacs"] == pytest.approx(np.dot([0.75, 0.25], cost), rel=0.05)
         assert record["mac_ratio"] == pytest.approx(other["gmacs"] / record["gmacs"])
-        assert record["realised"] == record["speedup"] / record["mac_ratio"]
+        assert record["realized"] == record["speedup"] / record["mac_ratio"]
 
 
 def test_what_is_not_possible_is_told():

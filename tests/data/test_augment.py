@@ -14,7 +14,7 @@ def operate(name, strength, sign=1, pixels=PIXELS):
     return np.asarray(augment.OPERATIONS[name](Image.fromarray(pixels), strength, sign))
 
 
-def grey(pixels):
+def gray(pixels):
     """ITU-R 601 luma, as Pillow rounds it."""
     weights = np.array([19595, 38470, 7471])
     return ((pixels.astype(np.int64) @ weights + 0x8000) >> 16).astype(float)
@@ -66,8 +66,8 @@ def test_equalize_flattens_the_histogram():
 def test_enhancers_blend_with_their_degenerate_image(name, sign):
     factor = max(0.1, 1 + 0.9 * 0.8 * sign)
     degenerate = {
-        "color": grey(PIXELS)[..., None],
-        "contrast": np.floor(grey(PIXELS).mean() + 0.5),
+        "color": gray(PIXELS)[..., None],
+        "contrast": np.floor(gray(PIXELS).mean() + 0.5),
         "brightness": 0.0,
     }[name]
     expected = (degenerate + factor * (PIXELS - degenerate)).clip(0, 255)
@@ -84,7 +84,7 @@ def test_sharpness_blends_with_a_smoothed_image():
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_translations_move_by_their_share_and_fill_with_the_mean_colour(sign):
+def test_translations_move_by_their_share_and_fill_with_the_mean_color(sign):
     # 0.45 * strength of 64 pixels: 8 of them.
     strength = 8 / 64 / 0.45
     across, down = (operate(f"translate_{axis}", strength, sign) for axis in "xy")
@@ -93,8 +93,8 @@ def test_translations_move_by_their_share_and_fill_with_the_mean_colour(sign):
     uncovered = slice(-8, None) if sign > 0 else slice(0, 8)
     np.testing.assert_array_equal(across[:, moved], PIXELS[:, origin])
     np.testing.assert_array_equal(down[moved], PIXELS[origin])
-    assert (across[:, uncovered] == augment.MEAN_COLOUR).all()
-    assert (down[uncovered] == augment.MEAN_COLOUR).all()
+    assert (across[:, uncovered] == augment.MEAN_COLOR).all()
+    assert (down[uncovered] == augment.MEAN_COLOR).all()
 
 
 @pytest.mark.parametrize("axis", ["x", "y"])
@@ -112,9 +112,9 @@ def test_shears_move_rows_in_proportion(axis):
 
 def test_rotation_by_thirty_degrees_moves_a_dot_as_geometry_says():
     dot = np.zeros((65, 65, 3), np.uint8)
-    dot[31:34, 51:54] = 255  # 20 right of the centre
+    dot[31:34, 51:54] = 255  # 20 right of the center
     got = operate("rotate", 1.0, 1, dot)[..., 0].astype(float)
-    got[(operate("rotate", 1.0, 1, dot) == augment.MEAN_COLOUR).all(-1)] = 0
+    got[(operate("rotate", 1.0, 1, dot) == augment.MEAN_COLOR).all(-1)] = 0
     rows, columns = np.indices(got.shape)
     place = np.array([(columns * got).sum(), (rows * got).sum()]) / got.sum() - 32
     # Counter-clockwise on the screen, where y points down.
@@ -182,7 +182,7 @@ def test_color_jitter_stays_within_its_strength():
     flat = np.full((4, 4, 3), 100, np.uint8)
     rng = np.random.default_rng(0)
     values = np.array([augment.color_jitter(flat, 0.2, rng)[0, 0, 0] for _ in range(300)])
-    # A flat grey image has no contrast or saturation to change: brightness alone shows.
+    # A flat gray image has no contrast or saturation to change: brightness alone shows.
     assert values.min() >= 79
     assert values.max() <= 120
     assert values.std() > 8

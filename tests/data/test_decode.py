@@ -1,4 +1,4 @@
-"""Crops, scaled decoding and colour modes against Pillow and NumPy done the long way."""
+"""Crops, scaled decoding and color modes against Pillow and NumPy done the long way."""
 
 import io
 
@@ -47,16 +47,16 @@ def test_large_crops_relative_to_the_size_alone_are_decoded_scaled():
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
 def test_every_mode_becomes_rgb(mode):
-    grey = PHOTO.convert("L")
+    gray = PHOTO.convert("L")
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(grey, np.uint16) * 257)
+        image = Image.fromarray(np.asarray(gray, np.uint16) * 257)
     else:
         image = PHOTO.convert(mode)
     fmt = "TIFF" if mode == "CMYK" else "PNG"
     got = image_files.resized_crop(
         image_files.open_image(encoded(image, fmt)), (0, 0, 400, 400), 100
     )
-    source = grey if mode in ("L", "LA", "1", "I;16") else PHOTO
+    source = gray if mode in ("L", "LA", "1", "I;16") else PHOTO
     expected = source.convert("RGB").resize(
         (100, 100), Image.Resampling.BICUBIC, box=(0, 0, 400, 400)
     )
@@ -91,9 +91,9 @@ def test_random_boxes_have_a_uniform_area():
     assert abs(areas.var() - (0.42**2) / 12) < 0.002
 
 
-def test_centre_box_is_resize_then_crop():
+def test_center_box_is_resize_then_crop():
     size, fraction = 112, 0.875
-    box = image_files.centre_box(*PHOTO.size, fraction)
+    box = image_files.center_box(*PHOTO.size, fraction)
     got = np.asarray(PHOTO.resize((size, size), Image.Resampling.BICUBIC, box=box), int)
     resized = PHOTO.resize((round(640 * 128 / 427), 128), Image.Resampling.BICUBIC)
     left, top = (resized.width - size) // 2, (128 - size) // 2
@@ -108,7 +108,7 @@ def test_masks_keep_their_class_numbers():
     np.testing.assert_array_equal(decode.decode_mask(encoded(mask), 2, 0.5), numbers[1:3, 1:3])
 
 
-def test_a_mask_with_colours_is_refused():
+def test_a_mask_with_colors_is_refused():
     with pytest.raises(image_files.ImageError, match="one channel of class numbers, not RGB"):
         decode.decode_mask(encoded(PHOTO), 8, 1.0)
 

@@ -95,21 +95,21 @@ def test_an_unknown_orientation_is_none():
     np.testing.assert_array_equal(image_files.decode(encoded(PIXELS, exif=exif)), PIXELS)
 
 
-GREY = np.array([[0, 1, 2], [3, 4, 255]])
+GRAY = np.array([[0, 1, 2], [3, 4, 255]])
 
 
 @pytest.mark.field(2)
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize(("low", "step"), [(0, 1), (-70000, 3), (1000, 8000000)])
 def test_integers_and_floats_go_from_their_least_to_their_greatest(dtype, low, step):
-    data = encoded((low + step * GREY).astype(dtype), "TIFF")
-    expected = np.repeat(GREY[..., None], 3, axis=2)
+    data = encoded((low + step * GRAY).astype(dtype), "TIFF")
+    expected = np.repeat(GRAY[..., None], 3, axis=2)
     np.testing.assert_array_equal(image_files.decode(data), expected)
 
 
 def test_sixteen_bits_are_the_upper_eight():
-    values = (GREY * 256 + 17).astype(np.uint16)
-    expected = np.repeat(GREY[..., None], 3, axis=2)
+    values = (GRAY * 256 + 17).astype(np.uint16)
+    expected = np.repeat(GRAY[..., None], 3, axis=2)
     for form in ("PNG", "TIFF", "PPM", "JPEG2000"):  # PPM comes as 32 bits, of a known white
         np.testing.assert_array_equal(image_files.decode(encoded(values, form)), expected, form)
 
@@ -170,7 +170,7 @@ BAD = [
 @pytest.mark.parametrize(("data", "reason"), BAD)
 def test_bad_data_end_in_a_line(data, reason):
     with pytest.raises(ImageError, match=reason) as info:
-        image_files.centre_crop(data, 8, 1.0)
+        image_files.center_crop(data, 8, 1.0)
     assert "\n" not in str(info.value)
     assert "BytesIO" not in str(info.value)
 

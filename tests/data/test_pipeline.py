@@ -79,7 +79,7 @@ def test_an_epoch_holds_every_example_once(config):
     (epoch,) = take(config, 1, batch_size=320)
     builder = sources.open_dataset(config.name, config.data_dir)
     stored = [
-        pipeline.centre_crop(example, 64, 1.0).tobytes()
+        pipeline.center_crop(example, 64, 1.0).tobytes()
         for example in sources.open_split(builder, "train").in_order()
     ]
     assert sorted(image.tobytes() for image in epoch["image"]) == sorted(stored)

@@ -110,6 +110,6 @@ def test_digits_stay_inside_and_go_everywhere(name):
 def test_hard_digits_differ_from_what_surrounds_them():
     contrasts = []
     for canvas in canvases("hard", 100):
-        grey = canvas.image.mean(2)
-        contrasts.append(abs(grey[canvas.mask == 1].mean() - grey[canvas.mask == 0].mean()))
+        gray = canvas.image.mean(2)
+        contrasts.append(abs(gray[canvas.mask == 1].mean() - gray[canvas.mask == 0].mean()))
     assert np.median(contrasts) > 40

@@ -19,7 +19,7 @@ from tests.export import made
 
 
 def _workdir(root, name, options, fitted=None):
-    """What a run leaves of its last step, without the optimiser's state."""
+    """What a run leaves of its last step, without the optimizer's state."""
     config = configs.base()
     config.model = {"name": name, **options}
     config.data.image_size = made.SIDE

@@ -42,7 +42,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_quickly():
-    """These tests compile much and compute next to nothing: half the time of optimised programs."""
+    """These tests compile much and compute next to nothing: half the time of optimized programs."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

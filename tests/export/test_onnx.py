@@ -11,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 
 from msvit_jax.errors import UserError
 from msvit_jax.export import Options, onnx_graphs, write
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from tests.export import made
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -69,7 +69,7 @@ def _expected(kind, images):
     source = made.source(name, **options)
     model = source.model
     variables = {"params": unflatten_dict(source.params, sep="/")}
-    apply = jax.jit(lambda v, x: model.apply(v, normalise(x, model.mean, model.std), train=False))
+    apply = jax.jit(lambda v, x: model.apply(v, normalize(x, model.mean, model.std), train=False))
     return apply(variables, images)
 
 
@@ -118,7 +118,7 @@ def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(exported, tmp_path)
     assert about["thresholds"] == [0.5, 0.4, 0.0]
     variables = {"params": unflatten_dict(source.params, sep="/")}
     model = source.model
-    images = normalise(made.images(), model.mean, model.std)
+    images = normalize(made.images(), model.mean, model.std)
     expected = jax.jit(functools.partial(model.apply, train=False))(variables, images).exits
     handed = {}
     for stage, graph in enumerate(about["functions"]):

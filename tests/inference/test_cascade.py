@@ -12,7 +12,7 @@ from msvit_jax import sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictor
 from msvit_jax.inference import thresholds as exits
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from tests.models.test_vit import rough
 
 COUNT = 23
@@ -35,7 +35,7 @@ def _made(reuse=True):
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     variables = rough(jax.eval_shape(model.init, jax.random.key(0), images))
     output = jax.jit(lambda v, x: model.apply(v, x).exits)
-    logits = output(variables, normalise(jnp.asarray(_images()), model.mean, model.std))
+    logits = output(variables, normalize(jnp.asarray(_images()), model.mean, model.std))
     return model, variables, np.asarray(logits)
 
 

@@ -16,7 +16,7 @@ from msvit_jax import sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictor
 from msvit_jax.models import MSViT
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from tests import jitted
 
 SIDE, REGIONS, GRID, POOL = 32, 16, 64, 40
@@ -73,7 +73,7 @@ def _forward(**changes):
     model = _model(**changes)
 
     def apply(variables, images, **threshold):
-        images = normalise(images, model.mean, model.std)
+        images = normalize(images, model.mean, model.std)
         return model.apply(variables, images, train=False, **threshold)
 
     return jax.jit(apply)
@@ -144,10 +144,10 @@ def test_all_coarse_and_all_fine(kind, share):
     _check(predictions, _expected(predictor.threshold), list(range(11)))
 
 
-def test_normalised_floats_and_lists_are_the_same_images():
+def test_normalized_floats_and_lists_are_the_same_images():
     model, predictor = _model(), _predictor("budget")
     predictor.threshold = _thresholds()[1]
-    floats = np.asarray(normalise(jnp.asarray(_pool()[:9]), model.mean, model.std))
+    floats = np.asarray(normalize(jnp.asarray(_pool()[:9]), model.mean, model.std))
     for images in (floats, list(floats), jnp.asarray(floats), list(_pool()[:9])):
         _check(predictor(images), _expected(predictor.threshold), list(range(9)))
 
@@ -158,14 +158,14 @@ def test_models_without_a_gate(devices):
     variables = {"params": _variables()["params"]["backbone"]}
     predictor = Predictor(model, variables, batch_size=8, mesh=_mesh(devices))
     predictions = predictor(_pool()[:11])
-    images = normalise(jnp.asarray(_pool()[:11]), model.mean, model.std)
+    images = normalize(jnp.asarray(_pool()[:11]), model.mean, model.std)
     expected = jitted.apply(model, variables, images).logits
     np.testing.assert_allclose(predictions.logits, expected, atol=1e-4)
     assert predictions.coarse is None
     assert predictions.merged is None
     assert predictions.coarse_probability is None
     assert set(predictions.tokens) == {GRID}
-    assert predictor.programs == ("normalise", "dense")
+    assert predictor.programs == ("normalize", "dense")
     assert predictor.threshold is None
     for change in (
         lambda: predictor.calibrate(_pool(), 30),
@@ -192,7 +192,7 @@ def test_models_that_reduce_tokens(name, reducer):
     options = {**OPTIONS, **REDUCED, **scales, "num_classes": 5, "reducer": reducer}
     model = msvit_jax.create_model(name, **options)
     variables = _larger(jitted.init(model, jnp.zeros((1, SIDE, SIDE, 3))))
-    images = normalise(jnp.asarray(_pool()[:11]), model.mean, model.std)
+    images = normalize(jnp.asarray(_pool()[:11]), model.mean, model.std)
     expected = jax.jit(model.apply)(variables, images)
     predictions = Predictor(model, variables, batch_size=4, mesh=_mesh(2))(_pool()[:11])
     np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -210,7 +210,7 @@ def _reducing():
     model = _model(**REDUCED, reducer="mergence")
     zeros = jnp.zeros((1, SIDE, SIDE, 3))
     variables = _larger(jax.jit(model.init)(jax.random.key(1), zeros))
-    images = normalise(jnp.asarray(_pool()[:9]), model.mean, model.std)
+    images = normalize(jnp.asarray(_pool()[:9]), model.mean, model.std)
     return model, variables, jax.jit(model.apply)(variables, images)
 
 
@@ -279,7 +279,7 @@ def test_programs_are_bounded_and_warm_up_leaves_nothing_to_compile():
     assert 0 < Counting.traces < len(predictor.programs) - 1  # only what was needed
     predictor.warm_up()
     assert set(predictor.compiled) == set(predictor.programs)
-    assert Counting.traces == len(predictor.programs) - 1  # `normalise` is not the model
+    assert Counting.traces == len(predictor.programs) - 1  # `normalize` is not the model
     for threshold, count in zip(_thresholds(), (1, 5, 40), strict=True):
         predictor.threshold = threshold
         predictor(_pool()[:count])

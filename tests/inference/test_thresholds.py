@@ -52,7 +52,7 @@ def plain_geometric(confidence, q):
     return thresholds
 
 
-def plain_judgement(confidence, logits, labels, thresholds):
+def plain_judgment(confidence, logits, labels, thresholds):
     cost = right = 0
     for image, label in enumerate(labels):
         exit_ = next(
@@ -78,9 +78,7 @@ def test_geometric_thresholds_cost_and_accuracy_are_those_of_the_description():
         thresholds = plain_geometric(plain_confidence(fit_logits), p / 20)
         wanted = [exits.NEVER if t is None else t for t in thresholds]
         np.testing.assert_allclose(point.thresholds[:-1], wanted, rtol=1e-9)
-        cost, top1 = plain_judgement(
-            plain_confidence(logits), logits, labels, point.thresholds[:-1]
-        )
+        cost, top1 = plain_judgment(plain_confidence(logits), logits, labels, point.thresholds[:-1])
         assert point.macs == pytest.approx(cost)
         assert point.top1 == pytest.approx(top1)
         assert sum(point.shares) == pytest.approx(1)

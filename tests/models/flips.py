@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from msvit_jax import config as configs
 from msvit_jax.data import scattered_digits
 from msvit_jax.models import gate as gates
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from msvit_jax.tree import map_names
 from tests import jitted
 from tests.models.test_vit import rough
@@ -34,13 +34,13 @@ def model():
 
 @functools.cache
 def examples():
-    """Normalised canvases of validation digits, and their labels."""
+    """Normalized canvases of validation digits, and their labels."""
     variant = scattered_digits.ScatteredDigits.BUILDER_CONFIGS[0]
     digits, sources = scattered_digits._digits(), scattered_digits.digit_indices("validation")
     rng = np.random.default_rng(0)
     chosen = rng.choice(sources, IMAGES)
     drawn = [scattered_digits.draw_canvas(digits.images[i], variant, rng).image for i in chosen]
-    images = normalise(jnp.asarray(np.stack(drawn)), model().mean, model().std)
+    images = normalize(jnp.asarray(np.stack(drawn)), model().mean, model().std)
     return images, jnp.asarray(digits.target[chosen])
 
 

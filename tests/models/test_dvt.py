@@ -112,8 +112,8 @@ def reference(params, image, model):
     width, heads, depth = model.backbone.width, model.backbone.heads, model.backbone.depth
 
     def norm(x, q):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        centered = x - x.mean(-1, keepdims=True)
+        scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
         return scaled * q["scale"] + q["bias"]
 
     def dense(x, q):

@@ -158,7 +158,7 @@ def test_gradients_reach_every_parameter(options):
 
 
 @pytest.mark.parametrize("options", [{"scale_embedding": True}, {"coarse_residual": True}])
-def test_zero_initialised_options_start_as_the_model_without(options):
+def test_zero_initialized_options_start_as_the_model_without(options):
     plain, variables, images = make_rough(NAME)
     model = plain.clone(**options)
 
@@ -245,11 +245,11 @@ def test_gate_sees_its_own_region_alone():
 
 
 def test_untrained_gates():
-    model, variables, _ = make_rough(NAME, image_size=64, gate="centre", fine_share=0.25)
+    model, variables, _ = make_rough(NAME, image_size=64, gate="center", fine_share=0.25)
     images = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
-    centre = np.asarray(apply(model, variables, images).gate.coarse).reshape(2, 4, 4)
-    np.testing.assert_array_equal(centre[:, 1:3, 1:3], 0)
-    assert centre.sum() == 2 * 12
+    center = np.asarray(apply(model, variables, images).gate.coarse).reshape(2, 4, 4)
+    np.testing.assert_array_equal(center[:, 1:3, 1:3], 0)
+    assert center.sum() == 2 * 12
     busy = jnp.zeros((2, 64, 64, 3)).at[:, 16:32, 32:48].set(images[:, 16:32, 32:48])
     entropy = model.clone(gate="entropy", fine_share=1 / 16)
     entropy = np.asarray(apply(entropy, variables, busy).gate.coarse)
@@ -268,8 +268,8 @@ def test_entropy_is_that_of_the_histogram():
         gates.untrained_logits("entropy", jnp.asarray(pixels, jnp.float32))
     )
     for region in range(2):
-        grey = pixels[0, 0, region] @ [0.299, 0.587, 0.114]
-        share = np.histogram(grey, bins=32, range=(0, 1))[0] / grey.size
+        gray = pixels[0, 0, region] @ [0.299, 0.587, 0.114]
+        share = np.histogram(gray, bins=32, range=(0, 1))[0] / gray.size
         entropy = -sum(s * np.log2(s) for s in share if s)
         np.testing.assert_allclose(probability[0, region], 1 - entropy / 5, atol=1e-5)
 

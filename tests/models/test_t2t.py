@@ -1,4 +1,4 @@
-"""T2T-ViT: official sizes, the first soft split, and the tokeniser against loops in NumPy."""
+"""T2T-ViT: official sizes, the first soft split, and the tokenizer against loops in NumPy."""
 
 import functools
 
@@ -94,8 +94,8 @@ def reference_tokens(params, image, split):
         )
 
     def norm(x, q):
-        centred = x - x.mean(-1, keepdims=True)
-        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        centered = x - x.mean(-1, keepdims=True)
+        scaled = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5)
         return scaled * q["scale"] + q["bias"]
 
     def dense(x, q):
@@ -121,7 +121,7 @@ def reference_tokens(params, image, split):
     return dense(x, p["proj"])
 
 
-def test_tokens_equal_a_numpy_tokeniser():
+def test_tokens_equal_a_numpy_tokenizer():
     model, variables, images = make()
     variables = rough(variables)
     tokens_of = lambda m, x: m.patch_embed(x, train=False)  # noqa: E731
@@ -167,7 +167,7 @@ def test_what_is_fixed_stays_as_it_is_under_adamw():
         assert jnp.abs(ours["kqv"]["kernel"] - theirs["kqv"]["kernel"]).max() > 1e-3
 
 
-def test_dropout_of_the_tokeniser_is_on_in_training_alone():
+def test_dropout_of_the_tokenizer_is_on_in_training_alone():
     model, variables, images = make()
     a, b = (
         apply(model, variables, images, train=True, rngs={"dropout": jax.random.key(k)}).logits

@@ -120,9 +120,10 @@ def reference_forward(params, images, model, reduce=None):
     patch, heads = model.patch_size, model.heads
 
     def norm(x, q):
-        centred = x - x.mean(-1, keepdims=True)
+        centered = x - x.mean(-1, keepdims=True)
         return (
-            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * q["scale"] + q["bias"]
+            centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6) * q["scale"]
+            + q["bias"]
         )
 
     def dense(x, q):
@@ -278,7 +279,7 @@ class ModulesUnderTransformations(chex.TestCase):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 32, 32, 1), "convert grey"),
+        ((2, 32, 32, 1), "convert gray"),
         ((2, 32, 32, 4), "RGB"),
         ((32, 32, 3), "batch axis"),
         ((2, 30, 32, 3), "multiple of 8"),

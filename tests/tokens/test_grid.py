@@ -117,7 +117,7 @@ def test_positions_of_the_same_grid_are_untouched_and_smooth_ones_keep_their_sha
 
 
 def nearest_then_pooled(image, new):
-    """[h, w] by loops: nearest neighbour to whole multiples, then the mean over pooling windows."""
+    """[h, w] by loops: nearest neighbor to whole multiples, then the mean over pooling windows."""
     old, between = image.shape, [-(-n // o) * o for n, o in zip(new, image.shape, strict=True)]
     large = np.empty(between)
     for y in range(between[0]):

@@ -134,7 +134,7 @@ def test_collectives_have_the_bytes_they_move(chips):
     assert gathered == ("all-gather", hlo.Collective(1, 64 * 4096 * 4))
 
 
-def test_what_does_not_fit_is_recognised(chips):
+def test_what_does_not_fit_is_recognized(chips):
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         _compile(chips, lambda x: jnp.sin(x[::-1]).T + x.T, (2**18, 2**16), P())
     needs, has = compiling.too_large(str(caught.value))

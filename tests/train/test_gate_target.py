@@ -69,7 +69,7 @@ def test_the_target_is_met_whatever_the_gates_scale_and_start(seed, target, spre
         ({"optimizer__freeze": ("gate",)}, False),
     ],
 )
-def test_only_a_gate_that_learns_towards_a_target_is_corrected(changes, applies):
+def test_only_a_gate_that_learns_toward_a_target_is_corrected(changes, applies):
     config = configs.resolve(tiny_run.msvit(**changes), 3)
     assert gate_target.applies(configs.build_model(config), config) == applies
 

@@ -92,7 +92,7 @@ def test_a_workdir_of_another_config_is_refused_with_what_differs(whole_run):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_training_learns_the_colours(tmp_path):
+def test_training_learns_the_colors(tmp_path):
     figures = loop.train(tiny_run.config(epochs=40.0, eval_every_epochs=40.0), tmp_path)
     assert figures["top1"] == 100
 

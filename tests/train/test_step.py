@@ -8,10 +8,11 @@ from jax.sharding import AxisType
 
 from msvit_jax import config as configs
 from msvit_jax import losses, sharding
+from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import Program
-from msvit_jax.train.step import Teacher, normalise, smooth
+from msvit_jax.train.step import Teacher, smooth
 from tests import jitted, tiny_run
 
 BATCH = 16
@@ -161,7 +162,7 @@ def test_ema_follows_the_parameters():
 def test_step_loss_by_hand():
     setup = Setup(CASES["vit"](loss__label_smoothing=0.1))
     params = jax.device_get(setup.state.params["model"])
-    images = normalise(jnp.asarray(_batch()["image"]), setup.model.mean, setup.model.std)
+    images = normalize(jnp.asarray(_batch()["image"]), setup.model.mean, setup.model.std)
     output = jitted.apply(setup.model, {"params": params}, images, train=False)
     logits = np.asarray(output.logits)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -190,10 +191,10 @@ def test_distillation_by_hand(kind):
     # A teacher that wants its images on another scale.
     other = setup.model.clone(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     pixels = jnp.asarray(_batch()["image"])
-    theirs = jitted.init(other, normalise(pixels, other.mean, other.std), seed=5)
+    theirs = jitted.init(other, normalize(pixels, other.mean, other.std), seed=5)
     params = {"params": jax.device_get(setup.state.params["model"])}
     ours, wanted = (
-        jitted.apply(m, v, normalise(pixels, m.mean, m.std)).logits
+        jitted.apply(m, v, normalize(pixels, m.mean, m.std)).logits
         for m, v in ((setup.model, params), (other, theirs))
     )
     distance = losses.distillation(ours, wanted, temperature=2.0, kind=kind).mean()
@@ -203,9 +204,9 @@ def test_distillation_by_hand(kind):
     assert reports[0].scalars["total_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_normalise_by_hand():
+def test_normalize_by_hand():
     pixels = np.array([[[[0, 51, 255]]]], np.uint8)
-    out = normalise(jnp.asarray(pixels), (0.0, 0.1, 0.5), (1.0, 0.5, 0.25))
+    out = normalize(jnp.asarray(pixels), (0.0, 0.1, 0.5), (1.0, 0.5, 0.25))
     np.testing.assert_allclose(out[0, 0, 0], [0.0, 0.2, 2.0], rtol=1e-6)
 
 
@@ -215,7 +216,7 @@ def test_a_cascade_learns_the_sum_of_its_exits(weight):
     setup = Setup(config)
     batch, state = _batch(), jax.device_get(setup.state)
     _, (reported,) = setup.run(1)
-    images = normalise(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
+    images = normalize(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
     output = jitted.apply(setup.model, {"params": state.params["model"]}, images, train=True)
     log_p = np.asarray(jax.nn.log_softmax(output.exits), np.float64)
     targets = np.asarray(smooth(jnp.asarray(batch["label"]), 3, 0.1))

@@ -12,7 +12,7 @@ from msvit_jax import checkpoint, visualize
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions
-from msvit_jax.train.step import normalise
+from msvit_jax.pixels import normalize
 from msvit_jax.visualize import examples
 from tests import jitted, tiny_run
 
@@ -34,7 +34,7 @@ def _pixels(path):
 
 
 def _outputs(run, images):
-    shown = normalise(images, run.model.mean, run.model.std)
+    shown = normalize(images, run.model.mean, run.model.std)
     return jitted.apply(run.model, run.variables, shown, train=False)
 
 

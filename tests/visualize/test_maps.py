@@ -80,13 +80,13 @@ def test_small_images_are_enlarged_until_they_can_be_read():
     assert visualize.enlarge(_image(300, 512)).shape == (300, 512, 3)
 
 
-def test_the_heat_is_the_colour_of_the_probability_of_fine():
+def test_the_heat_is_the_color_of_the_probability_of_fine():
     image = np.full((8, 16, 3), 50, np.uint8)
     picture = visualize.gate_heat_map(image, [0.25, 1.0], (1, 2), scale=1, opacity=0.8)
     for region, p_fine in enumerate([0.75, 0.0]):
-        colour = 255 * np.array(matplotlib.colormaps["inferno"](p_fine)[:3])
+        color = 255 * np.array(matplotlib.colormaps["inferno"](p_fine)[:3])
         half = picture[:, 8 * region : 8 * region + 8].reshape(-1, 3)
-        np.testing.assert_allclose(half, np.tile(0.8 * colour + 0.2 * 50, (64, 1)), atol=0.5)
+        np.testing.assert_allclose(half, np.tile(0.8 * color + 0.2 * 50, (64, 1)), atol=0.5)
 
 
 def test_the_image_shows_through_the_heat():
@@ -120,7 +120,7 @@ def test_probabilities_are_no_decisions_and_logits_no_probabilities():
         visualize.gate_heat_map(_image(8, 8), [-2.0], (1, 1))
 
 
-YELLOW, GREY = (255, 221, 51), (150, 150, 150)
+YELLOW, GRAY = (255, 221, 51), (150, 150, 150)
 
 
 def _random_hosts(rows, columns, seed):
@@ -153,9 +153,9 @@ def test_lines_lie_exactly_where_groups_differ_and_frames_around_hosts(rows, col
             if own == row * columns + column:
                 assert (line == YELLOW).all()
             elif not inside or hosts[y, x] != own:
-                assert (line == GREY).all()
+                assert (line == GRAY).all()
             else:
-                assert not (line == GREY).all()
+                assert not (line == GRAY).all()
                 assert not (line == YELLOW).all()
 
 
@@ -203,7 +203,7 @@ def test_a_coarse_token_is_one_patch():
         picture[1:31, 33:63], np.kron(pooled, np.ones((8, 8, 1)))[1:-1, 1:-1], atol=0.5
     )
     # The merged region has no lines inside, either.
-    assert not (picture[33:63, 1:31] == GREY).all(axis=-1).any()
+    assert not (picture[33:63, 1:31] == GRAY).all(axis=-1).any()
 
 
 def test_tokens_are_counted_in_maps_of_any_batch():

@@ -39,15 +39,15 @@ def test_a_long_caption_ends_inside_its_strip():
     assert (sheet[257:, -4:] == 255).all()
 
 
-def test_headings_stand_above_their_columns_and_the_heat_has_a_colour_bar():
+def test_headings_stand_above_their_columns_and_the_heat_has_a_color_bar():
     plain = visualize.panel([_strip(7)])
     headings = (visualize.Column("image"), visualize.Column("gate", heat=("P(fine)  0", "1")))
     sheet = visualize.panel([_strip(7)], headings)
     top = sheet[: sheet.shape[0] - plain.shape[0]]
     np.testing.assert_array_equal(sheet[top.shape[0] :], plain)
-    coloured = np.flatnonzero(np.ptp(top.astype(int), axis=-1).max(axis=0) > 40)
-    assert coloured.min() > sheet.shape[1] / 2  # in the second column only
-    assert coloured.size > 50
+    colored = np.flatnonzero(np.ptp(top.astype(int), axis=-1).max(axis=0) > 40)
+    assert colored.min() > sheet.shape[1] / 2  # in the second column only
+    assert colored.size > 50
 
 
 def test_the_legend_is_one_line_at_the_bottom():
