@@ -33,7 +33,7 @@ from msvit_jax import (
 )
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.inference import budgets
+from msvit_jax.inference import budget_curve
 from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import GateOutput
@@ -261,7 +261,8 @@ def evaluate_run(
       batch_size: Global batch size; None for the config's.
       overrides: Texts such as 'model.gate=random', for another model around the same parameters.
       thresholds: Thresholds of the gate, for the accuracy/compute curve; empty for no curve.
-      curve: Options of `budgets.curve_of_run`, for a cascade's budget curve; None for no curve.
+      curve: Options of `budget_curve.curve_of_run`, for a cascade's budget curve; None for no
+        curve.
 
     Returns:
       Figures, with `model`, `workdir`, `step` and, if asked for, `sweep` or `budget_curve`.
@@ -289,11 +290,13 @@ def evaluate_run(
         figures["sweep"] = _sweep(evaluator, params, thresholds, workdir, config.model.name)
     if curve is not None:
         run = {"split": split, "batch_size": size, "mesh": mesh}
-        rows = budgets.curve_of_run(model, params, workdir, data_config=config.data, **run, **curve)
+        rows = budget_curve.curve_of_run(
+            model, params, workdir, data_config=config.data, **run, **curve
+        )
         figures["budget_curve"] = rows
-        _print([_short(row) for row in rows if row["kind"] != "geometric"], budgets.COLUMNS)
+        _print([_short(row) for row in rows if row["kind"] != "geometric"], budget_curve.COLUMNS)
         if jax.process_index() == 0:
-            print(f"written: {workdir / budgets.CSV_FILE}, {workdir / budgets.PLOT_FILE}")
+            print(f"written: {workdir / budget_curve.CSV_FILE}, {workdir / budget_curve.PLOT_FILE}")
     return figures
 
 

@@ -48,7 +48,11 @@ def distillation(
 
 
 def exits_loss(
-    exits: Array, targets: Array, *, distillation_weight: float = 0.0, temperature: float = 1.0
+    exit_logits: Array,
+    targets: Array,
+    *,
+    distillation_weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> Array:
     """Sums all exits' losses, unweighted (DVT, section 3.1): [B, stages, C], [B, C] -> [B].
 
@@ -56,11 +60,11 @@ def exits_loss(
     labels + weight x `distillation` (our addition; common between the exits of multi-exit
     networks).
     """
-    total, last = cross_entropy(exits[:, -1], targets), exits[:, -1]
-    for stage in range(exits.shape[1] - 1):
-        loss = cross_entropy(exits[:, stage], targets)
+    total, last = cross_entropy(exit_logits[:, -1], targets), exit_logits[:, -1]
+    for stage in range(exit_logits.shape[1] - 1):
+        loss = cross_entropy(exit_logits[:, stage], targets)
         if distillation_weight:
-            distance = distillation(exits[:, stage], last, temperature=temperature)
+            distance = distillation(exit_logits[:, stage], last, temperature=temperature)
             loss = (1 - distillation_weight) * loss + distillation_weight * distance
         total = total + loss
     return total

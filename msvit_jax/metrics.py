@@ -49,7 +49,7 @@ class Sums:
       unfit: Number of examples without an answer, because their tokens did not fit in the layout;
         loss, top1 and top5 leave them out.
       gate: Sums of the gate's decisions; None for models without a gate.
-      exits: [stages], number of examples whose label came first at each exit of a cascade.
+      exit_top1: [stages], number of examples whose label came first at each exit of a cascade.
     """
 
     count: Any
@@ -59,7 +59,7 @@ class Sums:
     tokens: Any
     unfit: Any
     gate: GateSums | None = None
-    exits: Any = None
+    exit_top1: Any = None
 
     def __add__(self, other: "Sums") -> "Sums":
         """Adds two disjoint sets of examples."""
@@ -97,7 +97,9 @@ def batch_sums(
         tokens=histogram,
         unfit=jnp.sum(weight - answered),
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
-        exits=None if output.exits is None else _exit_sums(output.exits, labels, answered),
+        exit_top1=None
+        if output.exit_logits is None
+        else _exit_top1(output.exit_logits, labels, answered),
     )
 
 
@@ -107,12 +109,12 @@ def _rank(logits: Array, labels: Array) -> Array:
     return jnp.sum(~(logits < own), axis=1) - 1
 
 
-def _exit_sums(exits: Array, labels: Array, weight: Array) -> Array:
+def _exit_top1(exit_logits: Array, labels: Array, weight: Array) -> Array:
     """Counts examples whose label comes first at each exit: [B, stages, C] -> [stages]."""
     return jnp.stack(
         [
-            jnp.sum(jnp.where(_rank(exits[:, stage], labels) < 1, weight, 0.0))
-            for stage in range(exits.shape[1])
+            jnp.sum(jnp.where(_rank(exit_logits[:, stage], labels) < 1, weight, 0.0))
+            for stage in range(exit_logits.shape[1])
         ]
     )
 
@@ -185,8 +187,8 @@ def summarize(
         figures["gmacs_mean"] = float(images @ macs / count / 1e9)
     if layer_tokens is not None:
         figures["layer_tokens_mean"] = (layer_tokens @ images / count).tolist()
-    if sums.exits is not None:
-        figures["exits_top1"] = (100 * np.asarray(sums.exits) / answered).tolist()
+    if sums.exit_top1 is not None:
+        figures["exits_top1"] = (100 * np.asarray(sums.exit_top1) / answered).tolist()
     if sums.gate is not None:
         figures.update(gate_figures(sums.gate, count))
     return figures

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from msvit_jax import checkpoint, data, evaluate, flops, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.inference import budgets
+from msvit_jax.inference import budget_curve
 from msvit_jax.pixels import normalize
 from msvit_jax.train import loop
 from msvit_jax.tree import flat_names
@@ -202,7 +202,7 @@ def test_a_cascade_is_evaluated_exit_by_exit(cascade, capsys):
     run = checkpoint.load_run(cascade)
     (batch,) = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)
     images = normalize(jnp.asarray(batch["image"]), run.model.mean, run.model.std)
-    exits = jitted.apply(run.model, run.variables, images).exits
+    exits = jitted.apply(run.model, run.variables, images).exit_logits
     right = exits.argmax(-1) == batch["label"][:, None]
     assert figures["exits_top1"] == pytest.approx(100 * np.asarray(right).mean(0))
     assert figures["top1"] == figures["exits_top1"][-1]
@@ -230,9 +230,9 @@ def test_budget_curve_of_a_cascade(cascade, capsys):
     assert [float(row["top1"]) for row in written] == [row["top1"] for row in rows]
     assert (cascade / "budget_curve.png").stat().st_size > 1000
     assert "search" in capsys.readouterr().out
-    assert list(budgets.fitted_thresholds(cascade, 2 * middle)) == found["thresholds"]
+    assert list(budget_curve.fitted_thresholds(cascade, 2 * middle)) == found["thresholds"]
     with pytest.raises(UserError, match="none spends"):
-        budgets.fitted_thresholds(cascade, 0.9 * middle)
+        budget_curve.fitted_thresholds(cascade, 0.9 * middle)
 
 
 def test_a_budget_curve_that_is_not_possible_is_told(cascade, dense):
@@ -241,4 +241,4 @@ def test_a_budget_curve_that_is_not_possible_is_told(cascade, dense):
     with pytest.raises(UserError, match="below the cost of the first exit"):
         evaluate.evaluate_run(cascade, curve={"budgets": [1e-9]})
     with pytest.raises(UserError, match=r"run eval\.py"):
-        budgets.fitted_thresholds(dense, 1.0)
+        budget_curve.fitted_thresholds(dense, 1.0)

@@ -55,8 +55,10 @@ def test_heads_in_another_order_answer_in_that_order(name):
     before = jitted.apply(model, tree(flat), images, train=False)
     after = jitted.apply(model, tree(labels.in_order(flat, places)), images, train=False)
     np.testing.assert_array_equal(after.logits, np.asarray(before.logits)[:, places])
-    if before.exits is not None:
-        np.testing.assert_array_equal(after.exits, np.asarray(before.exits)[..., places])
+    if before.exit_logits is not None:
+        np.testing.assert_array_equal(
+            after.exit_logits, np.asarray(before.exit_logits)[..., places]
+        )
     assert labels.in_order(flat, None) is flat
 
 

@@ -24,8 +24,7 @@ from msvit_jax import evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, run
-from msvit_jax.inference import Predictor
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import Predictor, exit_thresholds
 from msvit_jax.models import registry
 
 SIDES = ("exits", "last exit", "dense")
@@ -79,7 +78,7 @@ def measure(
     variables = [_random(module, seed) for module in (cascade, dense)]
     early, last = (Predictor(cascade, variables[0], batch_size=batch) for _ in range(2))
     plain = Predictor(dense, variables[1], batch_size=batch)
-    early.thresholds = exits.by_shares(early.certainty(pixels), shares)
+    early.thresholds = exit_thresholds.by_shares(early.certainty(pixels), shares)
     answers = [predictor(pixels) for predictor in (early, last, plain)]
     macs = [
         float(flops.macs_per_image(predictor.model, answer.tokens).mean())

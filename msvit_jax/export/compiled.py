@@ -26,8 +26,8 @@ from msvit_jax.data import image_files
 from msvit_jax.errors import UserError
 from msvit_jax.export import run as runner
 from msvit_jax.export.source import Source
-from msvit_jax.inference import thresholds as exits
-from msvit_jax.inference.budgets import fitted_thresholds
+from msvit_jax.inference import exit_thresholds
+from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import StageCarry
@@ -244,10 +244,14 @@ def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float
     stages = len(model.exit_tokens)
     if options.budget is None:
         given = options.thresholds
-        return list(exits.check([exits.NEVER] * (stages - 1) if given is None else given, stages))
+        return list(
+            exit_thresholds.check(
+                [exit_thresholds.NEVER] * (stages - 1) if given is None else given, stages
+            )
+        )
     if options.thresholds is not None or source.workdir is None:
         raise UserError("Give either budget (of a run that eval.py fitted) or thresholds.")
-    exits.check_budget(options.budget * 1e9, model.exit_macs())
+    exit_thresholds.check_budget(options.budget * 1e9, model.exit_macs())
     return list(fitted_thresholds(source.workdir, options.budget))
 
 

@@ -93,8 +93,8 @@ class Model:
           thresholds: Thresholds of a cascade's exits but the last; None: about.json's.
 
         Returns:
-          The functions' outputs by name, each [N, ...]; for a cascade, `exits`, the exit at which
-          each image left (from 0), and `logits` of that exit.
+          The functions' outputs by name, each [N, ...]; for a cascade, `exit_index`, the exit at
+          which each image left (from 0), and `logits` of that exit.
         """
         images = check_pixels(images, self.about)
         batch = min(batch, len(images))
@@ -127,7 +127,7 @@ class Model:
         waiting: list[list[tuple[int, Any]]] = [[(i, None) for i in range(len(images))]]
         waiting += [[] for _ in range(last)]  # per stage: images and arrays of the stage before
         logits: list[Any] = [None] * len(images)
-        exits = np.zeros(len(images), np.int32)
+        exit_index = np.zeros(len(images), np.int32)
         while any(waiting):
             # The last stage that has a full batch, or else the first that has any image.
             full = [stage for stage in range(last + 1) if len(waiting[stage]) >= batch]
@@ -141,11 +141,11 @@ class Model:
             sure = softmax(done["logits"]).max(axis=1)
             for row, number in enumerate(numbers):
                 if stage == last or sure[row] >= thresholds[stage]:
-                    logits[number], exits[number] = done["logits"][row], stage
+                    logits[number], exit_index[number] = done["logits"][row], stage
                 else:
                     carried = jax.tree.map(lambda x: x[row], done["handed"])  # noqa: B023
                     waiting[stage + 1].append((number, carried))
-        return {"logits": np.stack(logits), "exits": exits}
+        return {"logits": np.stack(logits), "exit_index": exit_index}
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
@@ -279,7 +279,7 @@ def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
     shares, labels = softmax(answers["logits"]), answers["logits"].argmax(axis=1)
     classes = model.about["class_names"] or range(shares.shape[1])
     for row, (name, label) in enumerate(zip(named, labels, strict=True)):
-        more = [f"{key} {answers[key][row]}" for key in ("tokens", "exits") if key in answers]
+        more = [f"{key} {answers[key][row]}" for key in ("tokens", "exit_index") if key in answers]
         print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
     return answers
 

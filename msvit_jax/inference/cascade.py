@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import exit_thresholds
 from msvit_jax.inference.images import Source
 from msvit_jax.inference.programs import Programs
 from msvit_jax.models.dvt import Exit
@@ -44,7 +44,7 @@ class CascadeJob:
 
     Attributes:
       logits: [N, classes] float32, logits of the exit at which each image left.
-      exits: [N] int32, the exit at which each image left, from 0.
+      exit_index: [N] int32, the exit at which each image left, from 0.
       certainty: [N, stages], certainty of the exits that were computed; zero for later ones.
     """
 
@@ -61,13 +61,13 @@ class CascadeJob:
           count: Total number of images.
         """
         self._programs, self._stages = programs, stages
-        self._thresholds = exits.check(thresholds, stages)
+        self._thresholds = exit_thresholds.check(thresholds, stages)
         self._images: dict[int, np.ndarray] = {}  # until they are answered
         self._waiting = [_Waiting() for _ in range(stages)]
         self._full: collections.deque[tuple[int, list[int], Any]] = collections.deque()
         self._on_the_way: collections.deque[tuple[int, list[int], Exit]] = collections.deque()
         self.logits = np.zeros((count, programs.classes), np.float32)
-        self.exits = np.zeros(count, np.int32)
+        self.exit_index = np.zeros(count, np.int32)
         self.certainty = np.zeros((count, stages))
 
     def run(self, source: Source, answered: Callable[[list[int]], Any]) -> None:
@@ -112,12 +112,12 @@ class CascadeJob:
         """Reads the answers of the oldest batch; returns the indices of the images that leave."""
         stage, numbers, done = self._on_the_way.popleft()
         logits = np.asarray(jax.device_get(done.logits))[: len(numbers)]
-        certain = exits.certainty(logits[:, None])[:, 0]
+        certain = exit_thresholds.certainty(logits[:, None])[:, 0]
         self.logits[numbers], self.certainty[numbers, stage] = logits, certain
         stays = certain < self._thresholds[stage]  # never at the last exit
         for number, stay in zip(numbers, stays.tolist(), strict=True):
             if not stay:
-                self.exits[number] = stage
+                self.exit_index[number] = stage
                 del self._images[number]
         if stays.any():
             self._carry(stage + 1, numbers, np.flatnonzero(stays), done.handed)

@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 
 from msvit_jax import checkpoint, sharding, weights
 from msvit_jax.errors import UserError
-from msvit_jax.inference import shapes
-from msvit_jax.inference import thresholds as exits
-from msvit_jax.inference.budgets import fitted_thresholds
+from msvit_jax.inference import exit_thresholds, shapes
+from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.images import Images, Reading, Source, open_images
@@ -43,7 +42,8 @@ class Predictions:
         ones; None for a model without a gate.
       coarse_probability: [N, rows, columns] float32, the gate's probability that a region stays
         coarse; None for a model without a gate.
-      exits: [N] int32, the exit (from 0) at which each image left a cascade; None for other models.
+      exit_index: [N] int32, the exit (from 0) at which each image left a cascade; None for other
+        models.
       merged: [N, stages, rows, columns] int16, the merge target of each patch after each reduction:
         the index, row by row, of the patch that represents the token this patch is part of. It is
         the patch itself if it was not merged into another, and -1 if it was dropped. A coarse token
@@ -60,7 +60,7 @@ class Predictions:
     tokens: np.ndarray
     coarse: np.ndarray | None = None
     coarse_probability: np.ndarray | None = None
-    exits: np.ndarray | None = None
+    exit_index: np.ndarray | None = None
     merged: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     failed: Mapping[int, str] = dataclasses.field(default_factory=dict)
@@ -106,7 +106,7 @@ class Predictions:
           numbers: Indices of the images.
         """
         index = np.asarray(numbers, int)
-        arrays = ("logits", "tokens", "coarse", "coarse_probability", "exits", "merged")
+        arrays = ("logits", "tokens", "coarse", "coarse_probability", "exit_index", "merged")
         given = {name: getattr(self, name) for name in arrays}
         taken: dict[str, Any] = {n: None if x is None else x[index] for n, x in given.items()}
         features = jax.tree.map(lambda x: x[index], self.features)
@@ -200,7 +200,10 @@ class Predictor:
         self._exit_thresholds: tuple[float, ...] | None = None
         if is_cascade(model):
             stages = len(model.exit_tokens)
-            self._exit_thresholds = (*[exits.NEVER] * (stages - 1), exits.ALWAYS)
+            self._exit_thresholds = (
+                *[exit_thresholds.NEVER] * (stages - 1),
+                exit_thresholds.ALWAYS,
+            )
         if thresholds is not None:
             self.thresholds = thresholds
         self.class_names = _checked_names(class_names, self.model.num_classes)
@@ -234,7 +237,7 @@ class Predictor:
         Raises:
           UserError: The path cannot be loaded (see `checkpoint.load_run` and
             `weights.load_params`), the model of a file is not known, or the budget has no
-            thresholds (see `budgets.fitted_thresholds`).
+            thresholds (see `budget_curve.fitted_thresholds`).
         """
         if weights.file_of(path) is not None:
             return cls._load_file(path, model, budget, options)
@@ -252,7 +255,7 @@ class Predictor:
         }
         if budget is not None:
             _check_cascade(run.model)
-            exits.check_budget(budget * 1e9, run.model.exit_macs())
+            exit_thresholds.check_budget(budget * 1e9, run.model.exit_macs())
             known["thresholds"] = fitted_thresholds(path, budget)
         return cls(run.model, run.variables, **{**known, **options})
 
@@ -300,7 +303,7 @@ class Predictor:
     @thresholds.setter
     def thresholds(self, values: Sequence[float]) -> None:
         _check_cascade(self.model)
-        self._exit_thresholds = exits.check(values, len(self.model.exit_tokens))
+        self._exit_thresholds = exit_thresholds.check(values, len(self.model.exit_tokens))
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -326,7 +329,9 @@ class Predictor:
         if is_cascade(self.model):
             # No exit is ever certain enough: every stage runs and passes all images to the next.
             pixels = np.zeros((1, side, side, 3), np.uint8)
-            self._cascade(self._open(pixels), [exits.NEVER] * (len(self.model.exit_tokens) - 1))
+            self._cascade(
+                self._open(pixels), [exit_thresholds.NEVER] * (len(self.model.exit_tokens) - 1)
+            )
             return self
         images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
         coarse = None
@@ -390,8 +395,8 @@ class Predictor:
         """Builds the predictions for some of a job's images."""
         known: dict[str, Any] = {"class_names": self.class_names, "failed": failed or {}}
         if isinstance(job, CascadeJob):
-            tokens = self.model.exit_tokens[job.exits[part]].astype(np.int32)
-            return Predictions(job.logits[part], tokens, exits=job.exits[part], **known)
+            tokens = self.model.exit_tokens[job.exit_index[part]].astype(np.int32)
+            return Predictions(job.logits[part], tokens, exit_index=job.exit_index[part], **known)
         merged = None if job.merged is None else job.merged[part]
         features = jax.tree.map(lambda x: x[part], job.features)
         made = Predictions(
@@ -430,8 +435,8 @@ class Predictor:
         """
         _check_cascade(self.model)
         macs = self.model.exit_macs()
-        exits.check_budget(budget * 1e9, macs)
-        found = exits.geometric_within(self.certainty(images), macs, budget * 1e9)
+        exit_thresholds.check_budget(budget * 1e9, macs)
+        found = exit_thresholds.geometric_within(self.certainty(images), macs, budget * 1e9)
         self.thresholds = found
         return found
 
@@ -442,7 +447,7 @@ class Predictor:
           UserError: The model is not a cascade; see also `__call__`.
         """
         _check_cascade(self.model)
-        never = [exits.NEVER] * (len(self.model.exit_tokens) - 1)
+        never = [exit_thresholds.NEVER] * (len(self.model.exit_tokens) - 1)
         return self._cascade(self._open(images), never).certainty
 
     def _open(self, images: Images, on_error: str = "stop") -> Source:

@@ -3,7 +3,7 @@
 Wang et al. 2021, "Not All Images are Worth 16x16 Words" (arXiv 2105.15075). Every stage is a whole
 transformer over the same image on a finer grid; a later one reuses what the one before computed:
 its last features (section 3.2) and the scores of its attention (section 3.3). Each stage has an
-exit of its own. Which exit answers an image is not decided here: see `inference.thresholds`.
+exit of its own. Which exit answers an image is not decided here: see `inference.exit_thresholds`.
 """
 
 from collections.abc import Callable
@@ -301,8 +301,8 @@ class DVT(BackboneMixin, nn.Module):
 
         Any other number of tokens is counted as the next larger exit's.
         """
-        exits = np.searchsorted(self.exit_tokens, np.asarray(tokens))
-        return self.exit_macs()[np.minimum(exits, len(self.grids) - 1)]
+        exit_index = np.searchsorted(self.exit_tokens, np.asarray(tokens))
+        return self.exit_macs()[np.minimum(exit_index, len(self.grids) - 1)]
 
     @also_empty
     def __call__(self, images: Array, *, train: bool = False) -> Output:
@@ -313,15 +313,15 @@ class DVT(BackboneMixin, nn.Module):
           train: Whether stochastic depth is on (rng stream "dropout").
 
         Returns:
-          Output with `exits` [B, stages, classes]; `logits` are the last exit's.
+          Output with `exit_logits` [B, stages, classes]; `logits` are the last exit's.
         """
-        handed, exits = None, []
+        handed, logits = None, []
         for stage in range(len(self.grids)):
             done = self.run_stage(images, handed, stage=stage, train=train)
-            exits.append(done.logits)
+            logits.append(done.logits)
             handed = done.handed
         tokens = jnp.full((images.shape[0],), self.exit_tokens[-1], jnp.int32)
-        return Output(logits=exits[-1], tokens=tokens, exits=jnp.stack(exits, axis=1))
+        return Output(logits=logits[-1], tokens=tokens, exit_logits=jnp.stack(logits, axis=1))
 
     def run_stage(
         self, images: Array, handed: StageCarry | None = None, *, stage: int, train: bool = False

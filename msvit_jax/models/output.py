@@ -60,8 +60,8 @@ class Output:
         (slot) whose token each patch (slot) was merged into, its own if it was not merged; -1 if it
         was dropped, for slots without a token, and for images that do not fit. None if no layer
         reduces tokens, and while training a gate carries tokens of both scales.
-      exits: [B, stages, classes] float32, logits of every exit of a cascade, whose `logits` are the
-        last exit's; None for other models.
+      exit_logits: [B, stages, classes] float32, logits of every exit of a cascade, whose `logits`
+        are the last exit's; None for other models.
       features: Features from a model without a head, whose `logits` are [B, 0]; None for others.
         NaN for an image that does not fit.
     """
@@ -73,7 +73,7 @@ class Output:
     fits: Array | None = None
     merged: tuple[Array, ...] | None = None
     hosts: tuple[Array, ...] | None = None
-    exits: Array | None = None
+    exit_logits: Array | None = None
     features: Features | None = None
 
     def merge_maps(self, size: tuple[int, int]) -> Array | None:

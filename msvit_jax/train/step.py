@@ -157,10 +157,10 @@ def _make_objective(
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
         per_example = losses.cross_entropy(output.logits, targets)
         total, scalars = _mean(per_example, output.fits), {}
-        if output.exits is not None:
+        if output.exit_logits is not None:
             exits = config.loss.exits
             total = losses.exits_loss(
-                output.exits,
+                output.exit_logits,
                 targets,
                 distillation_weight=exits.distillation,
                 temperature=exits.temperature,
@@ -225,8 +225,8 @@ def _with_teacher(
     """Adds distillation (Touvron et al. 2021): (1 - weight) x labels + weight x teacher."""
     theirs = teacher.model.apply(teacher.variables, images, train=False).logits
     ours = [output.logits if output.distilled_logits is None else output.distilled_logits]
-    if output.exits is not None:
-        ours = [output.exits[:, stage] for stage in range(output.exits.shape[1])]
+    if output.exit_logits is not None:
+        ours = [output.exit_logits[:, stage] for stage in range(output.exit_logits.shape[1])]
     how = {"temperature": options.temperature, "kind": options.kind}
     distance = sum(losses.distillation(logits, theirs, **how) for logits in ours)
     return (1 - options.weight) * total + options.weight * _mean(distance, output.fits)

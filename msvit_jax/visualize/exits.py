@@ -7,7 +7,7 @@ import numpy as np
 
 from msvit_jax import checkpoint, paths
 from msvit_jax.inference import Predictions, Predictor
-from msvit_jax.inference.budgets import fitted_thresholds
+from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.visualize.examples import (
     BATCH,
     SHEET,
@@ -76,11 +76,11 @@ def strips(
       tokens: [stages], number of patch tokens of each exit.
       count: Number of pictures per strip; white ones fill up if fewer images left there.
     """
-    assert predictions.exits is not None
+    assert predictions.exit_index is not None
     sure = predictions.probabilities.max(axis=1)
     made = []
     for stage, size in enumerate(tokens):
-        left = np.flatnonzero(predictions.exits == stage)
+        left = np.flatnonzero(predictions.exit_index == stage)
         ordered = left[np.argsort(-sure[left], kind="stable")]
         places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).astype(int))
         shown = [enlarge(examples[index].image) for index in ordered[places].tolist()]

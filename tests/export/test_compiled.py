@@ -22,8 +22,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.export import Options, compiled, write
 from msvit_jax.export import run as runner
 from msvit_jax.export.run import Model
-from msvit_jax.inference import Predictor
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import Predictor, exit_thresholds
 from tests.export import made
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -85,7 +84,7 @@ def _predictions(kind):
 
 def _check(answers, predictions):
     np.testing.assert_allclose(answers["logits"], predictions.logits, **CLOSE)
-    for name in set(answers) & {"tokens", "coarse", "exits", "merged"}:
+    for name in set(answers) & {"tokens", "coarse", "exit_index", "merged"}:
         np.testing.assert_array_equal(answers[name], getattr(predictions, name))
     if "coarse_probability" in answers:
         probability = predictions.coarse_probability
@@ -135,8 +134,8 @@ def test_images_leave_a_cascade_as_they_leave_the_predictor_s(model):
     pixels = np.concatenate([made.images(), made.images()[::-1]])
     predictor.thresholds = thresholds
     expected = predictor(pixels)
-    predictor.thresholds = (exits.NEVER,)
-    assert set(expected.exits) == {0, 1}
+    predictor.thresholds = (exit_thresholds.NEVER,)
+    assert set(expected.exit_index) == {0, 1}
     for batch in (1, made.COUNT):
         _check(model("cascade").classify(pixels, batch=batch, thresholds=thresholds), expected)
 
@@ -160,7 +159,7 @@ def test_what_is_handed_on_goes_with_its_image(batch, exported):
     images = np.zeros((20, made.SIDE, made.SIDE, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(20)
     answers = model.classify(images, batch=batch, thresholds=(0.9, 0.9))
-    np.testing.assert_array_equal(answers["exits"], np.arange(20) % 3)
+    np.testing.assert_array_equal(answers["exit_index"], np.arange(20) % 3)
     np.testing.assert_allclose(answers["logits"][:, 2], np.arange(20) / 1e6)
     assert {count for _, count in calls} == {min(batch, 20)}
     counts = [sum(index == exit_ for index, _ in calls) for exit_ in range(3)]

@@ -119,7 +119,7 @@ def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(exported, tmp_path)
     variables = {"params": unflatten_dict(source.params, sep="/")}
     model = source.model
     images = normalize(made.images(), model.mean, model.std)
-    expected = jax.jit(functools.partial(model.apply, train=False))(variables, images).exits
+    expected = jax.jit(functools.partial(model.apply, train=False))(variables, images).exit_logits
     handed = {}
     for stage, graph in enumerate(about["functions"]):
         wanted = [name.replace("before.", "handed.") for name in graph["inputs"]]

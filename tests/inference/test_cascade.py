@@ -10,8 +10,7 @@ import pytest
 import msvit_jax
 from msvit_jax import sharding
 from msvit_jax.errors import UserError
-from msvit_jax.inference import Predictor
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import Predictor, exit_thresholds
 from msvit_jax.pixels import normalize
 from tests.models.test_vit import rough
 
@@ -34,14 +33,14 @@ def _made(reuse=True):
     )
     images = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     variables = rough(jax.eval_shape(model.init, jax.random.key(0), images))
-    output = jax.jit(lambda v, x: model.apply(v, x).exits)
+    output = jax.jit(lambda v, x: model.apply(v, x).exit_logits)
     logits = output(variables, normalize(jnp.asarray(_images()), model.mean, model.std))
     return model, variables, np.asarray(logits)
 
 
 def _thresholds(logits):
     """By which each exit answers several images; halfway between two, so that rounding is none."""
-    certain = exits.certainty(logits)
+    certain = exit_thresholds.certainty(logits)
     first = np.sort(certain[:, 0])[[-8, -7]].mean()
     left = np.sort(certain[certain[:, 0] < first, 1])
     return float(first), float(left[[-6, -5]].mean())
@@ -63,9 +62,9 @@ def test_same_answers_as_all_exits_computed_and_chosen_afterwards(batch, devices
     predictor.thresholds = _thresholds(logits)
     told = []
     found = predictor(_images(), progress=told.append)
-    wanted = exits.leave(exits.certainty(logits), predictor.thresholds)
+    wanted = exit_thresholds.leave(exit_thresholds.certainty(logits), predictor.thresholds)
     assert set(wanted) == {0, 1, 2}
-    np.testing.assert_array_equal(found.exits, wanted)
+    np.testing.assert_array_equal(found.exit_index, wanted)
     np.testing.assert_allclose(found.logits, logits[np.arange(COUNT), wanted], rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.tokens, np.asarray([1, 4, 16])[wanted])
     assert sum(told) == COUNT
@@ -84,7 +83,7 @@ def test_each_stage_computes_no_more_batches_than_it_needs(monkeypatch):
     )
     found = predictor(_images())
     for stage in range(3):
-        assert calls.count(stage) == -(-np.sum(found.exits >= stage) // 4)
+        assert calls.count(stage) == -(-np.sum(found.exit_index >= stage) // 4)
 
 
 def test_without_thresholds_the_last_exit_answers_and_everything_is_compiled_once():
@@ -92,7 +91,7 @@ def test_without_thresholds_the_last_exit_answers_and_everything_is_compiled_onc
     predictor = Predictor(*_made()[:2], batch_size=4, mesh=_predictor(4)._mesh).warm_up()
     found = predictor(_images())
     np.testing.assert_allclose(found.logits, logits[:, -1], rtol=1e-4, atol=1e-4)
-    assert (found.exits == 2).all()
+    assert (found.exit_index == 2).all()
     assert set(predictor.compiled) == set(predictor.programs)
     assert predictor.programs[1:4] == ("stage 1", "stage 2", "stage 3")
 

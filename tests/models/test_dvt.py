@@ -94,7 +94,7 @@ def test_macs_agree_with_xla(monkeypatch):
     model = msvit_jax.create_model("dvt_deit_small", depth=1, grids=(7, 10))
     params = {"params": shapes(model)}
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    counted = flops.xla_macs(lambda v, x: model.apply(v, x).exits, params, images)
+    counted = flops.xla_macs(lambda v, x: model.apply(v, x).exit_logits, params, images)
     assert model.exit_macs()[-1] == pytest.approx(counted, rel=0.03)
 
 
@@ -190,8 +190,8 @@ def test_exits_equal_a_numpy_cascade(features, relations):
     model, variables, images = make(grids=grids, **switches)
     found = jax.jit(lambda v, x: model.apply(v, x))(variables, images)
     expected = np.stack([reference(variables["params"], np.asarray(x), model) for x in images])
-    np.testing.assert_allclose(found.exits, expected, rtol=1e-3, atol=1e-3)
-    np.testing.assert_array_equal(found.exits[:, -1], found.logits)
+    np.testing.assert_allclose(found.exit_logits, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(found.exit_logits[:, -1], found.logits)
 
 
 def by_stages(model, variables, images):
@@ -214,7 +214,7 @@ def by_stages(model, variables, images):
 @pytest.mark.parametrize("name", ["dvt_deit_small", "dvt_t2t_vit_12"])
 def test_stages_alone_give_the_exits_of_one_call(name):
     model, variables, images = make(name, grids=(1, 2, 4) if "t2t" in name else (2, 3, 4))
-    exits = jax.jit(lambda v, x: model.apply(v, x).exits)(variables, images)
+    exits = jax.jit(lambda v, x: model.apply(v, x).exit_logits)(variables, images)
     found = by_stages(model, variables, images)
     assert len(found) == 3 + 3 + 2
     for (row, stage), logits in found.items():
@@ -256,7 +256,7 @@ def test_recomputed_blocks_have_the_same_gradient():
     again = model.clone(backbone=model.backbone.clone(remat=True))
 
     def gradient(module):
-        loss = lambda v: (module.apply(v, images).exits ** 2).sum()  # noqa: E731
+        loss = lambda v: (module.apply(v, images).exit_logits ** 2).sum()  # noqa: E731
         return jax.jit(jax.grad(loss))(variables)
 
     jax.tree.map(

@@ -65,7 +65,7 @@ def test_every_stage_of_a_cascade_starts_from_a_dense_model():
     ]
     params, _ = init_from.params_for(cascade, taken)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    exits = cascade.apply({"params": params}, images).exits
+    exits = cascade.apply({"params": params}, images).exit_logits
     whole, _ = init_from.params_for(dense, weights)
     expected = dense.apply({"params": whole}, images).logits
     np.testing.assert_array_equal(exits[:, 1], expected)

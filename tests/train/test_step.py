@@ -218,12 +218,12 @@ def test_a_cascade_learns_the_sum_of_its_exits(weight):
     _, (reported,) = setup.run(1)
     images = normalize(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
     output = jitted.apply(setup.model, {"params": state.params["model"]}, images, train=True)
-    log_p = np.asarray(jax.nn.log_softmax(output.exits), np.float64)
+    log_p = np.asarray(jax.nn.log_softmax(output.exit_logits), np.float64)
     targets = np.asarray(smooth(jnp.asarray(batch["label"]), 3, 0.1))
     first, last = (-(targets * log_p[:, exit]).sum(1).mean() for exit in (0, 1))
     divergence = (np.exp(log_p[:, 1]) * (log_p[:, 1] - log_p[:, 0])).sum(1).mean()
     expected = last + (1 - weight) * first + weight * divergence
     assert reported.scalars["total_loss"] == pytest.approx(expected, rel=1e-4)
     assert reported.sums.loss / BATCH == pytest.approx(last, rel=1e-4)  # comparable to other models
-    right = (output.exits.argmax(-1) == batch["label"][:, None]).sum(0)
-    np.testing.assert_array_equal(reported.sums.exits, right)
+    right = (output.exit_logits.argmax(-1) == batch["label"][:, None]).sum(0)
+    np.testing.assert_array_equal(reported.sums.exit_top1, right)

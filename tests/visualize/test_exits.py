@@ -5,9 +5,8 @@ import pytest
 
 from msvit_jax import checkpoint
 from msvit_jax import config as configs
-from msvit_jax.inference import Predictions
-from msvit_jax.inference import thresholds as choice
-from msvit_jax.inference.budgets import FITTED_FILE
+from msvit_jax.inference import Predictions, exit_thresholds
+from msvit_jax.inference.budget_curve import FITTED_FILE
 from msvit_jax.train.init_from import model_shapes
 from msvit_jax.visualize import enlarge, exits
 from msvit_jax.visualize.examples import Example
@@ -20,7 +19,10 @@ def test_strips_hold_the_images_of_an_exit_the_surest_first():
     logits = np.zeros((6, 2), np.float32)
     logits[:, 1] = [1, 3, 2, 5, 4, 6]
     predictions = Predictions(
-        logits, np.zeros(6, np.int32), exits=np.asarray([0, 0, 0, 1, 0, 0]), class_names=("a", "b")
+        logits,
+        np.zeros(6, np.int32),
+        exit_index=np.asarray([0, 0, 0, 1, 0, 0]),
+        class_names=("a", "b"),
     )
     shown = [
         Example(image, "x", label) for image, label in zip(images, [1, 1, 0, 1, 1, 1], strict=True)
@@ -42,7 +44,7 @@ def test_a_run_is_drawn_with_fitted_thresholds_or_those_of_its_examples(fitted, 
     budget = None
     if fitted:
         budget = float(model.exit_macs()[-1]) / 1e9
-        row = f'[{{"budget": {budget}, "thresholds": [{choice.NEVER}, 0.0]}}]'
+        row = f'[{{"budget": {budget}, "thresholds": [{exit_thresholds.NEVER}, 0.0]}}]'
         (tmp_path / FITTED_FILE).write_text(row)
     drawn = exits.draw_run(run, tmp_path / "out", workdir=tmp_path, budget=budget, count=3)
     assert drawn.sheet.stat().st_size > 1000

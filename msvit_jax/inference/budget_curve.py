@@ -19,7 +19,7 @@ from ml_collections import config_dict
 
 from msvit_jax import checkpoint, data, extras, labels, paths, sharding
 from msvit_jax.errors import UserError
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import exit_thresholds
 from msvit_jax.pixels import normalize
 
 CSV_FILE, PLOT_FILE, FITTED_FILE = "budget_curve.csv", "budget_curve.png", "thresholds.json"
@@ -36,11 +36,11 @@ class Logits:
     """Logits of all exits for a split, and its labels.
 
     Attributes:
-      exits: [n, stages, classes] float32, logits of every exit.
+      exit_logits: [n, stages, classes] float32, logits of every exit.
       labels: [n], class numbers.
     """
 
-    exits: np.ndarray
+    exit_logits: np.ndarray
     labels: np.ndarray
 
 
@@ -67,7 +67,7 @@ def collect(
     def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         images = normalize(batch["image"], model.mean, model.std)
         output = model.apply({"params": params}, images, train=False)
-        return output.exits, batch["label"], batch["valid"]
+        return output.exit_logits, batch["label"], batch["valid"]
 
     step = jax.jit(run, out_shardings=sharding.replicated(mesh))
     size = -(-batch_size // mesh.size) * mesh.size
@@ -96,31 +96,36 @@ def curve(
       exit_macs: [stages], multiply-accumulates up to each exit, from `DVT.exit_macs`.
       budgets: Mean GMACs per fitted image; empty: ten values, geometrically spaced from the first
         exit's cost to the last's.
-      criterion: Measure of certainty, one of `thresholds.CRITERIA`.
+      criterion: Measure of certainty, one of `exit_thresholds.CRITERIA`.
 
     Raises:
       UserError: A budget is below the first exit's cost, or the criterion is unknown.
     """
-    ours = exits.score(fit.exits, fit.labels, criterion, seed=0)
-    theirs = exits.score(held_out.exits, held_out.labels, criterion, seed=1)
+    ours = exit_thresholds.score(fit.exit_logits, fit.labels, criterion, seed=0)
+    theirs = exit_thresholds.score(held_out.exit_logits, held_out.labels, criterion, seed=1)
     wanted = [budget * 1e9 for budget in budgets]
     for budget in wanted:
-        exits.check_budget(budget, exit_macs)
+        exit_thresholds.check_budget(budget, exit_macs)
     wanted = wanted or np.geomspace(exit_macs[0], exit_macs[-1], 10).tolist()
     rows = []
     for stage in range(len(exit_macs)):
-        alone = [exits.NEVER] * stage + [exits.ALWAYS] * (len(exit_macs) - stage)
-        rows.append(_row(f"exit {stage + 1}", None, exits.judge(theirs, alone, exit_macs)))
+        alone = [exit_thresholds.NEVER] * stage + [exit_thresholds.ALWAYS] * (
+            len(exit_macs) - stage
+        )
+        rows.append(
+            _row(f"exit {stage + 1}", None, exit_thresholds.judge(theirs, alone, exit_macs))
+        )
     rows += [
-        _row("geometric", None, point) for point in exits.geometric_curve(ours, theirs, exit_macs)
+        _row("geometric", None, point)
+        for point in exit_thresholds.geometric_curve(ours, theirs, exit_macs)
     ]
     for budget in wanted:
-        thresholds = exits.search(ours, exit_macs, budget)
-        rows.append(_row("search", budget, exits.judge(theirs, thresholds, exit_macs)))
+        thresholds = exit_thresholds.search(ours, exit_macs, budget)
+        rows.append(_row("search", budget, exit_thresholds.judge(theirs, thresholds, exit_macs)))
     return rows
 
 
-def _row(kind: str, budget: float | None, point: exits.Point) -> dict[str, Any]:
+def _row(kind: str, budget: float | None, point: exit_thresholds.Point) -> dict[str, Any]:
     return {
         "kind": kind,
         "budget": None if budget is None else budget / 1e9,
@@ -225,7 +230,7 @@ def curve_of_run(
       mesh: Devices, from `sharding.make_mesh`.
       data_config: A config's `data` section; None: the run's.
       budgets: Mean GMACs per fitted image; empty: ten values, see `curve`.
-      criterion: Measure of certainty, one of `thresholds.CRITERIA`.
+      criterion: Measure of certainty, one of `exit_thresholds.CRITERIA`.
       fit_examples: Number of training images to fit on.
 
     Raises:
@@ -238,7 +243,7 @@ def curve_of_run(
     if not hasattr(model, "exit_macs"):
         raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
     for budget in budgets:
-        exits.check_budget(budget * 1e9, model.exit_macs())
+        exit_thresholds.check_budget(budget * 1e9, model.exit_macs())
     labels.check_count(model.num_classes, len(data.class_names(config.data)))
     count = min(fit_examples, data.dataset_info(config.data).train_examples)
     run = {"batch_size": batch_size, "mesh": mesh}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msvit_jax.errors import UserError
-from msvit_jax.inference import thresholds as exits
+from msvit_jax.inference import exit_thresholds
 
 MACS = np.asarray([1e9, 2.5e9, 6e9])
 
@@ -71,12 +71,15 @@ def plain_judgment(confidence, logits, labels, thresholds):
 def test_geometric_thresholds_cost_and_accuracy_are_those_of_the_description():
     fit_logits, fit_labels = stored(seed=0)
     logits, labels = stored(count=211, seed=1)
-    fit, held_out = exits.score(fit_logits, fit_labels), exits.score(logits, labels)
-    found = exits.geometric_curve(fit, held_out, MACS)
+    fit, held_out = (
+        exit_thresholds.score(fit_logits, fit_labels),
+        exit_thresholds.score(logits, labels),
+    )
+    found = exit_thresholds.geometric_curve(fit, held_out, MACS)
     assert len(found) == 59
     for p, point in zip(range(1, 60), found, strict=True):
         thresholds = plain_geometric(plain_confidence(fit_logits), p / 20)
-        wanted = [exits.NEVER if t is None else t for t in thresholds]
+        wanted = [exit_thresholds.NEVER if t is None else t for t in thresholds]
         np.testing.assert_allclose(point.thresholds[:-1], wanted, rtol=1e-9)
         cost, top1 = plain_judgment(plain_confidence(logits), logits, labels, point.thresholds[:-1])
         assert point.macs == pytest.approx(cost)
@@ -86,32 +89,38 @@ def test_geometric_thresholds_cost_and_accuracy_are_those_of_the_description():
 
 def test_few_images_leave_nowhere_where_none_is_to_leave():
     certain = np.asarray([[0.9, 0.5, 1.0], [0.2, 0.8, 1.0]])
-    assert exits.geometric(certain, 3.0) == (exits.NEVER, exits.NEVER, exits.ALWAYS)
-    assert exits.geometric(certain, 0.05)[0] == 0.9  # floor(2 x 0.95) = 1 image
+    assert exit_thresholds.geometric(certain, 3.0) == (
+        exit_thresholds.NEVER,
+        exit_thresholds.NEVER,
+        exit_thresholds.ALWAYS,
+    )
+    assert exit_thresholds.geometric(certain, 0.05)[0] == 0.9  # floor(2 x 0.95) = 1 image
 
 
 def test_criteria():
     logits, _ = stored(40)
-    np.testing.assert_allclose(exits.certainty(logits), plain_confidence(logits), rtol=1e-9)
-    entropy = exits.certainty(logits, "entropy")
+    np.testing.assert_allclose(
+        exit_thresholds.certainty(logits), plain_confidence(logits), rtol=1e-9
+    )
+    entropy = exit_thresholds.certainty(logits, "entropy")
     for image in range(5):
         p = probabilities(logits[image, 0])
         wanted = 1 + sum(x * math.log(x) for x in p) / math.log(len(p))
         assert entropy[image, 0] == pytest.approx(wanted)
-    drawn = [exits.certainty(logits, "random", seed) for seed in (0, 0, 1)]
+    drawn = [exit_thresholds.certainty(logits, "random", seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).all()
     with pytest.raises(UserError, match="'margin' is none of confidence, entropy, random"):
-        exits.certainty(logits, "margin")
+        exit_thresholds.certainty(logits, "margin")
 
 
 def test_looking_at_the_image_is_worth_something():
     logits, labels = stored(2000)
     top1 = {}
-    for criterion in exits.CRITERIA:
-        scores = exits.score(logits, labels, criterion)
-        thresholds = exits.geometric_within(scores.certainty, MACS, 2e9)
-        point = exits.judge(scores, thresholds, MACS)
+    for criterion in exit_thresholds.CRITERIA:
+        scores = exit_thresholds.score(logits, labels, criterion)
+        thresholds = exit_thresholds.geometric_within(scores.certainty, MACS, 2e9)
+        point = exit_thresholds.judge(scores, thresholds, MACS)
         assert 1.98e9 < point.macs <= 2e9
         top1[criterion] = point.top1
     assert min(top1["confidence"], top1["entropy"]) > top1["random"] + 1
@@ -119,24 +128,24 @@ def test_looking_at_the_image_is_worth_something():
 
 @pytest.mark.parametrize("budget", [1e9, 1.7e9, 3e9, 7e9])
 def test_the_search_finds_what_trying_everything_finds(budget):
-    scores = exits.score(*stored(60))
-    thresholds = exits.search(scores, MACS, budget)
-    found = exits.judge(scores, thresholds, MACS)
+    scores = exit_thresholds.score(*stored(60))
+    thresholds = exit_thresholds.search(scores, MACS, budget)
+    found = exit_thresholds.judge(scores, thresholds, MACS)
     assert found.macs <= budget
-    steps = [0.0, *np.unique(scores.certainty[:, 0]), exits.NEVER]
+    steps = [0.0, *np.unique(scores.certainty[:, 0]), exit_thresholds.NEVER]
     best = 0.0
     for first in steps:
-        for second in [0.0, *np.unique(scores.certainty[:, 1]), exits.NEVER]:
-            point = exits.judge(scores, (first, second), MACS)
+        for second in [0.0, *np.unique(scores.certainty[:, 1]), exit_thresholds.NEVER]:
+            point = exit_thresholds.judge(scores, (first, second), MACS)
             best = max(best, point.top1) if point.macs <= budget else best
     assert found.top1 >= best - 100 / 60  # an image
-    geometric = exits.geometric_within(scores.certainty, MACS, budget)
-    assert found.top1 >= exits.judge(scores, geometric, MACS).top1
+    geometric = exit_thresholds.geometric_within(scores.certainty, MACS, budget)
+    assert found.top1 >= exit_thresholds.judge(scores, geometric, MACS).top1
 
 
 def test_the_search_is_repeatable():
-    scores = exits.score(*stored(100))
-    assert exits.search(scores, MACS, 2e9) == exits.search(scores, MACS, 2e9)
+    scores = exit_thresholds.score(*stored(100))
+    assert exit_thresholds.search(scores, MACS, 2e9) == exit_thresholds.search(scores, MACS, 2e9)
 
 
 @pytest.mark.parametrize(
@@ -153,17 +162,21 @@ def test_the_search_is_repeatable():
 )
 def test_thresholds_that_are_not_possible_are_told(given, message):
     with pytest.raises(UserError, match=message):
-        exits.check(given, 3)
+        exit_thresholds.check(given, 3)
 
 
 def test_thresholds_may_leave_the_last_exit_out():
-    assert exits.check((0.5, 0.6), 3) == exits.check((0.5, 0.6, 0.0), 3) == (0.5, 0.6, 0.0)
+    assert (
+        exit_thresholds.check((0.5, 0.6), 3)
+        == exit_thresholds.check((0.5, 0.6, 0.0), 3)
+        == (0.5, 0.6, 0.0)
+    )
 
 
 def test_a_budget_below_the_first_exit_is_told_with_its_cost():
-    scores = exits.score(*stored(20))
+    scores = exit_thresholds.score(*stored(20))
     told = r"0\.9 GMACs is below .* first exit, 1 GMACs"
     with pytest.raises(UserError, match=told):
-        exits.geometric_within(scores.certainty, MACS, 0.9e9)
+        exit_thresholds.geometric_within(scores.certainty, MACS, 0.9e9)
     with pytest.raises(UserError, match=told):
-        exits.search(scores, MACS, 0.9e9)
+        exit_thresholds.search(scores, MACS, 0.9e9)

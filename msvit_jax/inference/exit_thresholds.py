@@ -51,7 +51,7 @@ class Point:
     top1: float
 
 
-def certainty(exits: np.ndarray, criterion: str = "confidence", seed: int = 0) -> np.ndarray:
+def certainty(exit_logits: np.ndarray, criterion: str = "confidence", seed: int = 0) -> np.ndarray:
     """Certainty of exits: [n, stages, C] logits -> [n, stages], 0 to 1.
 
     "confidence": the largest softmax probability. "entropy": 1 - entropy / log(C). "random": random
@@ -63,18 +63,20 @@ def certainty(exits: np.ndarray, criterion: str = "confidence", seed: int = 0) -
     if criterion not in CRITERIA:
         raise UserError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")
     if criterion == "random":
-        return np.random.default_rng(seed).random(exits.shape[:-1])
-    shares = softmax(np.asarray(exits, np.float64), axis=-1)
+        return np.random.default_rng(seed).random(exit_logits.shape[:-1])
+    shares = softmax(np.asarray(exit_logits, np.float64), axis=-1)
     if criterion == "confidence":
         return shares.max(axis=-1)
-    return 1 + xlogy(shares, shares).sum(axis=-1) / np.log(exits.shape[-1])
+    return 1 + xlogy(shares, shares).sum(axis=-1) / np.log(exit_logits.shape[-1])
 
 
 def score(
-    exits: np.ndarray, labels: np.ndarray, criterion: str = "confidence", seed: int = 0
+    exit_logits: np.ndarray, labels: np.ndarray, criterion: str = "confidence", seed: int = 0
 ) -> Scores:
     """Scores of logits [n, stages, C] against labels [n]; see `certainty`."""
-    return Scores(certainty(exits, criterion, seed), exits.argmax(axis=-1) == labels[:, None])
+    return Scores(
+        certainty(exit_logits, criterion, seed), exit_logits.argmax(axis=-1) == labels[:, None]
+    )
 
 
 def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
@@ -127,9 +129,9 @@ def judge(scores: Scores, thresholds: Sequence[float], exit_macs: np.ndarray) ->
       thresholds: Thresholds, one for each exit; the last may be omitted (see `check`).
       exit_macs: [stages], multiply-accumulates up to each exit, from `DVT.exit_macs`.
     """
-    exits = leave(scores.certainty, thresholds)
-    shares = np.bincount(exits, minlength=len(exit_macs)) / len(exits)
-    right = scores.correct[np.arange(len(exits)), exits].mean()
+    exit_index = leave(scores.certainty, thresholds)
+    shares = np.bincount(exit_index, minlength=len(exit_macs)) / len(exit_index)
+    right = scores.correct[np.arange(len(exit_index)), exit_index].mean()
     complete = check(thresholds, len(exit_macs))
     return Point(complete, tuple(shares.tolist()), float(shares @ exit_macs), 100 * float(right))
 
@@ -285,8 +287,8 @@ def _thresholds_for(
 
 def _leaving(certain: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
     """The inverse of `_thresholds_for`: the shares of the remaining images that leave."""
-    exits = leave(certain, thresholds)
+    exit_index = leave(certain, thresholds)
     stages = certain.shape[1]
-    gone = np.bincount(exits, minlength=stages)
-    there = len(exits) - np.concatenate([[0], np.cumsum(gone)[:-1]])
+    gone = np.bincount(exit_index, minlength=stages)
+    there = len(exit_index) - np.concatenate([[0], np.cumsum(gone)[:-1]])
     return np.clip(gone[:-1] / np.maximum(there[:-1], 1), 0.0, 1.0)
