@@ -17,7 +17,7 @@ def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "cifar10_vit.py")
     config.model = {
         "name": "dvt_deit_small",
-        "grids": (4, 6, 8),
+        "grid_sizes": (4, 6, 8),
         "width": 192,
         "heads": 3,
         "depth": 9,

@@ -20,7 +20,7 @@ def get_config() -> config_dict.ConfigDict:
     config.model = {
         "name": "dvt_deit_small",
         "image_size": 64,
-        "grids": (5, 8),
+        "grid_sizes": (5, 8),
         "width": 64,
         "depth": 4,
         "heads": 4,

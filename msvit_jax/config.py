@@ -116,7 +116,7 @@ def base() -> config_dict.ConfigDict:
 def _gate_loss_defaults() -> dict[str, Any]:
     """Returns attributes of `losses.GateLoss` with defaults; the loss is off by default."""
     fields = dataclasses.fields(importlib.import_module("msvit_jax.losses").GateLoss)
-    ours = ("parent", "name", "grid_size")  # the grid is the model's
+    ours = ("parent", "name", "region_grid")  # the grid is the model's
     defaults = {f.name: f.default for f in fields if f.name not in ours}
     return {**defaults, "kind": "none"}
 
@@ -264,7 +264,7 @@ def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Modu
     """Builds the config's `losses.GateLoss` for the model's regions."""
     options = {k: v for k, v in config.loss.gate.items() if k not in ("weight", "correction")}
     losses = importlib.import_module("msvit_jax.losses")
-    return losses.GateLoss(**options, grid_size=getattr(model, "gate_grid", (1, 1)))
+    return losses.GateLoss(**options, region_grid=getattr(model, "region_grid", (1, 1)))
 
 
 def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.ConfigDict:

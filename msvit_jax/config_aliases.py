@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
+    "model.grid": "model.fixed_grid_size",
+    "model.grids": "model.grid_sizes",
     "optimizer.accumulation": "optimizer.accum_steps",
     "trim.parts": "capacity.num_buckets",
     "trim.room": "capacity.alternatives",

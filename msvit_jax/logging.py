@@ -124,7 +124,7 @@ class Logger:
             self.say(line(kind, step, epoch, brief))
 
     def evaluation(
-        self, step: int, epoch: float, result: Evaluation, grid: tuple[int, int] | None
+        self, step: int, epoch: float, result: Evaluation, region_grid: tuple[int, int] | None
     ) -> None:
         """Reports an evaluation, with gate rates, token maps and merge maps as pictures.
 
@@ -132,15 +132,15 @@ class Logger:
           step: Optimizer step that the figures belong to.
           epoch: Epoch that the figures belong to, a float.
           result: Result of the evaluator.
-          grid: (rows, columns) of the gate's regions, or None.
+          region_grid: (rows, columns) of the gate's regions, or None.
         """
         self.report("eval", step, epoch, result.figures)
         if not self._active:
             return
-        if result.coarse_rates is not None and grid is not None:
-            self._later(self._rates, step, result.coarse_rates.reshape(grid))
+        if result.coarse_rates is not None and region_grid is not None:
+            self._later(self._rates, step, result.coarse_rates.reshape(region_grid))
         if result.samples is not None:
-            self._later(self._maps, step, result.samples, grid)
+            self._later(self._maps, step, result.samples, region_grid)
 
     def _later(self, job: Callable[..., None], *arguments: Any) -> None:
         for done in [j for j in self._jobs if j.done()]:
@@ -160,14 +160,14 @@ class Logger:
         picture = np.kron((1 - rates)[None], np.ones((1, 16, 16)))
         self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
 
-    def _maps(self, step: int, samples: Samples, grid: tuple[int, int] | None) -> None:
+    def _maps(self, step: int, samples: Samples, region_grid: tuple[int, int] | None) -> None:
         from msvit_jax import visualize  # brings matplotlib, which not every run needs
 
         for index, image in enumerate(samples.images):
             coarse = None
-            if samples.coarse is not None and grid is not None:
-                coarse = samples.coarse[index].reshape(grid)
-                picture = visualize.token_map(image, samples.coarse[index], grid)
+            if samples.coarse is not None and region_grid is not None:
+                coarse = samples.coarse[index].reshape(region_grid)
+                picture = visualize.token_map(image, samples.coarse[index], region_grid)
                 self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
             if samples.merged is not None:  # after the last reduction
                 picture = visualize.merge_map(image, samples.merged[index, -1], coarse=coarse)

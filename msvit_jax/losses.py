@@ -156,7 +156,7 @@ class GateLoss(nn.Module):
         everywhere.
       start: Initialization of the means ("gbas"): "center", falling with the distance from the
         image's center around `target`, or "uniform" at `target`.
-      grid_size: (rows, columns) of regions, for "gbas".
+      region_grid: (rows, columns) of regions, for "gbas".
     """
 
     kind: str = "gbas"
@@ -167,7 +167,7 @@ class GateLoss(nn.Module):
     beta: tuple[float, float] = (0.6, 0.4)
     clip: float = 0.0
     start: str = "center"
-    grid_size: tuple[int, int] = (7, 7)
+    region_grid: tuple[int, int] = (7, 7)
 
     @nn.compact
     def __call__(self, gate: GateOutput, *, axis_name: str | None = None) -> GateLossOutput:
@@ -208,8 +208,10 @@ class GateLoss(nn.Module):
         return empirical_cdf_distance(cdf).mean()
 
     def _generalized(self, logits: Array, terms: dict[str, Array]) -> GateLossOutput:
-        if logits.shape[1] != self.grid_size[0] * self.grid_size[1]:
-            raise ValueError(f"{logits.shape[1]} regions do not fit the priors' {self.grid_size}.")
+        if logits.shape[1] != self.region_grid[0] * self.region_grid[1]:
+            raise ValueError(
+                f"{logits.shape[1]} regions do not fit the priors' {self.region_grid}."
+            )
         logit_mean = self.param("logit_mean", lambda _: logit(jnp.asarray(self._first_means())))
         log_temperature = self.param(
             "log_temperature", nn.initializers.constant(np.log(self.temperature)), logits.shape[1:]
@@ -224,10 +226,10 @@ class GateLoss(nn.Module):
 
     def _first_means(self) -> np.ndarray:
         if self.start == "uniform":
-            return np.full(self.grid_size[0] * self.grid_size[1], self.target, np.float32)
+            return np.full(self.region_grid[0] * self.region_grid[1], self.target, np.float32)
         if self.start != "center":
             raise ValueError(f"start={self.start!r} is neither 'center' nor 'uniform'.")
-        nearness = 1 - center_distance(self.grid_size)
+        nearness = 1 - center_distance(self.region_grid)
         if not nearness.any():  # a grid of corners only, 2 x 2: all equally near
             nearness = np.ones_like(nearness)
         means = self.target * nearness / nearness.mean()

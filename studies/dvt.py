@@ -34,7 +34,7 @@ REUSES: dict[str, dict[str, Any]] = {
     "relations": {"model.feature_reuse": False},
     "none": {"model.feature_reuse": False, "model.relation_reuse": False},
 }
-THREE_STAGES: dict[str, Any] = {"model.grids": (4, 6, 8), "epochs": 2.0}
+THREE_STAGES: dict[str, Any] = {"model.grid_sizes": (4, 6, 8), "epochs": 2.0}
 AS_TWO, AS_THREE = "dense, 6 epochs longer", "dense, 2 epochs longer"
 SAVED = (1.3, 1.6, 2.0)  # dense's MACs over the budgets that thresholds are searched for
 FIT_EXAMPLES = 5000

@@ -3,9 +3,11 @@ import pathlib
 
 import pytest
 
+import msvit_jax
 from msvit_jax import config as configs
 from msvit_jax import config_aliases
 from msvit_jax.errors import UserError
+from msvit_jax.models import registry
 from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -219,6 +221,31 @@ def test_values_of_before_are_read_in_files_and_overrides(tmp_path):
 
 
 def test_names_of_before_are_names_of_keys_that_are_there():
-    known = configs.flatten(configs.base())
-    assert set(config_aliases.RENAMED.values()) <= set(known)
-    assert not set(config_aliases.RENAMED) & set(known)
+    known = set(configs.flatten(configs.base()))
+    for name in msvit_jax.list_models():
+        known |= {f"model.{option}" for option in registry.model_options(name)}
+    assert set(config_aliases.RENAMED.values()) <= known
+    assert not set(config_aliases.RENAMED) & known
+    assert set(config_aliases.RENAMED_VALUES) <= known
+
+
+def test_attributes_of_before_are_read_in_files_runs_and_overrides(tmp_path):
+    config = configs.load("configs/digits_dvt.py", ["model.grids=(2, 4)"])
+    assert config.model.grid_sizes == (2, 4)
+    stored = json.loads(configs.to_json(config))
+    stored["model"]["grids"] = stored["model"].pop("grid_sizes")
+    assert configs.from_json(json.dumps(stored)).model.grid_sizes == (2, 4)
+    old = tmp_path / "old.py"
+    old.write_text(
+        "from msvit_jax.config import base\n"
+        "def get_config():\n"
+        "    config = base()\n"
+        "    config.model = {'name': 'dvt_deit_small', 'grids': (2, 4)}\n"
+        "    return config\n"
+    )
+    assert configs.load(str(old)).model.to_dict() == {
+        "name": "dvt_deit_small",
+        "grid_sizes": (2, 4),
+    }
+    with pytest.raises(UserError, match="no option 'grids'. It is 'grid_sizes' now"):
+        msvit_jax.create_model("dvt_deit_small", grids=(2, 4))

@@ -163,7 +163,9 @@ def test_a_head_for_classes_of_other_names_is_not_started_from(run, sets, tmp_pa
 
 
 def test_calibrating_exits_on_other_classes_is_refused(sets, run):
-    model = create_model("dvt_deit_small", **DVT, grids=(2, 4), feature_width=4, feature_hidden=8)
+    model = create_model(
+        "dvt_deit_small", **DVT, grid_sizes=(2, 4), feature_width=4, feature_hidden=8
+    )
     config = checkpoint.read_config(run).data
     config.name, config.data_dir = "five", sets
     from msvit_jax import sharding

@@ -83,7 +83,7 @@ def test_samples_of_the_prior_score_the_floor(count):
 
 
 def loss_of(logits, **options):
-    module = losses.GateLoss(**({"grid_size": (3, 3), "target": 0.3} | options))
+    module = losses.GateLoss(**({"region_grid": (3, 3), "target": 0.3} | options))
     output = GateOutput(logits=logits, coarse=jnp.zeros_like(logits))
     return module, output, jitted.init(module, output)
 
@@ -116,7 +116,7 @@ def test_generalized_is_shaping_plus_hyperprior():
 
 
 def test_priors_start_finer_in_the_center_with_the_target_as_their_mean():
-    _, _, variables = loss_of(jnp.zeros((2, 25)), kind="gbas", grid_size=(5, 5), target=0.2)
+    _, _, variables = loss_of(jnp.zeros((2, 25)), kind="gbas", region_grid=(5, 5), target=0.2)
     mean = np.asarray(jax.nn.sigmoid(variables["params"]["logit_mean"])).reshape(5, 5)
     assert mean[2, 2] == mean.max()
     assert mean[0, 0] == mean.min()
@@ -222,7 +222,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_label():
         ({"kind": "gbsa"}, "none of none, rate"),
         ({"kind": "bas", "prior": "gamma"}, "neither 'relaxed_bernoulli'"),
         ({"kind": "gbas", "start": "edge"}, "neither 'center'"),
-        ({"kind": "gbas", "grid_size": (4, 4)}, "do not fit"),
+        ({"kind": "gbas", "region_grid": (4, 4)}, "do not fit"),
         ({"target": 0.0}, "between 0 and 1"),
     ],
 )

@@ -71,7 +71,7 @@ def dvt(**changes: object) -> config_dict.ConfigDict:
     """A config of a cascade of two stages."""
     made = config("dvt_deit_small")
     made.model = {
-        **{"name": "dvt_deit_small", "width": 16, "depth": 2, "heads": 2, "grids": (2, 4)},
+        **{"name": "dvt_deit_small", "width": 16, "depth": 2, "heads": 2, "grid_sizes": (2, 4)},
         **{"feature_width": 4, "feature_hidden": 8},
     }
     for key, value in changes.items():

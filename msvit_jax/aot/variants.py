@@ -116,7 +116,7 @@ def variant(
 
 def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:
     """One of the two kinds of training steps of a run, with settled capacities."""
-    rows, columns = configs.build_model(config).gate_grid
+    rows, columns = configs.build_model(config).region_grid
     schedule = CapacitySchedule.start(config.capacity, regions=rows * columns, images=1)
     schedule.budgets = (sizes.tokens,)
     every = config.capacity.alternatives_every
@@ -161,8 +161,8 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
         steps = max(s for s in range(1, _STEPS + 1) if images % s == 0)
         options.budget = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
         return "/".join(map(str, options.budget))
-    prefix, grid = model.backbone.prefix_length, model.backbone.grid_size**2
-    options.row_width = sizes.row_width or -(-(grid + prefix) // _TILE) * _TILE
+    prefix, num_slots = model.backbone.prefix_length, model.backbone.grid_size**2
+    options.row_width = sizes.row_width or -(-(num_slots + prefix) // _TILE) * _TILE
     rows = rows_needed(counts + prefix, options.row_width)
     options.rows = rows * chips
     return f"{rows} x {options.row_width} a chip"
@@ -175,7 +175,7 @@ def _forget_layout(config: config_dict.ConfigDict) -> None:
 
 def draw_counts(model: registry.MSViT, images: int, sizes: Sizes) -> np.ndarray:
     """Active patch tokens of a batch of images, in ascending order: normal quantiles."""
-    rows, columns = model.gate_grid
+    rows, columns = model.region_grid
     regions = rows * columns
     normal = statistics.NormalDist(sizes.tokens, max(sizes.spread, 1e-9))
     drawn = [normal.inv_cdf((i + 0.5) / images) for i in range(images)]

@@ -85,7 +85,7 @@ def draw(options: Options, batch: int) -> Work:
     number = SINGLES if batch == 1 and not options.train else 1
     if not options.gated:
         return Work(model, dense, np.full((number, batch), dense.grid_size**2), None)
-    regions = model.gate_grid[0] * model.gate_grid[1]
+    regions = model.region_grid[0] * model.region_grid[1]
     counts = forced.token_counts(
         number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
     ).reshape(number, batch)

@@ -297,7 +297,7 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
         answers = {"logits": output.logits}
         if output.gate is not None:
             fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
-            regions = lambda x: x.reshape(-1, *model.gate_grid)  # noqa: E731
+            regions = lambda x: x.reshape(-1, *model.region_grid)  # noqa: E731
             answers |= {
                 "tokens": output.tokens,
                 "fits": fits,

@@ -41,7 +41,7 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
     """Arguments of timm's `VisionTransformer`, or of `VisionTransformerDistilled`."""
     arguments = {
         "img_size": vit.image_size,
-        "patch_size": vit.cell,
+        "patch_size": vit.effective_patch_size,
         "num_classes": vit.num_classes,
         "embed_dim": vit.width,
         "depth": vit.depth,
@@ -103,7 +103,7 @@ def _huggingface_config(vit: Any, kind: str, source: Source) -> dict[str, Any]:
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind]],
         "image_size": vit.image_size,
-        "patch_size": vit.cell,
+        "patch_size": vit.effective_patch_size,
         "num_channels": 3,
         "hidden_size": vit.width,
         "num_hidden_layers": vit.depth,

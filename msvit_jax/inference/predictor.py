@@ -404,7 +404,7 @@ class Predictor:
         )
         if job.coarse is None or job.probability is None:
             return made
-        shape = (len(made), *self.model.gate_grid)
+        shape = (len(made), *self.model.region_grid)
         return dataclasses.replace(
             made,
             coarse=job.coarse[part].reshape(shape) > 0.5,

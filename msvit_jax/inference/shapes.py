@@ -18,7 +18,7 @@ _LANES = 128  # columns that accelerators compute at a time
 
 def has_gate(model: Any) -> bool:
     """Whether a model has a gate, so that its images differ in their number of tokens."""
-    return getattr(model, "gate_grid", None) is not None
+    return getattr(model, "region_grid", None) is not None
 
 
 def make_policy(
@@ -140,5 +140,5 @@ def _row_shapes(
 
 def _token_range(model: Any) -> tuple[int, int]:
     """Active patch tokens of an image with only coarse, and with only fine regions."""
-    rows, columns = model.gate_grid
+    rows, columns = model.region_grid
     return rows * columns, grid.REGION**2 * rows * columns

@@ -188,7 +188,7 @@ class DVT(BackboneMixin, nn.Module):
 
     Attributes:
       backbone: Transformer whose attributes every stage has, except for the grid.
-      grids: Number of tokens along one side of each stage, increasing.
+      grid_sizes: Number of tokens along one side of each stage, increasing.
       feature_reuse: Whether later stages see the features of the stage before.
       relation_reuse: Whether attention in later stages starts from the scores of the stage before.
       feature_width: Number of channels of the context that each layer sees.
@@ -197,7 +197,7 @@ class DVT(BackboneMixin, nn.Module):
     """
 
     backbone: ViT
-    grids: tuple[int, ...] = (7, 10, 14)
+    grid_sizes: tuple[int, ...] = (7, 10, 14)
     feature_reuse: bool = True
     relation_reuse: bool = True
     feature_width: int = 48
@@ -207,7 +207,7 @@ class DVT(BackboneMixin, nn.Module):
     def setup(self) -> None:
         """Makes the submodules."""
         self.check()
-        self.stage = [self._stage(side) for side in self.grids]
+        self.stage = [self._stage(side) for side in self.grid_sizes]
         self.reuse = [
             Reuse(
                 self._stage(new),
@@ -223,43 +223,43 @@ class DVT(BackboneMixin, nn.Module):
     def check(self) -> None:
         """Raises ValueError unless the attributes fit together and fit the image."""
         vit = self.backbone
-        if not self.grids or list(self.grids) != sorted(set(self.grids)):
+        if not self.grid_sizes or list(self.grid_sizes) != sorted(set(self.grid_sizes)):
             raise ValueError(
-                f"grids={self.grids}: one or more are needed, each larger than before."
+                f"grid_sizes={self.grid_sizes}: one or more are needed, each larger than before."
             )
         if not vit.num_classes:
             raise ValueError("num_classes=0: a cascade needs classes to leave its exits by.")
         for name, wanted in (("distilled", False), ("scan_layers", False), ("reducer", "none")):
             if getattr(vit, name) != wanted:
                 raise ValueError(f"{name}={getattr(vit, name)!r} is not for a cascade's stages.")
-        for side in self.grids:
+        for side in self.grid_sizes:
             self._stage(side).check()
 
     def stage_model(self, stage: int) -> ViT:
         """Returns a stage's transformer, counted from 0, without its parameters."""
-        return self._stage(self.grids[stage])
+        return self._stage(self.grid_sizes[stage])
 
     def _stage(self, side: int) -> ViT:
-        return self.backbone.clone(grid=side, parent=None, name=None)
+        return self.backbone.clone(fixed_grid_size=side, parent=None, name=None)
 
     @property
     def _pairs(self) -> list[tuple[int, int]]:
-        return list(zip(self.grids[:-1], self.grids[1:], strict=True))
+        return list(zip(self.grid_sizes[:-1], self.grid_sizes[1:], strict=True))
 
     @property
     def patch_size(self) -> int:
         """Side of the last stage's patches in px."""
-        return self._stage(self.grids[-1]).cell
+        return self._stage(self.grid_sizes[-1]).effective_patch_size
 
     @property
     def grid_size(self) -> int:
         """Tokens along one side of the last stage."""
-        return self.grids[-1]
+        return self.grid_sizes[-1]
 
     @property
     def exit_tokens(self) -> np.ndarray:
         """Number of patch tokens of each stage: [stages]."""
-        return np.asarray(self.grids) ** 2
+        return np.asarray(self.grid_sizes) ** 2
 
     def exit_macs(self, norm_cost: float = 0.0) -> np.ndarray:
         """Counts multiply-accumulates up to each exit: [stages], increasing.
@@ -268,8 +268,8 @@ class DVT(BackboneMixin, nn.Module):
           norm_cost: Operations charged for each number that a layer norm outputs;
             `PUBLISHED_NORM_COST` gives the paper's figures, which include them.
         """
-        old = [None, *self.grids[:-1]]
-        both = [self._stage_cost(*pair) for pair in zip(old, self.grids, strict=True)]
+        old = [None, *self.grid_sizes[:-1]]
+        both = [self._stage_cost(*pair) for pair in zip(old, self.grid_sizes, strict=True)]
         return np.cumsum([macs + norm_cost * normed for macs, normed in both])
 
     def _stage_cost(self, old: int | None, new: int) -> tuple[float, float]:
@@ -302,7 +302,7 @@ class DVT(BackboneMixin, nn.Module):
         Any other number of tokens is counted as the next larger exit's.
         """
         exit_index = np.searchsorted(self.exit_tokens, np.asarray(tokens))
-        return self.exit_macs()[np.minimum(exit_index, len(self.grids) - 1)]
+        return self.exit_macs()[np.minimum(exit_index, len(self.grid_sizes) - 1)]
 
     @also_empty
     def __call__(self, images: Array, *, train: bool = False) -> Output:
@@ -316,7 +316,7 @@ class DVT(BackboneMixin, nn.Module):
           Output with `exit_logits` [B, stages, classes]; `logits` are the last exit's.
         """
         handed, logits = None, []
-        for stage in range(len(self.grids)):
+        for stage in range(len(self.grid_sizes)):
             done = self.run_stage(images, handed, stage=stage, train=train)
             logits.append(done.logits)
             handed = done.handed
@@ -347,7 +347,7 @@ class DVT(BackboneMixin, nn.Module):
             x, own = block.reusing(x, rate, *reused(layer))
             scores.append(own)
         logits, _ = vit.forward_head(vit.norm(x), train=train)
-        return Exit(logits, None if stage == len(self.grids) - 1 else self._handed(x, scores))
+        return Exit(logits, None if stage == len(self.grid_sizes) - 1 else self._handed(x, scores))
 
     def _reused(
         self, stage: int, handed: StageCarry | None

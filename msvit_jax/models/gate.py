@@ -28,13 +28,13 @@ class GateMLP(nn.Module):
 
     Attributes:
       hidden: Width of the three hidden layers.
-      grid_size: (rows, columns) of regions in a training image.
+      region_grid: (rows, columns) of regions in a training image.
       bias: Initial value of the last bias; above 0 the gate starts out coarse, below 0 fine.
       dtype: Compute dtype of the hidden layers.
     """
 
     hidden: int
-    grid_size: tuple[int, int]
+    region_grid: tuple[int, int]
     bias: float = 2.0
     dtype: Any = jnp.float32
 
@@ -45,7 +45,7 @@ class GateMLP(nn.Module):
         x = nn.DenseGeneral(self.hidden, axis=(-3, -2, -1), name="fc1", **dense)(
             regions.astype(self.dtype)
         )
-        positions = self.param("pos_embed", init_weights, (*self.grid_size, self.hidden))
+        positions = self.param("pos_embed", init_weights, (*self.region_grid, self.hidden))
         positions = grid.resize_positions(positions, (x.shape[1], x.shape[2]))
         x = gelu(x + positions.astype(x.dtype)[None])
         x = gelu(nn.Dense(self.hidden, name="fc2", **dense)(x))

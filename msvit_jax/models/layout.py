@@ -47,11 +47,11 @@ class Layout:
     row_width: int = 0
     groups: int = 1
 
-    def check(self, *, grid: int, smallest: int, prefix: int) -> None:
+    def check(self, *, num_slots: int, smallest: int, prefix: int) -> None:
         """Checks sizes against a model.
 
         Args:
-          grid: Largest number of patch tokens that an image can have.
+          num_slots: Largest number of patch tokens that an image can have.
           smallest: Least number of active patch tokens that an image can have.
           prefix: Number of class, distillation and register tokens.
 
@@ -63,18 +63,18 @@ class Layout:
         if self.groups < 1:
             raise ValueError(f"row_groups={self.groups}; at least 1 is needed.")
         if self.kind in ("budget", "trimmed"):
-            self._check_budget(grid, smallest)
+            self._check_budget(num_slots, smallest)
         if self.kind == "rows":
-            self._check_rows(grid + prefix)
+            self._check_rows(num_slots + prefix)
 
-    def _check_budget(self, grid: int, smallest: int) -> None:
+    def _check_budget(self, num_slots: int, smallest: int) -> None:
         if not self.budget:
             raise ValueError(f"layout={self.kind!r} needs budget=, active tokens per image.")
         for budget in self.budget:
-            if not smallest <= budget <= grid:
+            if not smallest <= budget <= num_slots:
                 raise ValueError(
-                    f"budget={budget} is not possible: an image has {smallest} to {grid} patch "
-                    "tokens; use a number from there."
+                    f"budget={budget} is not possible: an image has {smallest} to {num_slots} "
+                    "patch tokens; use a number from there."
                 )
 
     def _check_rows(self, largest: int) -> None:

@@ -100,7 +100,7 @@ class MSViT(BackboneMixin, nn.Module):
         vit = self.backbone
         if self.gate == "mlp":
             self.gate_mlp = gates.GateMLP(
-                self._gate_hidden, self.gate_grid, self.gate_bias, vit.dtype
+                self._gate_hidden, self.region_grid, self.gate_bias, vit.dtype
             )
         if self.coarse_embedding == "separate":
             self.coarse_embed = PatchEmbed(vit.width, self.coarse_size, vit.dtype)
@@ -128,9 +128,11 @@ class MSViT(BackboneMixin, nn.Module):
 
     def check_layout(self) -> None:
         """Raises ValueError for a layout whose sizes do not fit the model."""
-        regions = self.gate_grid[0] * self.gate_grid[1]
+        regions = self.region_grid[0] * self.region_grid[1]
         most = self.most_places if self.layout == "trimmed" else grid.REGION**2 * regions
-        self.packing_layout.check(grid=most, smallest=regions, prefix=self.backbone.prefix_length)
+        self.packing_layout.check(
+            num_slots=most, smallest=regions, prefix=self.backbone.prefix_length
+        )
 
     @property
     def packing_layout(self) -> layouts.Layout:
@@ -145,7 +147,7 @@ class MSViT(BackboneMixin, nn.Module):
     @property
     def most_places(self) -> int:
         """Number of patch tokens of both scales together, the most that training a gate can use."""
-        regions = self.gate_grid[0] * self.gate_grid[1]
+        regions = self.region_grid[0] * self.region_grid[1]
         return (grid.REGION**2 + 1) * regions
 
     @property
@@ -154,7 +156,7 @@ class MSViT(BackboneMixin, nn.Module):
         return grid.REGION * self.backbone.patch_size
 
     @property
-    def gate_grid(self) -> tuple[int, int]:
+    def region_grid(self) -> tuple[int, int]:
         """(rows, columns) of regions in a training image."""
         side = self.image_size // self.coarse_size
         return side, side
@@ -170,7 +172,7 @@ class MSViT(BackboneMixin, nn.Module):
         tokens. This is what the budget and row layouts compute, apart from padding.
         """
         vit = self.backbone
-        regions = self.gate_grid[0] * self.gate_grid[1]
+        regions = self.region_grid[0] * self.region_grid[1]
         pixels = 3 * self.patch_size**2
         if self.coarse_embedding == "separate":
             pixels = 3 * self.coarse_size**2
@@ -368,7 +370,7 @@ class MSViT(BackboneMixin, nn.Module):
             extra = jnp.repeat(carried > 0, grid.REGION**2 + 1, axis=1)
             extra = jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active
             gated = {"weights": weights, "extra": extra}
-        shortest = prefix + self.gate_grid[0] * self.gate_grid[1]
+        shortest = prefix + self.region_grid[0] * self.region_grid[1]
         packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
         encoded = self.backbone.forward_features(packed.tokens, train=train, mask=packed.mask)
         needed = None if self._all_tokens else prefix

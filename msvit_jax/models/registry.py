@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from msvit_jax import reducers
+from msvit_jax import config_aliases, reducers
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
@@ -69,7 +69,7 @@ CASCADES = {
 }
 _NOT_OPTIONS = {"parent", "name", "backbone", "reducer_options", "hold_level", "gate_gradient"}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", *reducers.option_types()}
-_NOT_OF_STAGES = {*_REDUCING, "patch_size", "grid", "scan_layers", "distilled"}
+_NOT_OF_STAGES = {*_REDUCING, "patch_size", "fixed_grid_size", "scan_layers", "distilled"}
 
 
 def list_models() -> list[str]:
@@ -133,7 +133,9 @@ def create_model(name: str, **overrides: Any) -> Any:
     options = model_options(name)
     for key in overrides:
         if key not in options:
-            raise UserError(f"Model {name!r} has no option {key!r}.{nearest(key, options)}")
+            renamed = config_aliases.current_key(f"model.{key}").removeprefix("model.")
+            hint = f" It is {renamed!r} now." if renamed in options else nearest(key, options)
+            raise UserError(f"Model {name!r} has no option {key!r}.{hint}")
     inner = {key: value for key, value in overrides.items() if key in _attributes(ViT)}
     outer = {key: value for key, value in overrides.items() if key not in inner}
     shape = BACKBONES[dense_model(name)]

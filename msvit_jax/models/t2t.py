@@ -154,7 +154,7 @@ class T2TViT(ViT):
     """A `ViT` over T2T tokens.
 
     Attributes are the ViT's. Images are whole numbers of `patch_size` px, the step from token to
-    token; with a `grid` the first soft split is chosen for it.
+    token; with `fixed_grid_size` the first soft split is chosen for it.
     """
 
     def _embedding(self) -> nn.Module:
@@ -162,7 +162,7 @@ class T2TViT(ViT):
 
     def check_grid(self) -> None:
         """Raises ValueError unless a first soft split leads to the grid."""
-        if self.grid is None and self.image_size % self.patch_size:
+        if self.fixed_grid_size is None and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
             )

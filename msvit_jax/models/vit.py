@@ -71,9 +71,9 @@ class ViT(nn.Module):
       image_size: Side of the training images in px; position embeddings are made for it and resized
         for images of any other size that is a whole number of patches.
       patch_size: Side of a patch in px.
-      grid: Number of patches along one side, instead of as many as `patch_size` gives. Patches are
-        then as large as needed, with zeros around the image (10 at 224 px: patches of 23 px, 3 px
-        of zeros on each side), and only images of `image_size` are taken.
+      fixed_grid_size: Number of patches along one side, instead of as many as `patch_size` gives.
+        Patches are then as large as needed, with zeros around the image (10 at 224 px: patches of
+        23 px, 3 px of zeros on each side), and only images of `image_size` are taken.
       width: Number of channels of a token.
       depth: Number of blocks.
       heads: Number of attention heads.
@@ -118,7 +118,7 @@ class ViT(nn.Module):
     num_classes: int = 1000
     image_size: int = 224
     patch_size: int = 16
-    grid: int | None = None
+    fixed_grid_size: int | None = None
     width: int = 384
     depth: int = 12
     heads: int = 6
@@ -192,7 +192,7 @@ class ViT(nn.Module):
             self.head_dist = nn.Dense(self.num_classes, kernel_init=init_weights)
 
     def _embedding(self) -> nn.Module:
-        return PatchEmbed(self.width, self.cell, self.dtype)
+        return PatchEmbed(self.width, self.effective_patch_size, self.dtype)
 
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
@@ -238,17 +238,19 @@ class ViT(nn.Module):
 
     def check_grid(self) -> None:
         """Raises ValueError unless the images divide into the grid's patches."""
-        if self.grid is None and self.image_size % self.patch_size:
+        if self.fixed_grid_size is None and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
             )
-        if self.grid is not None and not 1 <= self.grid <= self.image_size:
-            raise ValueError(f"grid={self.grid} is not from 1 to image_size={self.image_size}.")
-        if self.zeros[1] >= self.cell:
+        if self.fixed_grid_size is not None and not 1 <= self.fixed_grid_size <= self.image_size:
             raise ValueError(
-                f"grid={self.grid} does not fit an image of {self.image_size} px: patches of "
-                f"{self.cell} px reach {sum(self.zeros)} px beyond it, so that some see nothing of "
-                "it. Take another grid or another image size."
+                f"fixed_grid_size={self.grid_size} is not from 1 to image_size={self.image_size}."
+            )
+        if self.padding[1] >= self.effective_patch_size:
+            raise ValueError(
+                f"fixed_grid_size={self.grid_size} does not fit an image of {self.image_size} px: "
+                f"patches of {self.effective_patch_size} px reach {sum(self.padding)} px beyond "
+                "it, so that some see nothing of it. Take another grid or another image size."
             )
 
     @property
@@ -277,19 +279,20 @@ class ViT(nn.Module):
     @property
     def grid_size(self) -> int:
         """Patches along one side of a training image."""
-        return self.image_size // self.patch_size if self.grid is None else self.grid
+        return self.fixed_grid_size or self.image_size // self.patch_size
 
     @property
-    def cell(self) -> int:
-        """Side of a patch in px: `patch_size`, or what follows from `grid`."""
-        return self.patch_size if self.grid is None else -(-self.image_size // self.grid)
+    def effective_patch_size(self) -> int:
+        """Side of a patch in px: `patch_size`, or what follows from `fixed_grid_size`."""
+        side = self.fixed_grid_size
+        return self.patch_size if side is None else -(-self.image_size // side)
 
     @property
-    def zeros(self) -> tuple[int, int]:
+    def padding(self) -> tuple[int, int]:
         """Width in px of the zeros before and after an image along either side."""
-        if self.grid is None:
+        if self.fixed_grid_size is None:
             return 0, 0
-        beyond = self.grid * self.cell - self.image_size
+        beyond = self.fixed_grid_size * self.effective_patch_size - self.image_size
         return beyond // 2, beyond - beyond // 2
 
     @property
@@ -326,7 +329,7 @@ class ViT(nn.Module):
     @property
     def embed_macs(self) -> float:
         """Multiply-accumulates of the patch embedding."""
-        return flops.dense(self.grid_size**2, 3 * self.cell**2, self.width)
+        return flops.dense(self.grid_size**2, 3 * self.effective_patch_size**2, self.width)
 
     @property
     def embed_norm_elements(self) -> float:
@@ -462,7 +465,7 @@ class ViT(nn.Module):
 
     def _tokens(self, images: Array, train: bool) -> Array:
         del train  # patches are embedded the same in training and in evaluation
-        around = self.zeros
+        around = self.padding
         if any(around):
             images = jnp.pad(images, ((0, 0), around, around, (0, 0)))
         return self.patch_embed(images)
@@ -473,7 +476,7 @@ class ViT(nn.Module):
 
         Args:
           images: [B, H, W, 3] float32 images, normalized with `mean` and `std`; H and W are whole
-            numbers of patches, or those of a training image if `grid` is set.
+            numbers of patches, or those of a training image if `fixed_grid_size` is set.
           train: Whether stochastic depth is on (rng stream "dropout").
         """
         self.check_shape(images)
@@ -481,11 +484,11 @@ class ViT(nn.Module):
 
     def check_shape(self, images: Array) -> None:
         """Raises ValueError unless the model takes images of this shape."""
-        check_images(images, self.patch_size if self.grid is None else 1)
+        check_images(images, self.patch_size if self.fixed_grid_size is None else 1)
         side = self.image_size
-        if self.grid is not None and images.shape[1:3] != (side, side):
+        if self.fixed_grid_size is not None and images.shape[1:3] != (side, side):
             raise ValueError(
-                f"The grid of {self.grid} is one of images of {side} x {side} px, not of "
+                f"The grid of {self.grid_size} is one of images of {side} x {side} px, not of "
                 f"{images.shape[1]} x {images.shape[2]}; resize them."
             )
 

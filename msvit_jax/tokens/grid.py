@@ -67,10 +67,10 @@ def to_regions(cells: Array, size: int = REGION) -> Array:
     return split.reshape(batch, rows * columns, size * size, width)
 
 
-def from_regions(regions: Array, grid: tuple[int, int], size: int = REGION) -> Array:
+def from_regions(regions: Array, region_grid: tuple[int, int], size: int = REGION) -> Array:
     """Undoes `to_regions`: [B, R, size**2, D] and the grid of regions -> [B, H, W, D]."""
     batch, _, _, width = regions.shape
-    rows, columns = grid
+    rows, columns = region_grid
     split = regions.reshape(batch, rows, columns, size, size, width).transpose(0, 1, 3, 2, 4, 5)
     return split.reshape(batch, rows * size, columns * size, width)
 
@@ -128,19 +128,19 @@ def both_areas(is_coarse: Array, slots: int = REGION**2) -> Array:
     return both_weights(is_coarse, slots).at[:, :, 0].multiply(slots)
 
 
-def slots_to_map(slots: Array, is_coarse: Array, grid: tuple[int, int]) -> Array:
+def slots_to_map(slots: Array, is_coarse: Array, region_grid: tuple[int, int]) -> Array:
     """Makes a dense map from slots, each coarse token repeated over the cells it stands for.
 
     Args:
       slots: [B, R, S, D] tokens.
       is_coarse: [B, R] decisions, 0 or 1.
-      grid: (rows, columns) of regions.
+      region_grid: (rows, columns) of regions.
 
     Returns:
       [B, H, W, D] on the fine grid (MSViT, dense prediction).
     """
     repeated = jnp.where(is_coarse[:, :, None, None] > 0.5, slots[:, :, :1], slots)
-    return from_regions(repeated, grid)
+    return from_regions(repeated, region_grid)
 
 
 def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
@@ -173,23 +173,23 @@ def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
     return np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
 
 
-def resize_positions(positions: Array, grid: tuple[int, int], method: str = "timm") -> Array:
+def resize_positions(positions: Array, grid_size: tuple[int, int], method: str = "timm") -> Array:
     """Resizes position embeddings [h, w, D] to another grid, by the method of their code base.
 
     Args:
       positions: [h, w, D], embeddings of every cell.
-      grid: (rows, columns) of the result.
+      grid_size: (rows, columns) of the result.
       method: Name of the method, one of `RESIZINGS`.
     """
-    if positions.shape[:2] == tuple(grid):
+    if positions.shape[:2] == tuple(grid_size):
         return positions
     if method == "timm":
-        shape = (*grid, positions.shape[-1])
+        shape = (*grid_size, positions.shape[-1])
         return jax.image.resize(positions, shape, method="bicubic", antialias=True)
     beyond = RESIZINGS[method]
     rows, columns = (
         jnp.asarray(_cubic(old, new, beyond), positions.dtype)
-        for old, new in zip(positions.shape[:2], grid, strict=True)
+        for old, new in zip(positions.shape[:2], grid_size, strict=True)
     )
     exact = jax.lax.Precision.HIGHEST
     return jnp.einsum("yh,xw,hwd->yxd", rows, columns, positions, precision=exact)

@@ -109,7 +109,7 @@ class _Run:
         )
         self.program = Program.of(config, self.mesh, self.schedule)
         self.model: nn.Module = self.program.model
-        self.grid: tuple[int, int] | None = getattr(self.model, "gate_grid", None)
+        self.region_grid: tuple[int, int] | None = getattr(self.model, "region_grid", None)
         self.capacity = self._capacity_schedule()
         self.keep_rate = KeepRateSchedule.of(
             config.keep_rate, self.model, self.plan.steps_per_epoch
@@ -138,7 +138,7 @@ class _Run:
             return None
         batch = config.batch_size // config.optimizer.accum_steps
         images = images_per_group(batch, model.packing_layout)
-        rows, columns = model.gate_grid
+        rows, columns = model.region_grid
         return CapacitySchedule.start(config.capacity, regions=rows * columns, images=images)
 
     def start_state(self) -> TrainState:
@@ -253,7 +253,7 @@ class _Run:
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
-                logger.evaluation(step, step / plan.steps_per_epoch, result, self.grid)
+                logger.evaluation(step, step / plan.steps_per_epoch, result, self.region_grid)
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
                 extra = {} if self.capacity is None else {"capacity": self.capacity.to_json()}
@@ -291,7 +291,7 @@ class _Run:
     def describe(self) -> list[str]:
         """Describes the model, the data and the devices."""
         model, config = self.model, self.config
-        grid = max_tokens(model)
+        num_slots = max_tokens(model)
         count = count_parameters(self.program.params["model"])
         frozen = tuple(config.optimizer.freeze)
         learned = sum(
@@ -299,10 +299,10 @@ class _Run:
             for name, leaf in optimizer.flat_names(self.program.params["model"]).items()
             if not optimizer.frozen(f"model/{name}", frozen)
         )
-        most = float(flops.macs_per_image(model, np.asarray([grid]))[0]) / 1e9
-        tokens = f"{grid} tokens"
-        if self.grid is not None:
-            tokens = f"{grid // 4} to {grid} tokens"
+        most = float(flops.macs_per_image(model, np.asarray([num_slots]))[0]) / 1e9
+        tokens = f"{num_slots} tokens"
+        if self.region_grid is not None:
+            tokens = f"{num_slots // 4} to {num_slots} tokens"
         elif hasattr(model, "exit_tokens"):
             tokens = f"{' or '.join(map(str, model.exit_tokens))} tokens"
         devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"

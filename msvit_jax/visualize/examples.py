@@ -241,9 +241,9 @@ def _pictures(example: Example, predictions: Predictions, index: int) -> list[Pi
     pictures: list[Picture] = []
     coarse, probability = predictions.coarse, predictions.coarse_probability
     if coarse is not None and probability is not None:
-        grid = coarse.shape[1:]
+        region_grid = coarse.shape[1:]
         decided = coarse[index].reshape(-1), probability[index].reshape(-1)
-        strip = gate_strip(example.image, *decided, grid)
+        strip = gate_strip(example.image, *decided, region_grid)
         pictures += strip.pictures[1:]
     if predictions.merged is not None:
         maps = predictions.merged[index]

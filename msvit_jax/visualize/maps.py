@@ -37,7 +37,7 @@ def enlarge(image: Picture, scale: int | None = None) -> Picture:
 def token_map(
     image: Picture,
     coarse: np.ndarray,
-    grid: tuple[int, int],
+    region_grid: tuple[int, int],
     *,
     scale: int | None = None,
     brightness: float = 0.6,
@@ -49,7 +49,7 @@ def token_map(
     Args:
       image: [H, W, 3] uint8, the image; H and W are multiples of twice the grid.
       coarse: [R], 1 for a coarse region and 0 for others; regions are in row-major order.
-      grid: Numbers of rows and columns of regions; R = rows * columns.
+      region_grid: Numbers of rows and columns of regions; R = rows * columns.
       scale: Integer enlargement factor; None makes the short side at least 256.
       brightness: Brightness factor of coarse regions.
 
@@ -59,8 +59,8 @@ def token_map(
     Raises:
       ValueError: The image or `coarse` does not fit the grid.
     """
-    height, width = _region_size(image, grid)
-    decisions = _per_region(coarse, grid, "coarse")
+    height, width = _region_size(image, region_grid)
+    decisions = _per_region(coarse, region_grid, "coarse")
     if not np.isin(decisions, (0, 1)).all():
         raise ValueError("`coarse` must hold 0 and 1 only; threshold the probabilities first.")
     is_coarse = decisions == 1
@@ -72,7 +72,7 @@ def token_map(
 def gate_heat_map(
     image: Picture,
     p_coarse: np.ndarray,
-    grid: tuple[int, int],
+    region_grid: tuple[int, int],
     *,
     scale: int | None = None,
     opacity: float = HEAT_OPACITY,
@@ -82,7 +82,7 @@ def gate_heat_map(
     Args:
       image: [H, W, 3] uint8, the image; H and W are multiples of twice the grid.
       p_coarse: [R], the gate's probability that a region is coarse; regions in row-major order.
-      grid: Numbers of rows and columns of regions; R = rows * columns.
+      region_grid: Numbers of rows and columns of regions; R = rows * columns.
       scale: Integer enlargement factor; None makes the short side at least 256.
       opacity: Share of the heat colors in the blend.
 
@@ -92,8 +92,8 @@ def gate_heat_map(
     Raises:
       ValueError: The image or `p_coarse` does not fit the grid.
     """
-    height, width = _region_size(image, grid)
-    p_fine = 1 - _per_region(p_coarse, grid, "p_coarse").astype(np.float64)
+    height, width = _region_size(image, region_grid)
+    p_fine = 1 - _per_region(p_coarse, region_grid, "p_coarse").astype(np.float64)
     if not ((p_fine >= 0) & (p_fine <= 1)).all():
         raise ValueError("`p_coarse` must hold probabilities from 0 to 1; apply the sigmoid first.")
     gray = np.asarray(Image.fromarray(image).convert("L"))
@@ -156,13 +156,17 @@ def gate_strip(
     image: Picture,
     coarse: np.ndarray,
     p_coarse: np.ndarray,
-    grid: tuple[int, int],
+    region_grid: tuple[int, int],
     *,
     caption: str = "",
     wrong: bool = False,
 ) -> Strip:
     """A strip of an image, its mixed-scale grid and its gate's heat map (GATE_COLUMNS)."""
-    pictures = enlarge(image), token_map(image, coarse, grid), gate_heat_map(image, p_coarse, grid)
+    pictures = (
+        enlarge(image),
+        token_map(image, coarse, region_grid),
+        gate_heat_map(image, p_coarse, region_grid),
+    )
     return Strip(pictures, caption, wrong)
 
 
@@ -178,9 +182,9 @@ def _check_image(image: Picture) -> None:
         raise ValueError(f"Expected a uint8 image [H, W, 3], got {image.dtype} {image.shape}.")
 
 
-def _patch_size(image: Picture, grid: tuple[int, ...]) -> tuple[int, int]:
+def _patch_size(image: Picture, grid_size: tuple[int, ...]) -> tuple[int, int]:
     _check_image(image)
-    rows, columns = grid
+    rows, columns = grid_size
     if image.shape[0] % rows or image.shape[1] % columns:
         raise ValueError(
             f"An image of {image.shape[0]} x {image.shape[1]} pixels cannot be cut into"
@@ -189,10 +193,10 @@ def _patch_size(image: Picture, grid: tuple[int, ...]) -> tuple[int, int]:
     return image.shape[0] // rows, image.shape[1] // columns
 
 
-def _region_size(image: Picture, grid: tuple[int, int]) -> tuple[int, int]:
+def _region_size(image: Picture, region_grid: tuple[int, int]) -> tuple[int, int]:
     """Height and width of a region in pixels; both are even, because it has 2 x 2 fine cells."""
     _check_image(image)
-    rows, columns = grid
+    rows, columns = region_grid
     if image.shape[0] % (2 * rows) or image.shape[1] % (2 * columns):
         raise ValueError(
             f"An image of {image.shape[0]} x {image.shape[1]} pixels cannot be cut into"
@@ -201,14 +205,14 @@ def _region_size(image: Picture, grid: tuple[int, int]) -> tuple[int, int]:
     return image.shape[0] // rows, image.shape[1] // columns
 
 
-def _per_region(values: np.ndarray, grid: tuple[int, int], name: str) -> np.ndarray:
-    values = np.asarray(values)
-    if values.shape != (math.prod(grid),):
+def _per_region(values: np.ndarray, region_grid: tuple[int, int], name: str) -> np.ndarray:
+    values, (rows, columns) = np.asarray(values), region_grid
+    if values.shape != (rows * columns,):
         raise ValueError(
-            f"`{name}` has shape {values.shape}, but a grid of {grid[0]} x {grid[1]} regions"
-            f" needs ({math.prod(grid)},): one number per region, in row-major order."
+            f"`{name}` has shape {values.shape}, but a grid of {rows} x {columns} regions"
+            f" needs ({rows * columns},): one number per region, in row-major order."
         )
-    return values.reshape(grid)
+    return values.reshape(region_grid)
 
 
 def _spread(per_region: np.ndarray, height: int, width: int) -> np.ndarray:

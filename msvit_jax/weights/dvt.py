@@ -85,8 +85,10 @@ def table(model: Any) -> list[Entry]:
     Raises:
       UserError: The cascade has another number of stages.
     """
-    if len(model.grids) != len(STAGES):
-        raise UserError(f"The official weights have {len(STAGES)} stages, not {len(model.grids)}.")
+    if len(model.grid_sizes) != len(STAGES):
+        raise UserError(
+            f"The official weights have {len(STAGES)} stages, not {len(model.grid_sizes)}."
+        )
     return [entry for stage in range(len(STAGES)) for entry in _stage(model, stage)]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from msvit_jax import paths
+from msvit_jax import config_aliases, paths
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import create_model
 from msvit_jax.weights import files
@@ -47,7 +47,12 @@ def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
     if path.suffix != ".safetensors":
         return None
     text = files.read_metadata(path).get(KEY)
-    return None if text is None else files.read_json(text, path)
+    if text is None:
+        return None
+    about = files.read_json(text, path)
+    if isinstance(about.get("model"), Mapping):
+        about |= config_aliases.current({"model": about["model"]})
+    return about
 
 
 def build_model(about: Mapping[str, Any]) -> Any:

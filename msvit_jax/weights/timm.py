@@ -17,8 +17,11 @@ def check(model: Any, form: str = NAME) -> None:
     """Raises UserError if a format's plain vision transformers cannot express a model."""
     if isinstance(model, T2TViT):
         raise UserError(f"{form} has no T2T-ViT: its tokenizer has no names in this format.")
-    if any(model.zeros):
-        raise UserError(f"grid={model.grid} puts zeros around the image, which {form} cannot.")
+    if any(model.padding):
+        raise UserError(
+            f"fixed_grid_size={model.fixed_grid_size} puts zeros around the image, which {form} "
+            "cannot."
+        )
 
 
 def seen(state: State) -> dict[str, Any]:

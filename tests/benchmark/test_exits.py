@@ -9,7 +9,7 @@ from msvit_jax.models import registry
 
 TINY = {
     **{"image_size": 16, "width": 16, "depth": 1, "heads": 2, "num_classes": 4},
-    **{"grids": (2, 4), "feature_width": 4, "feature_hidden": 8},
+    **{"grid_sizes": (2, 4), "feature_width": 4, "feature_hidden": 8},
 }
 OPTIONS = {"batch": 8, "images": 24, "rounds": 2, "overrides": TINY}
 

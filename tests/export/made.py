@@ -16,7 +16,7 @@ NAMES = ("ant", "bee", "cat")
 SIZES = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 3}
 CASCADE = {
     **{name: value for name, value in SIZES.items() if name != "patch_size"},
-    **{"grids": (2, 4), "feature_width": 4, "feature_hidden": 8},
+    **{"grid_sizes": (2, 4), "feature_width": 4, "feature_hidden": 8},
 }
 
 

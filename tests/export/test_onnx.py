@@ -112,7 +112,7 @@ def test_the_threshold_of_a_gate_is_an_input(exported):
 
 
 def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(exported, tmp_path):
-    source = made.source("dvt_deit_small", grids=(2, 3, 4))
+    source = made.source("dvt_deit_small", grid_sizes=(2, 3, 4))
     write(source, "onnx", tmp_path / "out", Options(thresholds=(0.5, 0.4)))
     about = _about(tmp_path / "out")
     assert about["thresholds"] == [0.5, 0.4, 0.0]

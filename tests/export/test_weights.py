@@ -65,7 +65,7 @@ def test_a_plain_model_comes_back_from_every_format(form, scan, tmp_path):
 
 
 def test_a_cascade_by_its_official_names(tmp_path):
-    source = made.source("dvt_deit_small", grids=(1, 2, 4))
+    source = made.source("dvt_deit_small", grid_sizes=(1, 2, 4))
     write(source, "dvt", tmp_path / "dvt.safetensors")
     held = load_file(tmp_path / "dvt.safetensors")
     assert held["less_less_token.cls_token"].shape == (1, 1, 16)

@@ -17,7 +17,7 @@ from tests.models.test_vit import rough
 COUNT = 23
 SIZES = {
     **{"image_size": 16, "width": 16, "depth": 1, "heads": 2, "num_classes": 4},
-    **{"grids": (1, 2, 4), "feature_width": 4, "feature_hidden": 8},
+    **{"grid_sizes": (1, 2, 4), "feature_width": 4, "feature_hidden": 8},
 }
 
 

@@ -23,7 +23,7 @@ TINY = {
     "heads": 2,
     "mlp_ratio": 2.0,
     "num_classes": 5,
-    "grids": (2, 3, 4),
+    "grid_sizes": (2, 3, 4),
     "feature_width": 4,
     "feature_hidden": 8,
 }
@@ -91,7 +91,7 @@ def test_macs_agree_with_xla(monkeypatch):
     # XLA counts the polynomial behind erf; a MAC count must not.
     monkeypatch.setitem(blocks.GELUS, "exact", jax.nn.relu)
     monkeypatch.setattr(dvt, "gelu", jax.nn.relu)
-    model = msvit_jax.create_model("dvt_deit_small", depth=1, grids=(7, 10))
+    model = msvit_jax.create_model("dvt_deit_small", depth=1, grid_sizes=(7, 10))
     params = {"params": shapes(model)}
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     counted = flops.xla_macs(lambda v, x: model.apply(v, x).exit_logits, params, images)
@@ -147,10 +147,10 @@ def reference(params, image, model):
         return np.concatenate([q["cls_token"], embedded]) + q["pos_embed"]
 
     exits, upstream, relations = [], None, None
-    for stage, side in enumerate(model.grids):
+    for stage, side in enumerate(model.grid_sizes):
         q = p[f"stage_{stage}"]
         x = tokens_of(q, side)
-        old = model.grids[stage - 1]
+        old = model.grid_sizes[stage - 1]
         if stage and model.relation_reuse:
             r = p[f"reuse_{stage}"]["relation"]
             mixed = np.moveaxis(
@@ -185,9 +185,9 @@ def reference(params, image, model):
 @pytest.mark.parametrize(("features", "relations"), REUSES)
 def test_exits_equal_a_numpy_cascade(features, relations):
     # All three stages where both are on: then scores that were added to are handed on.
-    grids = (2, 3, 4) if features and relations else (2, 3)
+    grid_sizes = (2, 3, 4) if features and relations else (2, 3)
     switches = {"feature_reuse": features, "relation_reuse": relations}
-    model, variables, images = make(grids=grids, **switches)
+    model, variables, images = make(grid_sizes=grid_sizes, **switches)
     found = jax.jit(lambda v, x: model.apply(v, x))(variables, images)
     expected = np.stack([reference(variables["params"], np.asarray(x), model) for x in images])
     np.testing.assert_allclose(found.exit_logits, expected, rtol=1e-3, atol=1e-3)
@@ -201,7 +201,7 @@ def by_stages(model, variables, images):
         static_argnums=3,
     )
     rows, handed, found = np.arange(len(images)), None, {}
-    for stage in range(len(model.grids)):
+    for stage in range(len(model.grid_sizes)):
         done = run(variables, images[rows], handed, stage)
         found |= {(int(row), stage): done.logits[i] for i, row in enumerate(rows)}
         left = np.arange(len(rows))[stage % 2 :][::-1]  # fewer images, in another order
@@ -213,7 +213,7 @@ def by_stages(model, variables, images):
 
 @pytest.mark.parametrize("name", ["dvt_deit_small", "dvt_t2t_vit_12"])
 def test_stages_alone_give_the_exits_of_one_call(name):
-    model, variables, images = make(name, grids=(1, 2, 4) if "t2t" in name else (2, 3, 4))
+    model, variables, images = make(name, grid_sizes=(1, 2, 4) if "t2t" in name else (2, 3, 4))
     exits = jax.jit(lambda v, x: model.apply(v, x).exit_logits)(variables, images)
     found = by_stages(model, variables, images)
     assert len(found) == 3 + 3 + 2
@@ -242,7 +242,7 @@ def test_mixing_of_scores_starts_as_a_convolution_of_pytorch():
 
 
 def test_gradient_of_the_last_exit_reaches_every_stage():
-    model, variables, images = make(grids=(2, 3, 4), depth=1)
+    model, variables, images = make(grid_sizes=(2, 3, 4), depth=1)
     loss = lambda v: (model.apply(v, images).logits ** 2).sum()  # noqa: E731
     gradient = jax.jit(jax.grad(loss))(variables)["params"]
     for stage in range(3):
@@ -252,7 +252,7 @@ def test_gradient_of_the_last_exit_reaches_every_stage():
 
 
 def test_recomputed_blocks_have_the_same_gradient():
-    model, variables, images = make(grids=(2, 3), depth=1)
+    model, variables, images = make(grid_sizes=(2, 3), depth=1)
     again = model.clone(backbone=model.backbone.clone(remat=True))
 
     def gradient(module):
@@ -269,10 +269,10 @@ def test_recomputed_blocks_have_the_same_gradient():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"grids": (3, 2)}, "larger than before"),
-        ({"grids": ()}, "one or more"),
-        ({"grids": (2, 40)}, "not from 1 to image_size=16"),
-        ({"grids": (2, 7)}, "some see nothing"),
+        ({"grid_sizes": (3, 2)}, "larger than before"),
+        ({"grid_sizes": ()}, "one or more"),
+        ({"grid_sizes": (2, 40)}, "not from 1 to image_size=16"),
+        ({"grid_sizes": (2, 7)}, "some see nothing"),
         ({"patch_size": 4}, "no option 'patch_size'"),
     ],
 )
@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_told(overrides, message):
 
 def test_a_t2t_grid_that_does_not_fit_is_told():
     with pytest.raises(UserError, match=r"sides that fit: 1, 2, 4"):
-        make("dvt_t2t_vit_12", grids=(2, 3))
+        make("dvt_t2t_vit_12", grid_sizes=(2, 3))
 
 
 def test_a_stage_without_what_it_reuses_and_a_wrong_image_size_are_told():

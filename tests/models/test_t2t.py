@@ -76,7 +76,7 @@ def test_every_first_split_leads_to_its_grid():
 
 def test_a_grid_without_a_split_is_told():
     with pytest.raises(ValueError, match=r"5 x 5; sides that fit: 1, 2, 3, 4, 8"):
-        make(grid=5)
+        make(fixed_grid_size=5)
 
 
 def reference_tokens(params, image, split):

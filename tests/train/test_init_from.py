@@ -18,7 +18,7 @@ SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2,
 
 def _model(name="vit_tiny_patch16_224", **changes):
     options = {**SIZES, **changes}
-    if "grids" in options:  # instead of a patch size
+    if "grid_sizes" in options:  # instead of a patch size
         del options["patch_size"]
     return create_model(name, **options)
 
@@ -56,7 +56,7 @@ def test_dense_model_goes_below_the_backbone():
 def test_every_stage_of_a_cascade_starts_from_a_dense_model():
     dense = _model()
     weights = _weights(dense)
-    cascade = _model("dvt_deit_small", grids=(2, 4), feature_reuse=False, relation_reuse=False)
+    cascade = _model("dvt_deit_small", grid_sizes=(2, 4), feature_reuse=False, relation_reuse=False)
     taken, report = _fit(weights, cascade)
     assert report.fresh == report.widened == report.unused == []
     assert [line.split()[0] for line in report.resized] == [
@@ -72,7 +72,7 @@ def test_every_stage_of_a_cascade_starts_from_a_dense_model():
 
 
 def test_layers_that_see_reused_features_ignore_them_at_first():
-    cascade = _model("dvt_deit_small", grids=(2, 4), feature_width=8, feature_hidden=8)
+    cascade = _model("dvt_deit_small", grid_sizes=(2, 4), feature_width=8, feature_hidden=8)
     weights = _weights(_model())
     taken, report = _fit(weights, cascade)
     assert {name.split()[0] for name in report.widened} == {

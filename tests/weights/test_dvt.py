@@ -91,6 +91,6 @@ def test_weights_of_another_variant_are_told():
     model, shapes = made("dvt_t2t_vit_14")
     with pytest.raises(UserError, match=r"blocks\.13\.norm1\.weight: missing"):
         entries.to_ours(state("dvt_t2t_vit_12"), dvt.table(model), shapes)
-    two = msvit_jax.create_model("dvt_deit_small", grids=(7, 14))
+    two = msvit_jax.create_model("dvt_deit_small", grid_sizes=(7, 14))
     with pytest.raises(UserError, match="3 stages, not 2"):
         dvt.table(two)

@@ -88,8 +88,8 @@ def test_cascades_have_only_their_own_format(name, form):
 
 
 def test_what_a_format_cannot_express_is_told():
-    odd = create_model("deit_tiny_patch16_224", **SMALL, grid=10)
-    with pytest.raises(UserError, match="grid=10 puts zeros"):
+    odd = create_model("deit_tiny_patch16_224", **SMALL, fixed_grid_size=10)
+    with pytest.raises(UserError, match="fixed_grid_size=10 puts zeros"):
         weights.to_theirs("timm", {}, odd)
     mean = create_model("deit_tiny_patch16_224", **SMALL, pool="mean")
     with pytest.raises(UserError, match="pool='mean'"):
@@ -264,6 +264,10 @@ def test_our_own_files_describe_their_model(tmp_path):
     flat = random_like(shapes_of(tiny()))
     weights.save(file, flat, about)
     assert weights.describe(file) == about
+    dated = {**about, "model": {**about["model"], "grid": 4}}
+    weights.save(tmp_path / "old.safetensors", flat, dated)
+    options = weights.describe(tmp_path / "old.safetensors")["model"]
+    assert options == {**about["model"], "fixed_grid_size": 4}
     predictor = Predictor.load(file, batch_size=2)
     assert predictor.model.mean == (0.1, 0.2, 0.3)
     assert predictor.model.keep == (0.5, 1.0)
