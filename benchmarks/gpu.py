@@ -191,7 +191,7 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
     most = int(work.counts.max())
     forms = {
         "slots": model,
-        "budget": model.clone(layout="budget", budget=most),
+        "budget": model.clone(layout="budget", token_capacity=most),
         "rows": model.clone(layout="rows", rows=8, row_width=512),
     }
 

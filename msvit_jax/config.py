@@ -86,7 +86,7 @@ def base() -> config_dict.ConfigDict:
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
-    # for the model's layout "trimmed", where model.budget is not given
+    # for the model's layout "trimmed", where model.token_capacity is not given
     config.capacity = importlib.import_module("msvit_jax.train.capacity_schedule").default_config()
     # for the keep rate of models that reduce tokens, in training from scratch
     config.keep_rate = importlib.import_module(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
+    "model.budget": "model.token_capacity",
     "model.grid": "model.fixed_grid_size",
     "model.grids": "model.grid_sizes",
     "optimizer.accumulation": "optimizer.accum_steps",

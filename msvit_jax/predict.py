@@ -6,8 +6,8 @@
 Takes files, folders and globs. A weights file written by this library names its model itself. The
 program prints a table, then one JSON object as the last line; --out=answers.csv (or .jsonl) gets
 each answer as soon as it is known. --tokens sets the gate's threshold so that these images get that
-many tokens on average; --pictures draws where the tokens went. --budget=GMACS sets a cascade's
-exits by the thresholds that `msvit eval` fitted.
+many tokens on average; --pictures draws where the tokens went. --gmacs_budget=GMACS sets a
+cascade's exits by the thresholds that `msvit eval` fitted.
 
 Files that cannot be read are named and skipped; with --on_error=stop all files are read before the
 first is classified, and one that cannot be read ends the program. Files passed over in folders are
@@ -51,7 +51,7 @@ class Options:
     batch_size: int = 32
     layout: str = "auto"
     tokens: float | None = None
-    budget: float | None = None
+    gmacs_budget: float | None = None
     pictures: str | None = None
     out: str | None = None
     on_error: str = "skip"
@@ -165,7 +165,7 @@ def _load(given: Options) -> tuple[Predictor, dict[str, Any]]:
     if bool(given.workdir) == bool(given.weights):
         raise UserError("Give --workdir=DIR, or --weights=FILE (with --model=NAME).")
     options: dict[str, Any] = {
-        "budget": given.budget,
+        "gmacs_budget": given.gmacs_budget,
         "batch_size": given.batch_size,
         "layout": given.layout,
         "model": given.model,
@@ -252,7 +252,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 32, "Images run at a time.", lower_bound=1)
     flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
-    flags.DEFINE_float("budget", None, "Mean GMACs per image to set a cascade's exits to.")
+    flags.DEFINE_float("gmacs_budget", None, "Mean GMACs per image to set a cascade's exits to.")
     flags.DEFINE_string("pictures", None, "Folder for pictures of where the tokens went.")
     flags.DEFINE_string("out", None, ".csv or .jsonl file that gets each answer when it is there.")
     flags.DEFINE_enum("on_error", "skip", ["stop", "skip"], "What to do with bad files.")

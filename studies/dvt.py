@@ -52,7 +52,7 @@ def arms(study: digits.Study) -> dict[str, digits.Figures]:
         "optimizer.warmup_epochs": tuned.optimizer.warmup_epochs,
     }
     budgets = ",".join(f"{dense['gmacs_mean'] / saved:.6f}" for saved in SAVED)
-    curve = {"budget_curve": True, "budgets": budgets, "fit_examples": FIT_EXAMPLES}
+    curve = {"budget_curve": True, "gmacs_budgets": budgets, "fit_examples": FIT_EXAMPLES}
 
     def cascade(name: str, **overrides: Any) -> digits.Figures:
         study.arm(name, "digits_dvt", **start, **overrides)

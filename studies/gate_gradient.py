@@ -111,7 +111,7 @@ def carried() -> str:
     for places in PLACES:
         for name, how in (("nearest", contextlib.nullcontext), ("by chance", drawing_by_chance)):
             with how():
-                found = gate_gradients(flips.model().clone(layout="trimmed", budget=places))
+                found = gate_gradients(flips.model().clone(layout="trimmed", token_capacity=places))
             bias = np.linalg.norm((found - whole).mean(axis=0)) / size
             error = np.sqrt(((found - whole) ** 2).sum(axis=1).mean()) / size
             norms = np.linalg.norm(found, axis=1) * np.linalg.norm(whole, axis=1)

@@ -59,7 +59,9 @@ def arms(study: digits.Study, dense: str) -> dict[str, digits.Figures]:
 def budgets(workdir: pathlib.Path) -> digits.Figures:
     """What the schedule of a run did, from its log and metrics."""
     log = workdir.with_suffix(".out").read_text()
-    changes = re.findall(r"step (\d+): budgets \S+ -> (\S+) tokens, (\S+) on average", log)
+    changes = re.findall(
+        r"step (\d+): (?:budgets|capacities) \S+ -> (\S+) tokens, (\S+) on average", log
+    )
     return {"budgets": [list(change) for change in changes], **unfit(workdir)}
 
 

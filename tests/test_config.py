@@ -247,5 +247,5 @@ def test_attributes_of_before_are_read_in_files_runs_and_overrides(tmp_path):
         "name": "dvt_deit_small",
         "grid_sizes": (2, 4),
     }
-    with pytest.raises(UserError, match="no option 'grids'. It is 'grid_sizes' now"):
+    with pytest.raises(UserError, match=r"no option 'grids'\. It is 'grid_sizes' now"):
         msvit_jax.create_model("dvt_deit_small", grids=(2, 4))

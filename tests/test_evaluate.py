@@ -215,7 +215,7 @@ def test_a_cascade_is_evaluated_exit_by_exit(cascade, capsys):
 def test_budget_curve_of_a_cascade(cascade, capsys):
     cost = checkpoint.load_run(cascade).model.exit_macs() / 1e9
     middle = float(cost.mean())
-    options = {"budgets": [middle], "fit_examples": 30}
+    options = {"gmacs_budgets": [middle], "fit_examples": 30}
     figures = evaluate.evaluate_run(cascade, batch_size=16, curve=options)
     rows = figures["budget_curve"]
     json.dumps(figures)
@@ -239,6 +239,6 @@ def test_a_budget_curve_that_is_not_possible_is_told(cascade, dense):
     with pytest.raises(UserError, match="no cascade"):
         evaluate.evaluate_run(dense, curve={})
     with pytest.raises(UserError, match="below the cost of the first exit"):
-        evaluate.evaluate_run(cascade, curve={"budgets": [1e-9]})
+        evaluate.evaluate_run(cascade, curve={"gmacs_budgets": [1e-9]})
     with pytest.raises(UserError, match=r"run eval\.py"):
         budget_curve.fitted_thresholds(dense, 1.0)

@@ -328,7 +328,7 @@ def test_batches_that_cannot_be_cut_name_sizes_that_can():
         ("deit_tiny_patch16_224", {"reducer": "tome", "remove": 2, "reduce_layers": (1,)}),
         ("mergence_deit_tiny_patch16_224", {"scales": (2, 4), "reduce_layers": (1,)}),
         ("msvit_tiny_patch16_224", {}),
-        ("msvit_tiny_patch16_224", {"layout": "budget", "budget": (4, 8), "row_groups": 2}),
+        ("msvit_tiny_patch16_224", {"layout": "budget", "token_capacity": (4, 8), "row_groups": 2}),
         ("msvit_tiny_patch16_224", {"layout": "rows", "rows": 4, "row_width": 32, "row_groups": 2}),
         ("dvt_deit_small", {}),
     ],

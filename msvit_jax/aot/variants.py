@@ -23,7 +23,7 @@ _SCHEDULED = ("trimmed", ALTERNATIVES)  # two kinds of steps of one run
 KNOWN = (DENSE, REDUCED, *LAYOUTS, ALTERNATIVES, LADDER)
 _STEPS = 8  # most bucket capacities of the variant "ladder"
 _TILE = 128  # lanes of a TPU's registers
-_SIZES = ("layout", "budget", "rows", "row_width", "row_groups")
+_SIZES = ("layout", "token_capacity", "rows", "row_width", "row_groups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def variant(
     with made.unlocked():
         if name == DENSE:
             return Variant(name, _to_dense(made), made)
-        scheduled = name in _SCHEDULED and "budget" not in config.model
+        scheduled = name in _SCHEDULED and "token_capacity" not in config.model
         if name == config.model.get("layout", "slots") and not scheduled:
             return Variant(name, "as configured", made)
         _forget_layout(made)
@@ -118,11 +118,11 @@ def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Varia
     """One of the two kinds of training steps of a run, with settled capacities."""
     rows, columns = configs.build_model(config).region_grid
     schedule = CapacitySchedule.start(config.capacity, regions=rows * columns, images=1)
-    schedule.budgets = (sizes.tokens,)
+    schedule.capacities = (sizes.tokens,)
     every = config.capacity.alternatives_every
     capacity = schedule.at(0 if name == ALTERNATIVES else 1)
     how_often = "one step" if name == ALTERNATIVES else f"{every - 1} steps"
-    return Variant(name, f"{capacity.budgets[0]} each, {how_often} of {every}", config, capacity)
+    return Variant(name, f"{capacity.capacities[0]} each, {how_often} of {every}", config, capacity)
 
 
 def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
@@ -150,7 +150,7 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
     if name == "slots":
         return "whole grid"
     if name in ("budget", *_SCHEDULED):
-        options.budget = sizes.tokens
+        options.token_capacity = sizes.tokens
         return f"{sizes.tokens} each"
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
@@ -159,8 +159,8 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
     counts = draw_counts(model, images, sizes)
     if name == LADDER:
         steps = max(s for s in range(1, _STEPS + 1) if images % s == 0)
-        options.budget = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
-        return "/".join(map(str, options.budget))
+        options.token_capacity = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
+        return "/".join(map(str, options.token_capacity))
     prefix, num_slots = model.backbone.prefix_length, model.backbone.grid_size**2
     options.row_width = sizes.row_width or -(-(num_slots + prefix) // _TILE) * _TILE
     rows = rows_needed(counts + prefix, options.row_width)

@@ -43,7 +43,9 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
 _TRAIN = flags.DEFINE_bool("train", False, "Training steps instead of forward passes.")
 _ROUNDS = flags.DEFINE_integer("rounds", 10, "How often all sides run, after two to warm up.")
 _SET = flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=width=64.")
-_BUDGET = flags.DEFINE_list("budget", None, "Places for patch tokens: one number, or a ladder.")
+_TOKEN_CAPACITY = flags.DEFINE_list(
+    "token_capacity", None, "Patch tokens per image: one number, or several."
+)
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of the whole batch; goes with --row_width.")
 _ROW_WIDTH = flags.DEFINE_integer("row_width", None, "Tokens of a row, prefix tokens included.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of token counts and decisions.")
@@ -75,7 +77,9 @@ def main(argv: Sequence[str]) -> None:
         spread=_SPREAD.value,
         rounds=_ROUNDS.value,
         overrides=tuple(_SET.value),
-        budget=_numbers("budget", _BUDGET.value) if _BUDGET.value else None,
+        token_capacity=_numbers("token_capacity", _TOKEN_CAPACITY.value)
+        if _TOKEN_CAPACITY.value
+        else None,
         rows=_ROWS.value,
         row_width=_ROW_WIDTH.value,
         seed=_SEED.value,

@@ -39,7 +39,8 @@ class Options:
       rounds: Number of measured rounds.
       overrides: Attributes of both models, as 'key=value'. The dense model takes those that it has,
         except those that reduce tokens.
-      budget: Bucket capacities for "budget" and "trimmed"; None: chosen from the token counts.
+      token_capacity: Bucket capacities for "budget" and "trimmed"; None: chosen from the token
+        counts.
       rows: Number of rows for "rows"; None: chosen from the token counts.
       row_width: Tokens per row for "rows"; None: the cheapest.
       seed: Seed of token counts and decisions.
@@ -57,7 +58,7 @@ class Options:
     spread: float = 30.0
     rounds: int = 10
     overrides: tuple[str, ...] = ()
-    budget: tuple[int, ...] | None = None
+    token_capacity: tuple[int, ...] | None = None
     rows: int | None = None
     row_width: int | None = None
     seed: int = 0

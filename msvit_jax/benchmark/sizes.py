@@ -15,7 +15,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid, plan
 from msvit_jax.train import capacity_schedule
 
-_BUDGETS = 8  # most capacities in a batch
+_CAPACITIES = 8  # most capacities in a batch
 _MULTIPLE = 8  # capacities and row widths are multiples of this
 _BUCKET = 8  # capacities at batch 1, each with its own program, are multiples of this
 _SEEN = 8192  # images whose counts the trainer's schedule observes
@@ -67,18 +67,24 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
         attributes = {"layout": layout, "rows": rows.rows, "row_width": rows.width}
         active += batch * model.backbone.prefix_length
         return Sizes(attributes, rows.rows * rows.width, active)
-    budget = options.budget
+    token_capacity = options.token_capacity
     if layout == "trimmed":
-        budget = budget or schedule(model, batch, options).budgets
-    elif not budget:
+        token_capacity = token_capacity or schedule(model, batch, options).capacities
+    elif not token_capacity:
         multiple = _BUCKET if batch == 1 else _MULTIPLE
-        budget = plan.fitting_capacities(counts, plan.largest_part(batch, _BUDGETS), multiple, most)
-    if batch % len(budget):
-        raise UserError(
-            f"A batch of {batch} cannot be cut into {len(budget)} equal parts, one for each of "
-            f"the budgets {budget}; give a number of budgets that divides the batch."
+        token_capacity = plan.fitting_capacities(
+            counts, plan.largest_part(batch, _CAPACITIES), multiple, most
         )
-    return Sizes({"layout": layout, "budget": budget}, batch * sum(budget) // len(budget), active)
+    if batch % len(token_capacity):
+        raise UserError(
+            f"A batch of {batch} cannot be cut into {len(token_capacity)} equal parts, one "
+            f"for each capacity of {token_capacity}; give a number that divides it."
+        )
+    return Sizes(
+        {"layout": layout, "token_capacity": token_capacity},
+        batch * sum(token_capacity) // len(token_capacity),
+        active,
+    )
 
 
 def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedule.CapacitySchedule:

@@ -56,10 +56,10 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
         batch["coarse"] = work.coarse[0]
     batch = sharding.shard_batch(mesh, batch)
     capacities: list[StepCapacity | None] = [None]
-    if layout == "trimmed" and not options.budget:
+    if layout == "trimmed" and not options.token_capacity:
         trainers = schedule(work.model, config.batch_size, options)
         capacities = [trainers.at(step) for step in range(trainers.options.alternatives_every)]
-        places = config.batch_size * np.mean([np.mean(c.budgets) for c in capacities if c])
+        places = config.batch_size * np.mean([np.mean(c.capacities) for c in capacities if c])
         size = dataclasses.replace(size, places=round(places))
     steps = {c: compiled(program.jit_step(c), state, batch) for c in dict.fromkeys(capacities)}
     cycle = [steps[capacity].run for capacity in capacities]
@@ -67,7 +67,7 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
     for step in cycle:
         state, reported = step(state, batch)
         unfit.append(float(reported.sums.unfit) / batch["label"].size)
-    if any(unfit) and (options.budget or layout != "trimmed"):
+    if any(unfit) and (options.token_capacity or layout != "trimmed"):
         raise no_room(f"{max(unfit):.0%} of the images", size)
     call = _stepping(cycle, state, batch)
     programs = list(steps.values())

@@ -53,7 +53,7 @@ def _check_weights_flags() -> None:
 def _evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
     given = flags.FLAGS
     curve = {
-        "budgets": errors.numbers("budgets", given.budgets),
+        "gmacs_budgets": errors.numbers("gmacs_budgets", given.gmacs_budgets),
         "criterion": given.criterion,
         "fit_examples": given.fit_examples,
     }
@@ -83,7 +83,7 @@ def _define_flags() -> None:
         "budget_curve", False, "Also draw a cascade's accuracy over compute, exits chosen by image."
     )
     flags.DEFINE_list(
-        "budgets",
+        "gmacs_budgets",
         [],
         "Mean GMACs per image of --budget_curve; ten from first to last exit if unset.",
     )

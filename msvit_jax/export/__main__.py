@@ -1,7 +1,7 @@
 """Exports a run's weights, or its compiled functions, for other programs.
 
-    python -m msvit_jax.export --workdir=RUN --format=safetensors --out=model.safetensors
-    python -m msvit_jax.export --workdir=RUN --format=compiled --budget=127 --layout=budget --out=D
+    python -m msvit_jax.export --workdir=RUN --format=safetensors --out=model.safetensors python -m
+    msvit_jax.export --workdir=RUN --format=compiled --layout=budget --token_capacity=127 --out=D
 
 Formats: safetensors (our names), timm and big_vision (the dense trunk), huggingface (a directory
 for from_pretrained), dvt (the official names), orbax (only parameters), compiled (functions by
@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> None:
     given = flags.FLAGS
     options = Options(
         layout=given.layout,
-        budget=given.budget,
+        token_capacity=given.token_capacity,
+        gmacs_budget=given.gmacs_budget,
         threshold=given.threshold,
         thresholds=given.thresholds and errors.numbers("thresholds", given.thresholds),
         pixels=given.pixels,
@@ -52,11 +53,13 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "layout", None, "compiled, onnx; of a model with a gate: 'slots' or 'budget'."
     )
+    flags.DEFINE_integer(
+        "token_capacity", None, "compiled, onnx: patch tokens per image, with --layout=budget."
+    )
     flags.DEFINE_float(
-        "budget",
+        "gmacs_budget",
         None,
-        "compiled, onnx: with --layout=budget patch tokens per image; of a cascade mean GMACs, "
-        "by the thresholds that eval.py fitted.",
+        "compiled, onnx: of a cascade, mean GMACs per image by the thresholds that eval.py fitted.",
     )
     flags.DEFINE_float("threshold", None, "compiled, onnx: of the gate, instead of the model's.")
     flags.DEFINE_list("thresholds", None, "compiled, onnx: of a cascade's exits but the last.")

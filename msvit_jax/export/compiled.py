@@ -59,15 +59,17 @@ class Options:
 
     Attributes:
       layout: Layout of a model with a gate, one of `LAYOUTS`; None: slots.
-      budget: Capacity in patch tokens per image for layout="budget"; for a cascade, mean GMACs per
-        image, which select among the thresholds that eval.py fitted.
+      token_capacity: Capacity in patch tokens per image, for layout="budget".
+      gmacs_budget: Mean GMACs per image of a cascade; selects among the thresholds that eval.py
+        fitted.
       threshold: Default threshold of the gate; None: the model's own.
       thresholds: Default thresholds of a cascade's exits; None: all images leave at the last.
       pixels: Type of the pixels, one of `PIXELS`; their values are 0 to 255 in either type.
     """
 
     layout: str | None = None
-    budget: float | None = None
+    token_capacity: int | None = None
+    gmacs_budget: float | None = None
     threshold: float | None = None
     thresholds: Sequence[float] | None = None
     pixels: str = "uint8"
@@ -190,15 +192,14 @@ def resolve_settings(model: Any, source: Source, options: Options) -> dict[str, 
         raise UserError(f"{given} is for models with a gate; {source.name!r} has none.")
     if not cascade and options.thresholds is not None:
         raise UserError(f"thresholds are for cascades; {source.name!r} has one exit.")
+    if not gated and options.token_capacity is not None:
+        raise UserError(f"token_capacity is for models with a gate; {source.name!r} has none.")
+    if not cascade and options.gmacs_budget is not None:
+        raise UserError(f"gmacs_budget is for cascades; {source.name!r} has one exit.")
     if gated:
         return {"kind": "mixed_scale", **_gate_settings(model, options)}
     if cascade:
         return {"kind": "cascade", "thresholds": _exit_thresholds(model, source, options)}
-    if options.budget is not None:
-        raise UserError(
-            f"budget is for mixed-scale models and cascades; {source.name!r} spends the same on "
-            "every image."
-        )
     return {"kind": "plain"}
 
 
@@ -207,32 +208,32 @@ def _gate_settings(model: Any, options: Options) -> dict[str, Any]:
     if layout == "rows":
         raise UserError(
             "layout='rows' packs a batch of one size, and exported functions take batches of any; "
-            "use layout='budget' with budget=."
+            "use layout='budget' with token_capacity=."
         )
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
-    if (layout == "budget") != (options.budget is not None):
+    if (layout == "budget") != (options.token_capacity is not None):
         raise UserError(
-            "layout='budget' needs budget=, the patch tokens that an image has places for; no "
-            "other layout takes one."
+            "layout='budget' needs token_capacity=, patch tokens per image; only this "
+            "layout takes it."
         )
     adjustable = model.fine_share is None
     if options.threshold is not None and not adjustable:
         raise UserError("fine_share is given: the gate decides by rank and has no threshold.")
     if layout == "budget":
-        _in_budget(model, options.budget)  # checks it
+        _with_capacity(model, options.token_capacity)  # checks it
     threshold = model.threshold if options.threshold is None else options.threshold
     return {
         "layout": layout,
-        "budget": None if options.budget is None else int(options.budget),
+        "token_capacity": options.token_capacity,
         "threshold": float(threshold) if adjustable else None,
     }
 
 
-def _in_budget(model: Any, budget: float | None) -> Any:
-    if budget is None or budget != int(budget):
-        raise UserError(f"budget={budget} is a number of patch tokens, so it is a whole one.")
-    made = model.clone(layout="budget", budget=int(budget))
+def _with_capacity(model: Any, token_capacity: int | None) -> Any:
+    if not isinstance(token_capacity, int):
+        raise UserError(f"token_capacity={token_capacity} is not a whole number of patch tokens.")
+    made = model.clone(layout="budget", token_capacity=token_capacity)
     try:
         made.check_layout()
     except ValueError as error:
@@ -242,7 +243,7 @@ def _in_budget(model: Any, budget: float | None) -> Any:
 
 def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float]:
     stages = len(model.exit_tokens)
-    if options.budget is None:
+    if options.gmacs_budget is None:
         given = options.thresholds
         return list(
             exit_thresholds.check(
@@ -250,9 +251,9 @@ def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float
             )
         )
     if options.thresholds is not None or source.workdir is None:
-        raise UserError("Give either budget (of a run that eval.py fitted) or thresholds.")
-    exit_thresholds.check_budget(options.budget * 1e9, model.exit_macs())
-    return list(fitted_thresholds(source.workdir, options.budget))
+        raise UserError("Give either gmacs_budget (of a run that eval.py fitted) or thresholds.")
+    exit_thresholds.check_budget(options.gmacs_budget * 1e9, model.exit_macs())
+    return list(fitted_thresholds(source.workdir, options.gmacs_budget))
 
 
 def functions(model: Any, source: Source, options: Options) -> list[Function]:
@@ -267,10 +268,10 @@ def functions(model: Any, source: Source, options: Options) -> list[Function]:
         return [Function("forward", _forward(model), _wanted(source), inputs)]
     if model.fine_share is None:
         inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
-    # Images that do not fit the budget run in the slots layout, which fits any image.
+    # Images that exceed the capacity run in the slots layout, which fits any image.
     made = [Function("slots", _forward(model), _wanted(source), inputs)]
     if options.layout == "budget":
-        fast = _in_budget(model, options.budget)
+        fast = _with_capacity(model, options.token_capacity)
         made.insert(0, Function("budget", _forward(fast), _wanted(source), inputs))
     return made
 

@@ -38,7 +38,7 @@ _CHECKED = 2  # images that a graph is tested with
 _THRESHOLDS = (
     0.5,
     -1.0,
-)  # of the gate; with the second all regions are coarse and fit any budget
+)  # of the gate; with the second all regions are coarse and fit any capacity
 
 
 @dataclasses.dataclass(frozen=True)

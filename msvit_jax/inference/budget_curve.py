@@ -85,7 +85,7 @@ def curve(
     held_out: Logits,
     exit_macs: np.ndarray,
     *,
-    budgets: Sequence[float] = (),
+    gmacs_budgets: Sequence[float] = (),
     criterion: str = "confidence",
 ) -> list[dict[str, Any]]:
     """Rows of the curve: every exit alone, the geometric scheme, and the search for each budget.
@@ -94,8 +94,8 @@ def curve(
       fit: Logits and labels to fit thresholds on.
       held_out: Logits and labels to evaluate the thresholds on.
       exit_macs: [stages], multiply-accumulates up to each exit, from `DVT.exit_macs`.
-      budgets: Mean GMACs per fitted image; empty: ten values, geometrically spaced from the first
-        exit's cost to the last's.
+      gmacs_budgets: Mean GMACs per fitted image; empty: ten values, geometrically spaced from the
+        first exit's cost to the last's.
       criterion: Measure of certainty, one of `exit_thresholds.CRITERIA`.
 
     Raises:
@@ -103,32 +103,32 @@ def curve(
     """
     ours = exit_thresholds.score(fit.exit_logits, fit.labels, criterion, seed=0)
     theirs = exit_thresholds.score(held_out.exit_logits, held_out.labels, criterion, seed=1)
-    wanted = [budget * 1e9 for budget in budgets]
-    for budget in wanted:
-        exit_thresholds.check_budget(budget, exit_macs)
+    wanted = [budget * 1e9 for budget in gmacs_budgets]
+    for macs_budget in wanted:
+        exit_thresholds.check_budget(macs_budget, exit_macs)
     wanted = wanted or np.geomspace(exit_macs[0], exit_macs[-1], 10).tolist()
     rows = []
     for stage in range(len(exit_macs)):
         alone = [exit_thresholds.NEVER] * stage + [exit_thresholds.ALWAYS] * (
             len(exit_macs) - stage
         )
-        rows.append(
-            _row(f"exit {stage + 1}", None, exit_thresholds.judge(theirs, alone, exit_macs))
-        )
+        point = exit_thresholds.judge(theirs, alone, exit_macs)
+        rows.append(_row(f"exit {stage + 1}", None, point))
     rows += [
         _row("geometric", None, point)
         for point in exit_thresholds.geometric_curve(ours, theirs, exit_macs)
     ]
-    for budget in wanted:
-        thresholds = exit_thresholds.search(ours, exit_macs, budget)
-        rows.append(_row("search", budget, exit_thresholds.judge(theirs, thresholds, exit_macs)))
+    for macs_budget in wanted:
+        thresholds = exit_thresholds.search(ours, exit_macs, macs_budget)
+        point = exit_thresholds.judge(theirs, thresholds, exit_macs)
+        rows.append(_row("search", macs_budget, point))
     return rows
 
 
-def _row(kind: str, budget: float | None, point: exit_thresholds.Point) -> dict[str, Any]:
+def _row(kind: str, macs_budget: float | None, point: exit_thresholds.Point) -> dict[str, Any]:
     return {
         "kind": kind,
-        "budget": None if budget is None else budget / 1e9,
+        "budget": None if macs_budget is None else macs_budget / 1e9,
         "gmacs_mean": point.macs / 1e9,
         "top1": point.top1,
         "shares": list(point.shares),
@@ -182,12 +182,12 @@ def _draw(
     pyplot.close(figure)
 
 
-def fitted_thresholds(workdir: str | pathlib.Path, budget: float) -> tuple[float, ...]:
+def fitted_thresholds(workdir: str | pathlib.Path, gmacs_budget: float) -> tuple[float, ...]:
     """Thresholds that `eval.py --budget_curve` fitted for a run, the costliest within a budget.
 
     Args:
       workdir: Workdir of the run.
-      budget: Mean GMACs per image.
+      gmacs_budget: Mean GMACs per image.
 
     Raises:
       UserError: None were fitted, or all of them cost more than the budget.
@@ -197,11 +197,11 @@ def fitted_thresholds(workdir: str | pathlib.Path, budget: float) -> tuple[float
         raise UserError(
             f"{workdir} has no fitted thresholds; run eval.py --workdir={workdir} --budget_curve."
         )
-    fitting = [row for row in json.loads(path.read_text()) if row["budget"] <= budget + 1e-12]
+    fitting = [row for row in json.loads(path.read_text()) if row["budget"] <= gmacs_budget + 1e-12]
     if not fitting:
         raise UserError(
-            f"Of the thresholds in {path} none spends {budget:.4g} GMACs or less; fit some with "
-            f"eval.py --budget_curve --budgets={budget:.4g}."
+            f"Of the thresholds in {path} none spends {gmacs_budget:.4g} GMACs or less; fit some "
+            f"with eval.py --budget_curve --gmacs_budgets={gmacs_budget:.4g}."
         )
     return tuple(max(fitting, key=lambda row: row["budget"])["thresholds"])
 
@@ -215,7 +215,7 @@ def curve_of_run(
     batch_size: int,
     mesh: Mesh,
     data_config: config_dict.ConfigDict | None = None,
-    budgets: Sequence[float] = (),
+    gmacs_budgets: Sequence[float] = (),
     criterion: str = "confidence",
     fit_examples: int = 20_000,
 ) -> list[dict[str, Any]]:
@@ -229,7 +229,7 @@ def curve_of_run(
       batch_size: Global batch size.
       mesh: Devices, from `sharding.make_mesh`.
       data_config: A config's `data` section; None: the run's.
-      budgets: Mean GMACs per fitted image; empty: ten values, see `curve`.
+      gmacs_budgets: Mean GMACs per fitted image; empty: ten values, see `curve`.
       criterion: Measure of certainty, one of `exit_thresholds.CRITERIA`.
       fit_examples: Number of training images to fit on.
 
@@ -242,8 +242,8 @@ def curve_of_run(
     name = config.model.name
     if not hasattr(model, "exit_macs"):
         raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
-    for budget in budgets:
-        exit_thresholds.check_budget(budget * 1e9, model.exit_macs())
+    for gmacs_budget in gmacs_budgets:
+        exit_thresholds.check_budget(gmacs_budget * 1e9, model.exit_macs())
     labels.check_count(model.num_classes, len(data.class_names(config.data)))
     count = min(fit_examples, data.dataset_info(config.data).train_examples)
     run = {"batch_size": batch_size, "mesh": mesh}
@@ -251,7 +251,7 @@ def curve_of_run(
     fit_split = train_split if "[" in train_split else f"{train_split}[:{count}]"
     fit = collect(model, params, config.data, split=fit_split, **run)
     held_out = collect(model, params, config.data, split=split or config.data.eval_split, **run)
-    rows = curve(fit, held_out, model.exit_macs(), budgets=budgets, criterion=criterion)
+    rows = curve(fit, held_out, model.exit_macs(), gmacs_budgets=gmacs_budgets, criterion=criterion)
     if jax.process_index() == 0:
         write(rows, workdir, name, paper=config.data.name == "imagenet2012")
         if criterion == "confidence":  # the Predictor's criterion

@@ -179,29 +179,29 @@ def geometric_curve(
 
 
 def geometric_within(
-    certain: np.ndarray, exit_macs: np.ndarray, budget: float
+    certain: np.ndarray, exit_macs: np.ndarray, macs_budget: float
 ) -> tuple[float, ...]:
     """The costliest geometric thresholds within a budget; needs no labels.
 
     Args:
       certain: [n, stages], certainty of every exit.
       exit_macs: [stages], multiply-accumulates up to each exit.
-      budget: Mean multiply-accumulates per image.
+      macs_budget: Mean multiply-accumulates per image.
 
     Raises:
       UserError: The budget is below the first exit's cost.
     """
-    check_budget(budget, exit_macs)
+    check_budget(macs_budget, exit_macs)
     everything = Scores(certain, np.zeros(certain.shape, bool))
     all_first = (ALWAYS,) * len(exit_macs)
     tried = [all_first, *(geometric(certain, q) for q in np.geomspace(0.02, 50.0, 400))]
     costs = [judge(everything, thresholds, exit_macs).macs for thresholds in tried]
-    fitting = [(cost, t) for cost, t in zip(costs, tried, strict=True) if cost <= budget]
+    fitting = [(cost, t) for cost, t in zip(costs, tried, strict=True) if cost <= macs_budget]
     return max(fitting)[1]
 
 
 def search(
-    fit: Scores, exit_macs: np.ndarray, budget: float, *, seed: int = 0
+    fit: Scores, exit_macs: np.ndarray, macs_budget: float, *, seed: int = 0
 ) -> tuple[float, ...]:
     """The most accurate thresholds within a budget, by differential evolution.
 
@@ -212,17 +212,17 @@ def search(
     Args:
       fit: Scores of the images to fit on.
       exit_macs: [stages], multiply-accumulates up to each exit.
-      budget: Mean multiply-accumulates per image.
+      macs_budget: Mean multiply-accumulates per image.
       seed: Seed of the search.
 
     Raises:
       UserError: The budget is below the first exit's cost.
     """
-    check_budget(budget, exit_macs)
-    start = geometric_within(fit.certainty, exit_macs, budget)
+    check_budget(macs_budget, exit_macs)
+    start = geometric_within(fit.certainty, exit_macs, macs_budget)
     if len(exit_macs) == 1:
         return start
-    most = budget * len(fit.certainty)
+    most = macs_budget * len(fit.certainty)
 
     def thresholds_for(leaving: np.ndarray) -> tuple[float, ...]:
         return _thresholds_for(fit.certainty, leaving, exit_macs, most)
@@ -231,7 +231,7 @@ def search(
         point = judge(fit, thresholds_for(leaving), exit_macs)
         spent = point.macs / exit_macs[-1]
         # Any excess outweighs all accuracy; at equal accuracy the cheaper is better.
-        return (1000 if point.macs > budget else -point.top1) + 1e-3 * spent
+        return (1000 if point.macs > macs_budget else -point.top1) + 1e-3 * spent
 
     found = optimize.differential_evolution(
         loss,
@@ -242,14 +242,16 @@ def search(
     )
     candidates = [start, thresholds_for(found.x)]
     points = [judge(fit, thresholds, exit_macs) for thresholds in candidates]
-    return max((p for p in points if p.macs <= budget), key=lambda p: (p.top1, -p.macs)).thresholds
+    return max(
+        (p for p in points if p.macs <= macs_budget), key=lambda p: (p.top1, -p.macs)
+    ).thresholds
 
 
-def check_budget(budget: float, exit_macs: np.ndarray) -> None:
+def check_budget(macs_budget: float, exit_macs: np.ndarray) -> None:
     """Raises UserError for a budget below the first exit's cost; both in multiply-accumulates."""
-    if not budget >= exit_macs[0]:
+    if not macs_budget >= exit_macs[0]:
         raise UserError(
-            f"A budget of {budget / 1e9:.4g} GMACs is below the cost of the first exit, "
+            f"A budget of {macs_budget / 1e9:.4g} GMACs is below the cost of the first exit, "
             f"{exit_macs[0] / 1e9:.4g} GMACs, which every image has to pay."
         )
 

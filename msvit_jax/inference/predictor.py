@@ -217,7 +217,7 @@ class Predictor:
         which: str = "best",
         *,
         model: str | nn.Module | None = None,
-        budget: float | None = None,
+        gmacs_budget: float | None = None,
         **options: Any,
     ) -> "Predictor":
         """Loads a trained run, with its class names and evaluation crop, or a weights file.
@@ -230,7 +230,7 @@ class Predictor:
             and timm do. Positions and patch kernels are resized to the model. Options that the
             source states are adopted or checked, see `weights.load_model` and `report`. Weights
             without a head make a feature extractor, see `Predictions.features`.
-          budget: Mean GMACs per image for a cascade's run; selects among the thresholds that
+          gmacs_budget: Mean GMACs per image for a cascade's run; selects among the thresholds that
             eval.py fitted.
           **options: Options of `Predictor`; they take precedence over what was loaded.
 
@@ -240,7 +240,7 @@ class Predictor:
             thresholds (see `budget_curve.fitted_thresholds`).
         """
         if weights.file_of(path) is not None:
-            return cls._load_file(path, model, budget, options)
+            return cls._load_file(path, model, gmacs_budget, options)
         if not pathlib.Path(path).exists():
             raise UserError(f"There is no weights file or workdir {str(path)!r}.")
         if model is not None:
@@ -253,18 +253,22 @@ class Predictor:
             "crop": run.config.data.eval_crop,
             "exif_orientation": run.config.data.exif_orientation,
         }
-        if budget is not None:
+        if gmacs_budget is not None:
             _check_cascade(run.model)
-            exit_thresholds.check_budget(budget * 1e9, run.model.exit_macs())
-            known["thresholds"] = fitted_thresholds(path, budget)
+            exit_thresholds.check_budget(gmacs_budget * 1e9, run.model.exit_macs())
+            known["thresholds"] = fitted_thresholds(path, gmacs_budget)
         return cls(run.model, run.variables, **{**known, **options})
 
     @classmethod
     def _load_file(
-        cls, path: str | pathlib.Path, model: Any, budget: float | None, options: dict[str, Any]
+        cls,
+        path: str | pathlib.Path,
+        model: Any,
+        gmacs_budget: float | None,
+        options: dict[str, Any],
     ) -> "Predictor":
-        if budget is not None:
-            raise UserError("budget= is for runs, whose thresholds eval.py has fitted.")
+        if gmacs_budget is not None:
+            raise UserError("gmacs_budget= is for runs, whose thresholds eval.py has fitted.")
         loaded = weights.load_model(path, model)
         for note in loaded.report.notes:
             if "all zeros" in note:
@@ -417,15 +421,15 @@ class Predictor:
         job.run(source, lambda numbers: None)
         return job
 
-    def calibrate_exits(self, images: Images, budget: float) -> tuple[float, ...]:
-        """Sets a cascade's thresholds so that a sample's images cost `budget` GMACs on average.
+    def calibrate_exits(self, images: Images, gmacs_budget: float) -> tuple[float, ...]:
+        """Sets a cascade's thresholds for a mean cost on a sample of images.
 
-        Uses the geometric scheme, which needs no labels (`thresholds.geometric_within`), and takes
-        the thresholds that come closest to the budget without exceeding it.
+        Uses the geometric scheme, which needs no labels (`exit_thresholds.geometric_within`), and
+        takes the thresholds that come closest to the budget without exceeding it.
 
         Args:
           images: Sample of images, as in `__call__`; all exits are computed for all of them.
-          budget: Mean GMACs per image.
+          gmacs_budget: Mean GMACs per image.
 
         Returns:
           The thresholds.
@@ -435,8 +439,8 @@ class Predictor:
         """
         _check_cascade(self.model)
         macs = self.model.exit_macs()
-        exit_thresholds.check_budget(budget * 1e9, macs)
-        found = exit_thresholds.geometric_within(self.certainty(images), macs, budget * 1e9)
+        exit_thresholds.check_budget(gmacs_budget * 1e9, macs)
+        found = exit_thresholds.geometric_within(self.certainty(images), macs, gmacs_budget * 1e9)
         self.thresholds = found
         return found
 

@@ -226,7 +226,7 @@ def in_shape(model: Any, shape: Shape) -> Any:
         return model
     sizes: dict[str, Any] = {"row_groups": shape.groups}
     if shape.layout == "budget":
-        sizes["budget"] = shape.tokens
+        sizes["token_capacity"] = shape.tokens
     if shape.layout == "rows":
         sizes |= {"rows": shape.rows, "row_width": shape.row_width}
     return model.clone(layout=shape.layout, **sizes)

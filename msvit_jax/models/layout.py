@@ -33,16 +33,16 @@ class Layout:
 
     Attributes:
       kind: Name of the layout, one of `LAYOUTS`.
-      budget: Capacities for an image's active patch tokens ("budget", "trimmed"), prefix not
-        counted, one for each length bucket: equal parts of the batch, sorted by token count, get
-        them.
+      token_capacity: Capacities for an image's active patch tokens ("budget", "trimmed"), prefix
+        not counted, one for each length bucket: equal parts of the batch, sorted by token count,
+        get them.
       rows: Number of rows for the whole batch ("rows").
       row_width: Capacity of a row in tokens, prefix counted ("rows").
       groups: Number of equal parts of the batch that are packed on their own.
     """
 
     kind: str = "slots"
-    budget: tuple[int, ...] = ()
+    token_capacity: tuple[int, ...] = ()
     rows: int = 0
     row_width: int = 0
     groups: int = 1
@@ -63,18 +63,20 @@ class Layout:
         if self.groups < 1:
             raise ValueError(f"row_groups={self.groups}; at least 1 is needed.")
         if self.kind in ("budget", "trimmed"):
-            self._check_budget(num_slots, smallest)
+            self._check_capacity(num_slots, smallest)
         if self.kind == "rows":
             self._check_rows(num_slots + prefix)
 
-    def _check_budget(self, num_slots: int, smallest: int) -> None:
-        if not self.budget:
-            raise ValueError(f"layout={self.kind!r} needs budget=, active tokens per image.")
-        for budget in self.budget:
-            if not smallest <= budget <= num_slots:
+    def _check_capacity(self, num_slots: int, smallest: int) -> None:
+        if not self.token_capacity:
+            raise ValueError(
+                f"layout={self.kind!r} needs token_capacity=, active tokens per image."
+            )
+        for capacity in self.token_capacity:
+            if not smallest <= capacity <= num_slots:
                 raise ValueError(
-                    f"budget={budget} is not possible: an image has {smallest} to {num_slots} "
-                    "patch tokens; use a number from there."
+                    f"token_capacity={capacity} is not possible: an image has {smallest} to "
+                    f"{num_slots} patch tokens; use a number from there."
                 )
 
     def _check_rows(self, largest: int) -> None:
@@ -140,10 +142,10 @@ def images_per_group(batch: int, layout: Layout) -> int:
     if batch % layout.groups:
         raise ValueError(f"A batch of {batch} cannot be cut into row_groups={layout.groups}.")
     images = batch // layout.groups
-    if layout.budget and images % len(layout.budget):
+    if layout.token_capacity and images % len(layout.token_capacity):
         raise ValueError(
-            f"{images} images (per device) cannot be cut into {len(layout.budget)} equal parts, "
-            f"one for each of the budgets {layout.budget}; use a multiple of that number."
+            f"{images} images (per device) cannot be cut into {len(layout.token_capacity)} equal "
+            f"parts, one for each of {layout.token_capacity} tokens; use a multiple of that."
         )
     return images
 
@@ -162,7 +164,7 @@ def make_runs(lengths: Array, layout: Layout) -> packing.Runs:
     lengths = lengths.reshape(layout.groups, images)
     if layout.kind == "rows":
         return packing.rows(lengths, layout.rows // layout.groups, layout.row_width)
-    return packing.assign_buckets(lengths, layout.budget)
+    return packing.assign_buckets(lengths, layout.token_capacity)
 
 
 def pack(
@@ -191,8 +193,10 @@ def pack(
     if layout.kind == "rows":
         length_buckets = ((layout.rows // layout.groups, layout.row_width),)
     else:
-        part = images // len(layout.budget)
-        length_buckets = tuple((part, width) for width in sorted(layout.budget, reverse=True))
+        part = images // len(layout.token_capacity)
+        length_buckets = tuple(
+            (part, width) for width in sorted(layout.token_capacity, reverse=True)
+        )
     packed = packing.pack(active, runs, extra)
     first = jnp.arange(layout.groups, dtype=jnp.int32)[:, None] * images
     if weights is not None:

@@ -63,7 +63,7 @@ class MSViT(BackboneMixin, nn.Module):
       coarse_residual: Whether APT's zero-initialized residual of the region's fine tokens is added.
       layout: Layout of tokens in memory, "slots", "budget", "trimmed" or "rows": the same logits at
         different cost (see `models.layout`).
-      budget: Capacity for each image's active patch tokens ("budget", "trimmed"); several
+      token_capacity: Capacity for each image's active patch tokens ("budget", "trimmed"); several
         capacities are for equal parts of the batch sorted by token count. None, for "trimmed": room
         for all tokens of both scales, until the trainer's schedule gives less.
       rows: Number of rows that the whole batch is packed into ("rows").
@@ -87,7 +87,7 @@ class MSViT(BackboneMixin, nn.Module):
     scale_embedding: bool = False
     coarse_residual: bool = False
     layout: str = "slots"
-    budget: int | tuple[int, ...] | None = None
+    token_capacity: int | tuple[int, ...] | None = None
     rows: int | None = None
     row_width: int | None = None
     row_groups: int = 1
@@ -137,11 +137,15 @@ class MSViT(BackboneMixin, nn.Module):
     @property
     def packing_layout(self) -> layouts.Layout:
         """The layout with all its sizes."""
-        budget = (self.budget,) if isinstance(self.budget, int) else tuple(self.budget or ())
-        if self.layout == "trimmed" and not budget:
-            budget = (self.most_places,)
+        token_capacity = (
+            (self.token_capacity,)
+            if isinstance(self.token_capacity, int)
+            else tuple(self.token_capacity or ())
+        )
+        if self.layout == "trimmed" and not token_capacity:
+            token_capacity = (self.most_places,)
         return layouts.Layout(
-            self.layout, budget, self.rows or 0, self.row_width or 0, self.row_groups
+            self.layout, token_capacity, self.rows or 0, self.row_width or 0, self.row_groups
         )
 
     @property
@@ -169,7 +173,7 @@ class MSViT(BackboneMixin, nn.Module):
         """Counts multiply-accumulates for images with the given numbers of active patch tokens.
 
         Counts the gate, both patch embeddings over the whole image, and the blocks over active
-        tokens. This is what the budget and row layouts compute, apart from padding.
+        tokens. This is what the layouts "budget" and "rows" compute, apart from padding.
         """
         vit = self.backbone
         regions = self.region_grid[0] * self.region_grid[1]
@@ -324,12 +328,14 @@ class MSViT(BackboneMixin, nn.Module):
         return train and learns and self.layout in ("slots", "trimmed")
 
     def _layout_of(self, both: bool) -> layouts.Layout:
-        """Returns the layout with its prefix; without a learning gate, trimmed becomes budget."""
+        """Returns the layout with its prefix; without a learning gate, trimmed becomes "budget"."""
         layout = self.packing_layout
         if layout.kind == "trimmed" and not both:
             layout = dataclasses.replace(layout, kind="budget")
         prefix = self.backbone.prefix_length
-        return dataclasses.replace(layout, budget=tuple(prefix + b for b in layout.budget))
+        return dataclasses.replace(
+            layout, token_capacity=tuple(prefix + b for b in layout.token_capacity)
+        )
 
     def _alternatives(self, decisions: gates.Decisions, room: Array) -> Array:
         """Returns regions' gradient factors, 0 where the other scale's tokens find no room."""

@@ -106,8 +106,8 @@ def also_empty(call: Callable[..., Any]) -> Callable[..., Any]:
     def answered(self: Any, images: Array, **options: Any) -> Any:
         if images.ndim != 4 or images.shape[0] != 0:
             return call(self, images, **options)
-        budget = getattr(self, "budget", None)
-        parts = len(budget) if isinstance(budget, tuple) else 1
+        capacity = getattr(self, "token_capacity", None)
+        parts = len(capacity) if isinstance(capacity, tuple) else 1
         count = parts * getattr(self, "row_groups", 1)
         some = {
             name: jnp.zeros((count, *x.shape[1:]), x.dtype) if getattr(x, "ndim", 0) else x

@@ -102,8 +102,8 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
     images = lengths.shape[1]
     if not widths or images % len(widths):
         raise ValueError(
-            f"{images} images cannot be cut into {len(widths)} equal parts, one for each of the "
-            f"budgets {tuple(widths)}; use a batch (per group) that is a multiple of that number."
+            f"{images} images cannot be cut into {len(widths)} equal parts, one for each "
+            f"capacity of {tuple(widths)}; use a batch (per group) that is a multiple of that."
         )
     part = images // len(widths)
     descending = sorted(widths, reverse=True)

@@ -59,7 +59,7 @@ def fitting_capacities(
         raise ValueError(f"{ordered.size} images cannot be cut into {parts} equal parts.")
     largest = ordered.reshape(parts, -1)[:, -1]
     rounded = (round_up(count, multiple) for count in largest)
-    return tuple(int(budget if most is None else min(budget, most)) for budget in rounded)
+    return tuple(int(capacity if most is None else min(capacity, most)) for capacity in rounded)
 
 
 def first_fit(lengths: ArrayLike, width: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def bucket_capacities(
     share = np.minimum(1.0, share + _DEVIATIONS * np.sqrt(share * (1 - share) / images))
     counts = np.searchsorted(below, share - 1e-9)
     rounded = [round_up(max(int(count), smallest), multiple) for count in counts]
-    return tuple(min(budget, len(histogram) - 1) for budget in rounded)
+    return tuple(min(capacity, len(histogram) - 1) for capacity in rounded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,11 @@ class StepCapacity:
     """Capacities of a training step and the tokens they are for.
 
     Attributes:
-      budgets: Capacities of the length buckets, the model's `MSViT.budget`.
+      capacities: Capacities of the length buckets, the model's `MSViT.token_capacity`.
       gate_gradient: Factor of the task's gradient to the gate, the model's `MSViT.gate_gradient`.
     """
 
-    budgets: tuple[int, ...]
+    capacities: tuple[int, ...]
     gate_gradient: float
 
 
@@ -86,7 +86,7 @@ class CapacitySchedule:
       regions: Number of regions of an image, which has at least as many tokens.
       images: Number of images of a batch that is packed together.
       parts: Number of length buckets of those images, each with its own capacity.
-      budgets: Capacities in use, for active tokens alone.
+      capacities: Capacities in use, for active tokens alone.
       histogram: [N + 1], number of images by count of active patch tokens since the last look.
       unfit: Number of images since then that did not fit.
       changes: Number of changes of the capacities so far.
@@ -96,7 +96,7 @@ class CapacitySchedule:
     regions: int
     images: int
     parts: int
-    budgets: tuple[int, ...]
+    capacities: tuple[int, ...]
     histogram: np.ndarray
     unfit: float = 0.0
     changes: int = 0
@@ -115,7 +115,7 @@ class CapacitySchedule:
         parts = math.gcd(images, options.num_buckets)  # so that buckets are equal
         counts = np.zeros(REGION**2 * regions + 1)
         made = cls(options, regions, images, parts, (), counts)
-        made.budgets = (made._everything,)
+        made.capacities = (made._everything,)
         return made
 
     @property
@@ -126,13 +126,13 @@ class CapacitySchedule:
     def at(self, step: int) -> StepCapacity:
         """Returns the capacities of step number `step` + 1."""
         every = self.options.alternatives_every
-        if self.budgets == (self._everything,):
-            return StepCapacity(self.budgets, 1.0)
+        if self.capacities == (self._everything,):
+            return StepCapacity(self.capacities, 1.0)
         if step % every:
-            return StepCapacity(self.budgets, 0.0)
+            return StepCapacity(self.capacities, 0.0)
         room = round_up(self.options.alternatives * REGION**2 * self.regions, _STEP)
-        budgets = tuple(min(b + room, self._everything) for b in self.budgets)
-        return StepCapacity(budgets, float(every))
+        capacities = tuple(min(b + room, self._everything) for b in self.capacities)
+        return StepCapacity(capacities, float(every))
 
     def observe(self, histogram: np.ndarray, unfit: float) -> None:
         """Takes the token counts of a step, and the number of images that did not fit."""
@@ -153,18 +153,18 @@ class CapacitySchedule:
         seen, unfit = self.histogram.sum(), self.unfit
         wanted = self._wanted()
         self.histogram, self.unfit = np.zeros_like(self.histogram), 0.0
-        if seen == 0 or wanted == self.budgets:
+        if seen == 0 or wanted == self.capacities:
             return None
         share = unfit / seen
-        saves = 1 - np.mean(wanted) / np.mean(self.budgets)
+        saves = 1 - np.mean(wanted) / np.mean(self.capacities)
         may_shrink = step % self.options.every_steps == 0
         if share <= self.options.max_overflow and not (
             may_shrink and saves >= self.options.min_saving
         ):
             return None
-        old, self.budgets, self.changes = self.budgets, wanted, self.changes + 1
+        old, self.capacities, self.changes = self.capacities, wanted, self.changes + 1
         return (
-            f"budgets {_text(old)} -> {_text(wanted)} tokens, {np.mean(wanted):.4g} on average "
+            f"capacities {_text(old)} -> {_text(wanted)} tokens, {np.mean(wanted):.4g} on average "
             f"(change {self.changes} of {self.options.max_recompiles}; {share:.2%} of the images "
             "had no places): compiling"
         )
@@ -173,7 +173,7 @@ class CapacitySchedule:
         if self.changes >= self.options.max_recompiles:
             # No more compilations are allowed: keep the capacities, or make every image fit.
             enough = self.unfit <= self.options.max_overflow * self.histogram.sum()
-            return self.budgets if enough else (self._everything,)
+            return self.capacities if enough else (self._everything,)
         return bucket_capacities(
             self.histogram,
             smallest=self.regions,
@@ -184,7 +184,7 @@ class CapacitySchedule:
     def to_json(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps, so that a resumed run has the same capacities."""
         return {
-            "budgets": list(self.budgets),
+            "budgets": list(self.capacities),
             "histogram": self.histogram.tolist(),
             "unfit": self.unfit,
             "changes": self.changes,
@@ -192,10 +192,10 @@ class CapacitySchedule:
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Restores what `to_json` returned."""
-        self.budgets = tuple(kept["budgets"])
+        self.capacities = tuple(kept["budgets"])
         self.histogram = np.asarray(kept["histogram"], np.float64)
         self.unfit, self.changes = float(kept["unfit"]), int(kept["changes"])
 
 
-def _text(budgets: tuple[int, ...]) -> str:
-    return "/".join(map(str, budgets))
+def _text(capacities: tuple[int, ...]) -> str:
+    return "/".join(map(str, capacities))

@@ -134,7 +134,7 @@ class _Run:
     def _capacity_schedule(self) -> CapacitySchedule | None:
         """Makes the trimmed layout's schedule, unless the config itself sets the capacities."""
         model, config = self.model, self.config
-        if getattr(model, "layout", None) != "trimmed" or model.budget is not None:
+        if getattr(model, "layout", None) != "trimmed" or model.token_capacity is not None:
             return None
         batch = config.batch_size // config.optimizer.accum_steps
         images = images_per_group(batch, model.packing_layout)

@@ -93,7 +93,9 @@ class Program:
         """
         model = self.model
         if capacity is not None:
-            model = model.clone(budget=capacity.budgets, gate_gradient=capacity.gate_gradient)
+            model = model.clone(
+                token_capacity=capacity.capacities, gate_gradient=capacity.gate_gradient
+            )
         model = model if rates is None else with_rates(model, rates)
         return jax.jit(
             make_train_step(model, self.gate_loss, self.optimizer, self.config),

@@ -23,8 +23,8 @@ _OUT = flags.DEFINE_string("out", None, "Where pictures go; by default <workdir>
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best', 'latest', or a step.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of the one that the run was trained on.")
 _EXAMPLES = flags.DEFINE_integer("examples", 8, "How many, where no images are given.")
-_BUDGET = flags.DEFINE_float(
-    "budget", None, "Of a cascade, mean GMACs per image by fitted thresholds (eval.py)."
+_GMACS_BUDGET = flags.DEFINE_float(
+    "gmacs_budget", None, "Of a cascade, mean GMACs per image by fitted thresholds (eval.py)."
 )
 
 
@@ -38,7 +38,12 @@ def main(argv: Sequence[str]) -> None:
     files, count = argv[1:], _EXAMPLES.value
     if is_cascade(run.model):
         drawn = exits.draw_run(
-            run, out, workdir=_WORKDIR.value, budget=_BUDGET.value, files=files, count=count
+            run,
+            out,
+            workdir=_WORKDIR.value,
+            gmacs_budget=_GMACS_BUDGET.value,
+            files=files,
+            count=count,
         )
     else:
         drawn = examples.draw_run(run, out, files=files, count=count)

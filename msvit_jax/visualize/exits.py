@@ -28,7 +28,7 @@ def draw_run(
     out: pathlib.Path | str,
     *,
     workdir: pathlib.Path | str,
-    budget: float | None = None,
+    gmacs_budget: float | None = None,
     files: Sequence[str] = (),
     count: int = 8,
 ) -> Drawn:
@@ -38,8 +38,9 @@ def draw_run(
       run: A run of a cascade.
       out: Folder for the picture.
       workdir: Workdir of the run.
-      budget: Mean GMACs per image, which selects among the thresholds that eval.py fitted. None:
-        the mean of the first and last exit's cost, with thresholds calibrated on these images.
+      gmacs_budget: Mean GMACs per image, which selects among the thresholds that eval.py fitted.
+        None: the mean of the first and last exit's cost, with thresholds calibrated on these
+        images.
       files: Paths of images; empty: examples of the evaluation split.
       count: Number of pictures per exit.
 
@@ -55,11 +56,11 @@ def draw_run(
     examples = from_files(files, config) if files else from_dataset(config, LOOKED_AT * count)
     images = np.stack([example.image for example in examples])
     predictor = Predictor(run.model, run.variables, batch_size=min(BATCH, len(images)))
-    if budget is None:
+    if gmacs_budget is None:
         macs = run.model.exit_macs()
         predictor.calibrate_exits(images, float(macs[0] + macs[-1]) / 2e9)
     else:
-        predictor.thresholds = fitted_thresholds(workdir, budget)
+        predictor.thresholds = fitted_thresholds(workdir, gmacs_budget)
     predictions = predictor(images)
     drawn = strips(examples, predictions, run.model.exit_tokens, count)
     return Drawn(drawn, save(panel(drawn), paths.parse(out) / SHEET))

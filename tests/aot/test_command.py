@@ -50,7 +50,10 @@ def test_libtpu_absent():
             ["--topology=v5e:2x2", "--config.batch_size=30"],
             "batch_size=30 cannot be cut over 4 devices; use 28 or 32.",
         ),
-        (["--topology=v5e:2x2", "--layouts=budget", "--tokens=99"], "budget=99 is not possible"),
+        (
+            ["--topology=v5e:2x2", "--layouts=budget", "--tokens=99"],
+            "token_capacity=99 is not possible",
+        ),
         (["--topology=v5e:2x2", "--layouts=rows", "--row_width=32"], "row_width=32 is too small"),
     ],
 )

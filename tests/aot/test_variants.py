@@ -40,19 +40,19 @@ def test_every_variant_builds_and_runs_its_layout(name):
 
 
 def test_dense_loses_what_only_mixed_scale_has_and_keeps_the_rest():
-    config = _config(layout="budget", budget=100, gate_bias=1.0, width=96, drop_path=0.1)
+    config = _config(layout="budget", token_capacity=100, gate_bias=1.0, width=96, drop_path=0.1)
     model = _variant("dense", config).config.model.to_dict()
     kept = {"num_classes": 10, "image_size": 224, "width": 96, "drop_path": 0.1}
     assert model == {"name": "vit_tiny_patch16_224", **kept}
 
 
 def test_a_configs_own_layout_is_compiled_as_it_is():
-    config = _config(layout="budget", budget=(80, 100), row_groups=2)
+    config = _config(layout="budget", token_capacity=(80, 100), row_groups=2)
     assert variants.default_names(config) == ["dense", "budget"]
     own = _variant("budget", config)
     assert own.config.model.to_dict() == config.model.to_dict()
     other = _variant("trimmed", config).config.model
-    assert (other.budget, other.row_groups, other.layout) == (128, 4, "trimmed")
+    assert (other.token_capacity, other.row_groups, other.layout) == (128, 4, "trimmed")
     assert variants.default_names(_config("deit_tiny_patch16_224")) == ["dense"]
 
 
@@ -76,7 +76,7 @@ def test_rows_and_ladders_hold_the_batch_and_no_more_than_needed():
     assert packed(lengths, rows, 512).fits.all()
     assert not packed(lengths, rows - 1, 512).fits.all()
     assert _variant("rows", sizes=Sizes(128, 30.0)).config.model.row_width == 256
-    ladder = _variant("ladder", sizes=sizes).config.model.budget
+    ladder = _variant("ladder", sizes=sizes).config.model.token_capacity
     widths = tuple(b + 1 for b in ladder)
     assert jax.jit(packing.assign_buckets, static_argnums=1)(lengths, widths).fits.all()
     assert max(ladder) == counts.max()

@@ -95,10 +95,13 @@ def test_one_record_for_each_batch_and_layout():
 def test_sizes_hold_what_is_active():
     single, batch = (r for r in _report(False)["records"] if r["layout"] == "budget")
     assert single["images_per_round"] == 16
-    assert single["sizes"] == [{"budget": (8,)}, {"budget": (16,)}]  # a program for each 8 tokens
+    assert single["sizes"] == [
+        {"token_capacity": (8,)},
+        {"token_capacity": (16,)},
+    ]  # a program for each 8 tokens
     counts = np.sort(forced.token_counts(4, 4, tokens=9.0, spread=3.0))
-    assert batch["sizes"] == [{"budget": tuple(int(8 * np.ceil(c / 8)) for c in counts)}]
-    assert batch["padding_efficiency"] == counts.sum() / sum(batch["sizes"][0]["budget"])
+    assert batch["sizes"] == [{"token_capacity": tuple(int(8 * np.ceil(c / 8)) for c in counts)}]
+    assert batch["padding_efficiency"] == counts.sum() / sum(batch["sizes"][0]["token_capacity"])
     rows = _report(False)["records"][-1]
     (size,) = rows["sizes"]
     assert rows["padding_efficiency"] == (counts.sum() + 4) / (size["rows"] * size["row_width"])
@@ -153,14 +156,20 @@ def test_sides_take_turns():
         ({"batches": (0,)}, "batch and rounds must be 1 or more"),
         ({"tokens": 17.0}, "tokens=17 is not possible"),
         ({"overrides": ("depht=3",)}, "no option 'depht'"),
-        ({"layouts": ("budget",), "budget": (17,)}, "budget=17 is not possible"),
-        ({"layouts": ("budget",), "budget": (8, 9, 16)}, "4 cannot be cut into 3 equal parts"),
-        ({"layouts": ("budget",), "budget": (4,)}, r"\d of 4 images do not fit .*budget=\(4,\)"),
+        ({"layouts": ("budget",), "token_capacity": (17,)}, "token_capacity=17 is not possible"),
+        (
+            {"layouts": ("budget",), "token_capacity": (8, 9, 16)},
+            "4 cannot be cut into 3 equal parts",
+        ),
+        (
+            {"layouts": ("budget",), "token_capacity": (4,)},
+            r"\d of 4 images do not fit .*token_capacity=\(4,\)",
+        ),
         ({"layouts": ("rows",), "row_width": 16}, "row_width=16 is too small.* need 17 places"),
         ({"layouts": ("rows",), "row_width": 17, "rows": 1}, "3 of 4 images do not fit"),
         ({"layouts": ("rows",), "rows": 1}, "--rows goes with --row_width"),
         pytest.param(
-            {"train": True, "layouts": ("trimmed",), "budget": (4,)},
+            {"train": True, "layouts": ("trimmed",), "token_capacity": (4,)},
             r"\d+% of the images do not fit",
             marks=pytest.mark.slow,
         ),
@@ -179,12 +188,14 @@ def _command(*arguments):
 
 @pytest.mark.slow
 def test_last_line_is_json():
-    done = _command("--tokens=9", "--spread=3", "--batch=2", "--layouts=budget", "--budget=16")
+    done = _command(
+        "--tokens=9", "--spread=3", "--batch=2", "--layouts=budget", "--token_capacity=16"
+    )
     assert done.returncode == 0, done.stderr
     table, last = done.stdout.rsplit("\n", 2)[:2]
     records = json.loads(last)["records"]
     assert [record["layout"] for record in records] == ["dense", "budget"]
-    assert records[1]["sizes"] == [{"budget": [16]}]
+    assert records[1]["sizes"] == [{"token_capacity": [16]}]
     assert len(table.splitlines()) == 3
 
 

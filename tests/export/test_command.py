@@ -73,7 +73,7 @@ def test_a_cascade_leaves_by_the_thresholds_that_were_fitted(tmp_path):
     options = {key: value for key, value in made.CASCADE.items() if key != "image_size"}
     fitted = [{"budget": 0.5, "thresholds": [0.8, 0.0]}, {"budget": 2.0, "thresholds": [0.9, 0.0]}]
     workdir = _workdir(tmp_path / "run", "dvt_deit_small", options, fitted)
-    write(Source.load(workdir), "compiled", tmp_path / "out", Options(budget=1.0))
+    write(Source.load(workdir), "compiled", tmp_path / "out", Options(gmacs_budget=1.0))
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["thresholds"] == [0.8, 0.0]
 

@@ -30,7 +30,7 @@ GATED = "msvit_tiny_patch16_224"
 # Model, its options, how it is exported, and names of its functions.
 KINDS = {
     "plain": ("deit_tiny_distilled_patch16_224", {"scan_layers": True}, {}, ["forward"]),
-    "budget": (GATED, {}, {"layout": "budget", "budget": 7}, ["budget", "slots"]),
+    "budget": (GATED, {}, {"layout": "budget", "token_capacity": 7}, ["budget", "slots"]),
     "mergence": (
         *("mergence_tiny_patch16_224", {"scales": (2, 4), "reduce_layers": (1,), "keep": 0.6}),
         *({}, ["forward"]),
@@ -202,7 +202,7 @@ def test_about(exported):
     assert about["model"]["name"] == GATED
     assert about["mean"] == [0.5, 0.5, 0.5]
     assert about["class_names"] == list(made.NAMES)
-    assert (about["layout"], about["budget"], about["threshold"]) == ("budget", 7, 0.5)
+    assert (about["layout"], about["token_capacity"], about["threshold"]) == ("budget", 7, 0.5)
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
     assert about["jax"] == jax.__version__
     held = jax_export.deserialize(bytearray((exported("budget") / "budget.jaxexport").read_bytes()))
@@ -224,7 +224,7 @@ def test_about_says_until_when_it_is_read_and_how_it_is_made_again(exported, tmp
     about = json.loads((exported("budget") / "about.json").read_text())
     assert about["made_by"] == (
         "python -m msvit_jax.export --workdir=RUN --format=compiled --out=OUT --layout=budget "
-        "--budget=7"
+        "--token_capacity=7"
     )
     assert about["readable"] == compiled.readable(jax.__version_info__)
     for version, until in [
@@ -400,19 +400,24 @@ def test_image_files_are_read_as_the_library_reads_them(mode, kind, size, tmp_pa
 BAD = [
     ("plain", {"layout": "slots"}, "layout is for models with a gate"),
     ("plain", {"threshold": 0.5}, "threshold is for models with a gate"),
-    ("plain", {"budget": 7}, "spends the same on every image"),
+    ("plain", {"token_capacity": 7}, "token_capacity is for models with a gate"),
     ("plain", {"thresholds": (0.5,)}, "one exit"),
     ("plain", {"pixels": "int8"}, "'int8' is none of uint8, float32"),
     ("budget", {"layout": "rows"}, "exported functions take batches of any"),
     ("budget", {"layout": "rings"}, "'rings' is none of slots, budget"),
-    ("budget", {"layout": "budget"}, "'budget' needs budget="),
-    ("budget", {"budget": 7}, "no other layout takes one"),
-    ("budget", {"layout": "budget", "budget": 17}, "budget=17 is not possible.* 4 to 16 patch"),
-    ("budget", {"layout": "budget", "budget": 7.5}, "so it is a whole one"),
+    ("budget", {"layout": "budget"}, "'budget' needs token_capacity="),
+    ("budget", {"token_capacity": 7}, "only this layout takes it"),
+    (
+        "budget",
+        {"layout": "budget", "token_capacity": 17},
+        "token_capacity=17 is not possible.* 4 to 16 patch",
+    ),
+    ("budget", {"layout": "budget", "token_capacity": 7.5}, "7.5 is not a whole number"),
     ("share", {"threshold": 0.5}, "has no threshold"),
+    ("plain", {"gmacs_budget": 1.0}, "gmacs_budget is for cascades"),
     ("cascade", {"thresholds": (0.5, 0.4, 0.3)}, "3 thresholds for 2 exits"),
     ("cascade", {"layout": "budget"}, "layout is for models with a gate"),
-    ("cascade", {"budget": 1.0}, "of a run that eval.py fitted"),
+    ("cascade", {"gmacs_budget": 1.0}, "of a run that eval.py fitted"),
 ]
 
 

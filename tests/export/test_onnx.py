@@ -29,7 +29,11 @@ KINDS = {
     "tome": ("vit_tiny_patch16_224", {"reducer": "tome", **REDUCING}, {}),
     "evit": ("vit_tiny_patch16_224", {"reducer": "evit", **REDUCING}, {}),
     "share": (GATED, {"fine_share": 0.5}, {"pixels": "float32"}),
-    "budget": (GATED, {"reducer": "mergence", **REDUCING}, {"layout": "budget", "budget": 7}),
+    "budget": (
+        GATED,
+        {"reducer": "mergence", **REDUCING},
+        {"layout": "budget", "token_capacity": 7},
+    ),
 }
 
 
@@ -132,7 +136,7 @@ def test_stages_of_a_cascade_hand_on_what_the_next_one_takes(exported, tmp_path)
 
 def test_about(exported):
     about = _about(exported("budget"))
-    assert (about["kind"], about["layout"], about["budget"]) == ("mixed_scale", "budget", 7)
+    assert (about["kind"], about["layout"], about["token_capacity"]) == ("mixed_scale", "budget", 7)
     assert about["class_names"] == list(made.NAMES)
     names = {entry["name"]: entry["file"] for entry in about["functions"]}
     assert names == {"budget": "budget.onnx", "slots": "slots.onnx"}

@@ -58,7 +58,8 @@ def test_merged_patches_are_put_back_on_the_grid(reducer):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"layout": "budget", "budget": 16}, {"layout": "rows", "rows": 3, "row_width": 17}]
+    "layout",
+    [{"layout": "budget", "token_capacity": 16}, {"layout": "rows", "rows": 3, "row_width": 17}],
 )
 def test_a_coarse_token_stands_on_its_four_patches_in_every_layout(layout):
     model = create_model("msvit_deit_tiny_patch16_224", **OPTIONS, gate="random")

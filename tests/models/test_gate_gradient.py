@@ -28,13 +28,17 @@ def test_it_follows_true_flips(weights, rank, signs):
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
-@pytest.mark.parametrize("budget", [48, (40, 48, 56, 64)])
-def test_trimmed_passes_back_the_same_to_what_it_carries_and_nothing_else(weights, budget):
+@pytest.mark.parametrize("capacity", [48, (40, 48, 56, 64)])
+def test_trimmed_passes_back_the_same_to_what_it_carries_and_nothing_else(weights, capacity):
     coarse = flips.decisions(weights, "samples")
     everything = flips.passed_back(flips.model(), weights, coarse)
-    found = flips.passed_back(flips.model().clone(layout="trimmed", budget=budget), weights, coarse)
+    found = flips.passed_back(
+        flips.model().clone(layout="trimmed", token_capacity=capacity), weights, coarse
+    )
     carried = found != 0
     assert 0.2 < carried.mean() < 1
     np.testing.assert_allclose(found[carried], everything[carried], rtol=2e-3, atol=2e-5)
-    all_there = flips.passed_back(flips.model().clone(layout="trimmed", budget=80), weights, coarse)
+    all_there = flips.passed_back(
+        flips.model().clone(layout="trimmed", token_capacity=80), weights, coarse
+    )
     np.testing.assert_allclose(all_there, everything, rtol=2e-3, atol=2e-5)

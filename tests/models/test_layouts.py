@@ -45,14 +45,14 @@ def decisions(seed, share):
 
 
 LAYOUTS = [
-    {"layout": "budget", "budget": 24},
-    {"layout": "budget", "budget": (15, 18, 24, 36)},
-    {"layout": "budget", "budget": (18, 24), "row_groups": 2},
+    {"layout": "budget", "token_capacity": 24},
+    {"layout": "budget", "token_capacity": (15, 18, 24, 36)},
+    {"layout": "budget", "token_capacity": (18, 24), "row_groups": 2},
     {"layout": "rows", "rows": 4, "row_width": 64},
     {"layout": "rows", "rows": 4, "row_width": 64, "row_groups": 2},
     {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2},  # whole tiles
-    {"layout": "trimmed", "budget": 36},
-    {"layout": "trimmed", "budget": (15, 18, 24, 45)},
+    {"layout": "trimmed", "token_capacity": 36},
+    {"layout": "trimmed", "token_capacity": (15, 18, 24, 45)},
 ]
 PREFIXES = [{"distilled": True, "register_tokens": 2}, {"pool": "mean", "class_token": False}]
 CASES = [({}, layout) for layout in LAYOUTS] + [
@@ -76,9 +76,9 @@ def test_logits_equal_slots_where_an_image_fits(options, layout, seed, share):
     )
     np.testing.assert_array_equal(output.tokens, expected.tokens)
     np.testing.assert_array_equal(expected.tokens, 36 - 3 * np.asarray(coarse).sum(axis=1))
-    budgets = layout.get("budget")
-    if isinstance(budgets, int):
-        np.testing.assert_array_equal(fits, np.asarray(output.tokens) <= budgets)
+    capacities = layout.get("token_capacity")
+    if isinstance(capacities, int):
+        np.testing.assert_array_equal(fits, np.asarray(output.tokens) <= capacities)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)
@@ -149,21 +149,21 @@ def training_gradient(model, variables, images):
 def test_trimmed_gradients_equal_those_of_slots_when_nothing_is_cut(options):
     model, variables, images = slots(**options)
     expected = training_gradient(model, variables, images)
-    found = training_gradient(model.clone(layout="trimmed", budget=45), variables, images)
+    found = training_gradient(model.clone(layout="trimmed", token_capacity=45), variables, images)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected["params"]["gate_mlp"]))
     assert largest > 1e-4
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("budget", [24, (18, 21, 27, 45)], ids=str)
-def test_trimmed_training_answers_as_slots_do(budget):
+@pytest.mark.parametrize("capacity", [24, (18, 21, 27, 45)], ids=str)
+def test_trimmed_training_answers_as_slots_do(capacity):
     model, variables, images = slots()
     coarse = decisions(3, 0.7)
     rngs = {"gate": jax.random.key(1)}
     ours, theirs = (
         jax.jit(lambda m=m: m.apply(variables, images, train=True, coarse=coarse, rngs=rngs))()
-        for m in (model.clone(layout="trimmed", budget=budget), model)
+        for m in (model.clone(layout="trimmed", token_capacity=capacity), model)
     )
     fits = np.asarray(ours.fits)
     assert fits.sum() >= 4
@@ -187,7 +187,7 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
 
     expected = apply(model).logits
     for layout in (
-        {"layout": "budget", "budget": 36, "row_groups": 2},
+        {"layout": "budget", "token_capacity": 36, "row_groups": 2},
         {"layout": "rows", "rows": 8, "row_width": 40},
     ):
         output = apply(model.clone(**layout))
@@ -230,12 +230,21 @@ def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout, options)
     ("options", "message"),
     [
         ({"layout": "packed"}, "layout='packed' is none of slots"),
-        ({"layout": "budget"}, "needs budget="),
-        ({"layout": "budget", "budget": 37}, "budget=37 is not possible: an image has 9 to 36"),
-        ({"layout": "trimmed", "budget": 46}, "budget=46 is not possible: an image has 9 to 45"),
-        ({"layout": "budget", "budget": (8, 16)}, "budget=8 is not possible"),
-        ({"layout": "budget", "budget": (10, 12, 14)}, "8 images .* cannot be cut into 3"),
-        ({"layout": "budget", "budget": 20, "row_groups": 3}, "8 cannot be cut into row_groups=3"),
+        ({"layout": "budget"}, "needs token_capacity="),
+        (
+            {"layout": "budget", "token_capacity": 37},
+            "token_capacity=37 is not possible: an image has 9 to 36",
+        ),
+        (
+            {"layout": "trimmed", "token_capacity": 46},
+            "token_capacity=46 is not possible: an image has 9 to 45",
+        ),
+        ({"layout": "budget", "token_capacity": (8, 16)}, "token_capacity=8 is not possible"),
+        ({"layout": "budget", "token_capacity": (10, 12, 14)}, "8 images .* cannot be cut into 3"),
+        (
+            {"layout": "budget", "token_capacity": 20, "row_groups": 3},
+            "8 cannot be cut into row_groups=3",
+        ),
         ({"layout": "rows", "row_width": 64}, "needs rows="),
         ({"layout": "rows", "rows": 4, "row_width": 36}, "one image can need 37 places"),
         ({"layout": "rows", "rows": 3, "row_width": 64, "row_groups": 2}, "rows=3 cannot be cut"),

@@ -255,11 +255,11 @@ def decisions(seed):
 
 
 # Two buckets of four images: each more is a compilation of every layer.
-BUCKETS = {"layout": "budget", "budget": (18, 36)}
-GROUPS = {"layout": "budget", "budget": (18, 24), "row_groups": 2}
+BUCKETS = {"layout": "budget", "token_capacity": (18, 36)}
+GROUPS = {"layout": "budget", "token_capacity": (18, 24), "row_groups": 2}
 ROWS = {"layout": "rows", "rows": 4, "row_width": 64}
 TILES = {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2}
-TRIMMED = {"layout": "trimmed", "budget": (18, 36)}
+TRIMMED = {"layout": "trimmed", "token_capacity": (18, 36)}
 WITHOUT_CLASS = {"pool": "mean", "class_token": False}
 
 
@@ -333,7 +333,7 @@ def test_poison_in_unused_places_reaches_no_result(reducer, layout, monkeypatch)
 
 @pytest.mark.parametrize(
     ("reducer", "layout"),
-    [("mergence", {}), ("tome", {}), ("evit", {"layout": "trimmed", "budget": 36})],
+    [("mergence", {}), ("tome", {}), ("evit", {"layout": "trimmed", "token_capacity": 36})],
     ids=str,
 )
 def test_gradients_are_finite_and_reach_the_gate(reducer, layout):

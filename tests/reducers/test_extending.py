@@ -51,7 +51,7 @@ def test_it_answers_alike_in_every_layout(images):
     answers = []
     for layout in (
         {},
-        {"layout": "budget", "budget": (12, 16)},
+        {"layout": "budget", "token_capacity": (12, 16)},
         {"layout": "rows", "rows": 2, "row_width": 40},
     ):
         apply = jax.jit(model.clone(**layout).apply)

@@ -94,9 +94,9 @@ def rows_of(active, groups, rows, width):
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def filled(active, extra, groups, budget):
+def filled(active, extra, groups, capacity):
     runs = packing.assign_buckets(
-        active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), (budget,)
+        active.sum(axis=1, dtype=jnp.int32).reshape(groups, -1), (capacity,)
     )
     return packing.pack(active, runs, extra)
 
@@ -131,16 +131,16 @@ def test_rows_are_packed_first_fit_longest_first(batch, size):
                 assert int(runs.start[group, image]) == where[0] * width + where[1]
 
 
-@hypothesis.given(batch=batches(), budget=st.sampled_from([4, 8, 12]))
-def test_extra_tokens_lie_behind_the_active_ones_as_far_as_there_is_room(batch, budget):
+@hypothesis.given(batch=batches(), capacity=st.sampled_from([4, 8, 12]))
+def test_extra_tokens_lie_behind_the_active_ones_as_far_as_there_is_room(batch, capacity):
     groups, active = batch
     extra = np.random.default_rng(1).random(active.shape) < 0.3
-    packed = jax.device_get(filled(active, extra, groups, budget))
+    packed = jax.device_get(filled(active, extra, groups, capacity))
     place, fits = packed.place, packed.fits
-    np.testing.assert_array_equal(fits, active.sum(1) <= budget)
+    np.testing.assert_array_equal(fits, active.sum(1) <= capacity)
     for image in range(len(active)):
         expected = [*np.flatnonzero(active[image]), *np.flatnonzero(extra[image] & ~active[image])]
-        expected = expected[:budget] if fits[image] else []
+        expected = expected[:capacity] if fits[image] else []
         held = [t for t in range(TOKENS) if place[image, t] < packed.owner.shape[1]]
         assert sorted(held, key=lambda t: place[image, t]) == expected
 

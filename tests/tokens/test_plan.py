@@ -17,13 +17,13 @@ counts_of = st.lists(st.integers(4, 16), min_size=1, max_size=12)
 @given(counts_of, st.data(), st.sampled_from([1, 4, 8]))
 def test_ladder_holds_each_part_and_nothing_smaller_does(counts, data, multiple):
     parts = data.draw(st.sampled_from([p for p in range(1, 13) if len(counts) % p == 0]))
-    budgets = plan.fitting_capacities(counts, parts, multiple, most=16)
-    assert len(budgets) == parts
-    assert list(budgets) == sorted(budgets)
+    capacities = plan.fitting_capacities(counts, parts, multiple, most=16)
+    assert len(capacities) == parts
+    assert list(capacities) == sorted(capacities)
     need = [max(part) for part in np.split(np.sort(counts), parts)]
-    for budget, least in zip(budgets, need, strict=True):
-        assert least <= budget < least + multiple
-        assert budget % multiple == 0 or budget == 16
+    for capacity, least in zip(capacities, need, strict=True):
+        assert least <= capacity < least + multiple
+        assert capacity % multiple == 0 or capacity == 16
 
 
 def test_a_part_of_a_ladder_is_not_beyond_the_grid():

@@ -34,16 +34,16 @@ def test_budgets_give_nearly_every_image_of_the_next_batches_its_places(seed, pa
         return 49 + 3 * np.clip(np.round((rng.normal(mean, spread, n) - 49) / 3), 0, 49).astype(int)
 
     seen = draw(6400)
-    budgets = capacity_schedule.bucket_capacities(
+    capacities = capacity_schedule.bucket_capacities(
         np.bincount(seen, minlength=197), smallest=49, parts=parts, images=64
     )
-    assert len(budgets) == parts
-    assert list(budgets) == sorted(budgets)
-    assert budgets[-1] >= min(seen.max(), 196)
-    assert all(b == 196 or (b % 8 == 0 and b >= 49) for b in budgets)
+    assert len(capacities) == parts
+    assert list(capacities) == sorted(capacities)
+    assert capacities[-1] >= min(seen.max(), 196)
+    assert all(b == 196 or (b % 8 == 0 and b >= 49) for b in capacities)
     without = 0
     for _ in range(50):  # images that have no place in a best assignment, counted by hand
-        left = sorted(np.repeat(budgets, 64 // parts))
+        left = sorted(np.repeat(capacities, 64 // parts))
         for count in sorted(draw(64), reverse=True):
             if left and left[-1] >= count:
                 left.pop()
@@ -77,7 +77,7 @@ def counts(at, images=1000):
 
 def test_budgets_change_only_when_it_pays_or_images_go_without():
     schedule = make()
-    assert schedule.budgets == (245,)
+    assert schedule.capacities == (245,)
     schedule.observe(counts(120), 0)
     assert "245 -> 120/120/120/120/120/120/120/120 tokens" in schedule.look(200)
     schedule.observe(counts(115), 0)  # 1 - 120 / 120: the same budgets
@@ -114,7 +114,7 @@ def test_no_more_changes_than_promised_then_places_for_everything():
     assert schedule.look(200) is None
     schedule.observe(counts(150), 900)
     assert "-> 245 tokens" in schedule.look(200)
-    assert schedule.budgets == (245,)
+    assert schedule.capacities == (245,)
 
 
 def test_one_step_of_several_carries_alternatives_with_the_gradient_of_all():
@@ -126,11 +126,11 @@ def test_one_step_of_several_carries_alternatives_with_the_gradient_of_all():
     places = [schedule.at(step) for step in range(200, 208)]
     assert [p.gate_gradient for p in places] == [4, 0, 0, 0, 4, 0, 0, 0]
     # Of 196 cells a quarter, in whole eights.
-    assert {p.budgets[0]: p.gate_gradient for p in places} == {120 + 56: 4, 120: 0}
+    assert {p.capacities[0]: p.gate_gradient for p in places} == {120 + 56: 4, 120: 0}
     schedule.observe(counts(196), 500)
     schedule.look(225)
-    assert schedule.at(228).budgets[0] == 245  # never beyond both scales of every region
-    assert schedule.at(229).budgets[0] == 196
+    assert schedule.at(228).capacities[0] == 245  # never beyond both scales of every region
+    assert schedule.at(229).capacities[0] == 196
     always = make(alternatives_every=1)
     always.restore(schedule.to_json())
     assert {always.at(step).gate_gradient for step in range(8)} == {1}
@@ -161,7 +161,7 @@ def whole_run(printed_run):
 
 def test_a_trimmed_run_changes_budgets_and_says_so(printed_run):
     _, figures, said = printed_run
-    assert "budgets 20 -> " in said
+    assert "capacities 20 -> " in said
     assert figures["examples"] == tiny_run.VALIDATION
     assert "unfit" not in figures  # evaluation answers every image
 
@@ -187,7 +187,7 @@ def test_trimmed_steps_report_what_slots_report(whole_run, tmp_path):
 
 
 def test_images_without_places_are_left_out_of_the_loss_and_counted(tmp_path):
-    config = trimmed(model__budget=4, model__gate_bias=1.5, model__row_groups=1, steps=2)
+    config = trimmed(model__token_capacity=4, model__gate_bias=1.5, model__row_groups=1, steps=2)
     figures = loop.train(config, tmp_path)
     record = _records(tmp_path, "train")[2]
     assert 0 < record["unfit"] < 1
@@ -212,8 +212,14 @@ def test_rows_train_with_a_frozen_gate(tmp_path):
     ("changes", "message"),
     [
         ({"model__layout": "rows", "model__rows": 8, "model__row_width": 20}, "freeze it"),
-        ({"model__layout": "trimmed", "model__budget": (8, 12, 16)}, "cannot be cut into 3"),
-        ({"model__layout": "trimmed", "model__budget": 21}, "budget=21 is not possible"),
+        (
+            {"model__layout": "trimmed", "model__token_capacity": (8, 12, 16)},
+            "cannot be cut into 3",
+        ),
+        (
+            {"model__layout": "trimmed", "model__token_capacity": 21},
+            "token_capacity=21 is not possible",
+        ),
     ],
 )
 def test_layouts_that_cannot_train_are_told(changes, message):

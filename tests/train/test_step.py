@@ -23,7 +23,7 @@ CASES = {
     "trimmed": lambda **k: tiny_run.msvit(
         loss__gate__weight=4.0,
         model__layout="trimmed",
-        model__budget=(12, 17),
+        model__token_capacity=(12, 17),
         model__row_groups=8,
         **k,
     ),

@@ -46,7 +46,7 @@ def test_a_run_is_drawn_with_fitted_thresholds_or_those_of_its_examples(fitted, 
         budget = float(model.exit_macs()[-1]) / 1e9
         row = f'[{{"budget": {budget}, "thresholds": [{exit_thresholds.NEVER}, 0.0]}}]'
         (tmp_path / FITTED_FILE).write_text(row)
-    drawn = exits.draw_run(run, tmp_path / "out", workdir=tmp_path, budget=budget, count=3)
+    drawn = exits.draw_run(run, tmp_path / "out", workdir=tmp_path, gmacs_budget=budget, count=3)
     assert drawn.sheet.stat().st_size > 1000
     if fitted:
         assert drawn.strips[0].caption.startswith("exit 1, 4 tokens: 0 of 21")

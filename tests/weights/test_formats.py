@@ -274,8 +274,8 @@ def test_our_own_files_describe_their_model(tmp_path):
     assert predictor.class_names == ("a", "b", "c")
     assert sorted(predictor.report.matched) == sorted(flat)
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(UserError, match="budget= is for runs"):
-        Predictor.load(file, budget=1.0)
+    with pytest.raises(UserError, match="gmacs_budget= is for runs"):
+        Predictor.load(file, gmacs_budget=1.0)
 
 
 def test_a_predictor_of_another_projects_weights(tmp_path):
