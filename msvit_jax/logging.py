@@ -27,7 +27,7 @@ SHOWN = {
     "top1": "top1 {:.2f}%",
     "top5": "top5 {:.2f}%",
     "tokens_mean": "tokens {:.1f}",
-    "unfit": "no places {:.1%}",
+    "overflow": "overflow {:.1%}",
     "gmacs_mean": "{:.4g} GMACs",
     "content_fine": "digits fine {:.0%}",
     "plain_coarse": "plain coarse {:.0%}",

@@ -46,8 +46,8 @@ class Sums:
       top5: Number of examples whose label was among the first five.
       tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
         percentiles and costs are exact.
-      unfit: Number of examples without an answer, because their tokens did not fit in the layout;
-        loss, top1 and top5 leave them out.
+      overflow: Number of examples without an answer, because their tokens did not fit in the
+        layout; loss, top1 and top5 leave them out.
       gate: Sums of the gate's decisions; None for models without a gate.
       exit_top1: [stages], number of examples whose label came first at each exit of a cascade.
     """
@@ -57,7 +57,7 @@ class Sums:
     top1: Any
     top5: Any
     tokens: Any
-    unfit: Any
+    overflow: Any
     gate: GateSums | None = None
     exit_top1: Any = None
 
@@ -86,7 +86,7 @@ def batch_sums(
       mask: [B, H, W], segmentation mask, 0 where there is no content.
     """
     weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
-    answered = weight if output.fits is None else jnp.where(output.fits, weight, 0.0)
+    answered = jnp.where(output.answered, weight, 0.0)
     rank = _rank(output.logits, labels)
     histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
     return Sums(
@@ -95,7 +95,7 @@ def batch_sums(
         top1=jnp.sum(jnp.where(rank < 1, answered, 0.0)),
         top5=jnp.sum(jnp.where(rank < 5, answered, 0.0)),
         tokens=histogram,
-        unfit=jnp.sum(weight - answered),
+        overflow=jnp.sum(weight - answered),
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
         exit_top1=None
         if output.exit_logits is None
@@ -162,15 +162,15 @@ def summarize(
         of active patch tokens.
 
     Returns:
-      Dict with examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance; unfit,
-      the share of examples without an answer, if there are any; with `macs` gmacs_mean, the mean
-      over images; with `layer_tokens` layer_tokens_mean, the mean over images; for a cascade
-      exits_top1, a list; and the gate's figures (`gate_figures`).
+      Dict with examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance;
+      overflow, the share of examples without an answer, if there are any; with `macs` gmacs_mean,
+      the mean over images; with `layer_tokens` layer_tokens_mean, the mean over images; for a
+      cascade exits_top1, a list; and the gate's figures (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
     mean = float(images @ grid / count)
-    answered = max(count - float(sums.unfit), 1)
+    answered = max(count - float(sums.overflow), 1)
     figures: dict[str, Any] = {
         "examples": round(count),
         "top1": 100 * float(sums.top1) / answered,
@@ -181,8 +181,8 @@ def summarize(
         "tokens_p95": percentile(images, 95),
         "tokens_variance": float(images @ (grid - mean) ** 2 / count),
     }
-    if sums.unfit:
-        figures["unfit"] = float(sums.unfit) / count
+    if sums.overflow:
+        figures["overflow"] = float(sums.overflow) / count
     if macs is not None:
         figures["gmacs_mean"] = float(images @ macs / count / 1e9)
     if layer_tokens is not None:

@@ -79,7 +79,7 @@ def gate_gradients(model: MSViT) -> np.ndarray:
 
     def loss(variables: Any, key: jax.Array) -> jax.Array:
         output = model.apply(variables, images, train=True, rngs={"gate": key})
-        fits = True if output.fits is None else output.fits
+        fits = True if output.within_capacity is None else output.within_capacity
         return jnp.where(fits, flips.losses(output.logits), 0).sum()
 
     gradient = jax.jit(jax.grad(loss))

@@ -52,7 +52,7 @@ def arms(study: digits.Study, dense: str) -> dict[str, digits.Figures]:
         "rows, frozen gate": study.arm("frozen_rows", "digits_msvit", **{**frozen, **ROWS}),
     }
     found["trimmed"] |= budgets(pathlib.Path(study.workdir("trimmed")))
-    found["rows, frozen gate"] |= unfit(pathlib.Path(study.workdir("frozen_rows")))
+    found["rows, frozen gate"] |= overflow(pathlib.Path(study.workdir("frozen_rows")))
     return found
 
 
@@ -62,14 +62,16 @@ def budgets(workdir: pathlib.Path) -> digits.Figures:
     changes = re.findall(
         r"step (\d+): (?:budgets|capacities) \S+ -> (\S+) tokens, (\S+) on average", log
     )
-    return {"budgets": [list(change) for change in changes], **unfit(workdir)}
+    return {"budgets": [list(change) for change in changes], **overflow(workdir)}
 
 
-def unfit(workdir: pathlib.Path) -> digits.Figures:
+def overflow(workdir: pathlib.Path) -> digits.Figures:
     """The share of training images that found no places, mean over reports."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    shares = [line.get("unfit", 0.0) for line in lines if line["kind"] == "train"]
-    return {"unfit": float(np.mean(shares))}
+    shares = [
+        line.get("overflow", line.get("unfit", 0.0)) for line in lines if line["kind"] == "train"
+    ]
+    return {"overflow": float(np.mean(shares))}
 
 
 def report(results: dict[int, dict[str, digits.Figures]]) -> str:
@@ -78,7 +80,7 @@ def report(results: dict[int, dict[str, digits.Figures]]) -> str:
     lines = [head, "|" + "---|" * (len(ARMS) + 2)]
     for seed, found in results.items():
         cells = [f"{found[a]['top1']:.2f} / {found[a]['tokens_mean']:.1f}" for a in ARMS]
-        lost = ", ".join(f"{found[a]['unfit']:.2%}" for a in ("trimmed", "rows, frozen gate"))
+        lost = ", ".join(f"{found[a]['overflow']:.2%}" for a in ("trimmed", "rows, frozen gate"))
         lines.append(f"| {seed} | " + " | ".join(cells) + f" | {lost} |")
     means = []
     for arm in ARMS:

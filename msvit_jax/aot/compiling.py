@@ -113,7 +113,7 @@ def _forward(program: Program) -> jax.stages.Wrapped:
     def forward(params: Any, images: Array) -> Any:
         pixels = normalize(images, model.mean, model.std)
         output = model.apply({"params": params}, pixels, train=False)
-        return output.logits, output.tokens, output.fits
+        return output.logits, output.tokens, output.within_capacity
 
     return jax.jit(forward, out_shardings=sharding.batch_sharding(program.mesh))
 

@@ -187,4 +187,4 @@ def rows_needed(lengths: Sequence[int] | np.ndarray, width: int) -> int:
     """Number of rows of a given width that images of given lengths are packed into."""
     count = len(lengths)
     runs = packing.rows(jnp.asarray(lengths)[None], count, width)
-    return int(jnp.where(runs.fits, runs.start // width, 0).max()) + 1
+    return int(jnp.where(runs.within_capacity, runs.start // width, 0).max()) + 1

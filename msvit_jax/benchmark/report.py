@@ -91,7 +91,7 @@ def record(
         "tokens_mean": float(side.tokens.mean()),
         "tokens_std": float(side.tokens.std()),
         "padding_efficiency": sum(size.active for size in side.sizes) / places,
-        "unfit": side.unfit,
+        "overflow": side.overflow,
         "sizes": _distinct(side),
         "memory_bytes": max(memory, default=None),
         "compile_seconds": sum(program.compile_seconds for program in side.programs),

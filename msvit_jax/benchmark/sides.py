@@ -48,7 +48,7 @@ class Case:
       sizes: Sizes of the layout, for each batch.
       tokens: [n, B], number of active patch tokens of each image.
       macs: [n, B], multiply-accumulates of a forward pass for each image.
-      unfit: Share of the images that did not fit.
+      overflow: Share of the images that did not fit.
     """
 
     layout: str
@@ -58,7 +58,7 @@ class Case:
     sizes: list[Sizes]
     tokens: np.ndarray
     macs: np.ndarray
-    unfit: float
+    overflow: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _forward_side(
         if key not in programs:
             model = build(options, size.attributes, dense=layout == DENSE)
             programs[key] = compiled(jax.jit(forward(model)), *arguments)
-        check_fits(programs[key].run(*arguments).get("fits"), size)
+        check_capacity(programs[key].run(*arguments).get("within_capacity"), size)
         calls.append(timed(programs[key].run, *arguments))
         sizes.append(size)
     return make_side(layout, options, work, calls, list(programs.values()), sizes)
@@ -176,8 +176,10 @@ def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
         output = model.apply(variables, images, train=False, **options)
         if output.gate is None:
             return {"logits": output.logits}
-        fits = {} if output.fits is None else {"fits": output.fits}
-        return {"logits": output.logits, "gate": output.gate.logits, **fits}
+        known = {"logits": output.logits, "gate": output.gate.logits}
+        if output.within_capacity is not None:
+            known["within_capacity"] = output.within_capacity
+        return known
 
     return run
 
@@ -187,9 +189,9 @@ def side_name(layout: str, options: Options) -> str:
     return options.dense if layout == DENSE else options.model
 
 
-def check_fits(fits: jax.Array | None, size: Sizes) -> None:
+def check_capacity(within_capacity: jax.Array | None, size: Sizes) -> None:
     """Raises UserError unless all images fit."""
-    if fits is not None and not (held := np.asarray(fits)).all():
+    if within_capacity is not None and not (held := np.asarray(within_capacity)).all():
         raise no_room(f"{(~held).sum()} of {held.size} images", size)
 
 
@@ -209,7 +211,7 @@ def make_side(
     calls: list[Timed],
     programs: list[Program],
     sizes: list[Sizes],
-    unfit: float = 0.0,
+    overflow: float = 0.0,
 ) -> Case:
     """Assembles a case and counts its multiply-accumulates."""
     name, model, tokens = side_name(layout, options), work.model, work.counts
@@ -217,4 +219,4 @@ def make_side(
         model = work.dense
         tokens = np.full_like(tokens, model.grid_size**2)
     macs = flops.macs_per_image(model, tokens)
-    return Case(layout, name, calls, programs, sizes, tokens, macs, unfit)
+    return Case(layout, name, calls, programs, sizes, tokens, macs, overflow)

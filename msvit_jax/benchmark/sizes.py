@@ -97,7 +97,7 @@ def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedul
     histogram = np.bincount(seen, minlength=most + 1)
     defaults = config_dict.ConfigDict(capacity_schedule.default_config())
     made = capacity_schedule.CapacitySchedule.start(defaults, regions=regions, images=batch)
-    made.observe(histogram, unfit=0)
+    made.observe(histogram, overflow=0)
     made.look(defaults.every_steps)
     return made
 

@@ -63,15 +63,17 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
         size = dataclasses.replace(size, places=round(places))
     steps = {c: compiled(program.jit_step(c), state, batch) for c in dict.fromkeys(capacities)}
     cycle = [steps[capacity].run for capacity in capacities]
-    unfit = []
+    overflow = []
     for step in cycle:
         state, reported = step(state, batch)
-        unfit.append(float(reported.sums.unfit) / batch["label"].size)
-    if any(unfit) and (options.token_capacity or layout != "trimmed"):
-        raise no_room(f"{max(unfit):.0%} of the images", size)
+        overflow.append(float(reported.sums.overflow) / batch["label"].size)
+    if any(overflow) and (options.token_capacity or layout != "trimmed"):
+        raise no_room(f"{max(overflow):.0%} of the images", size)
     call = _stepping(cycle, state, batch)
     programs = list(steps.values())
-    return make_side(layout, options, work, [call], programs, [size], unfit=float(np.mean(unfit)))
+    return make_side(
+        layout, options, work, [call], programs, [size], overflow=float(np.mean(overflow))
+    )
 
 
 def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:

@@ -297,11 +297,10 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
         output = own.apply(_variables(params), images, train=False, **given)
         answers = {"logits": output.logits}
         if output.gate is not None:
-            fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
             regions = lambda x: x.reshape(-1, *model.region_grid)  # noqa: E731
             answers |= {
                 "tokens": output.tokens,
-                "fits": fits,
+                "within_capacity": output.answered,
                 "coarse": regions(output.gate.coarse > 0.5),
                 "coarse_probability": regions(jax.nn.sigmoid(output.gate.logits)),
             }

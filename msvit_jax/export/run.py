@@ -104,8 +104,9 @@ class Model:
         if self.about.get("threshold") is not None:
             rest = [np.float32(self.about["threshold"] if threshold is None else threshold)]
         answers = self._in_batches(self._functions[0], images, batch, rest)
-        if not answers.get("fits", np.ones(1, bool)).all():  # those run where every image fits
-            left = np.flatnonzero(~answers["fits"])
+        if not answers.get("within_capacity", np.ones(1, bool)).all():
+            # The others run again where every image fits.
+            left = np.flatnonzero(~answers["within_capacity"])
             again = self._in_batches(self._functions[1], images[left], batch, rest)
             for name, values in again.items():
                 answers[name][left] = values

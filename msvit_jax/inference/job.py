@@ -128,8 +128,14 @@ class Job:
     def _finish(self) -> list[int]:
         """Reads the answers of the oldest call; returns the indices of the answered images."""
         call, answers = self._on_the_way.popleft()
-        logits, tokens, fits, merged, features = jax.device_get(
-            (answers.logits, answers.tokens, answers.fits, answers.merged, answers.features)
+        logits, tokens, within_capacity, merged, features = jax.device_get(
+            (
+                answers.logits,
+                answers.tokens,
+                answers.within_capacity,
+                answers.merged,
+                answers.features,
+            )
         )
         if self.merged is None and merged is not None:
             self.merged = np.zeros((self._count, *merged.shape[1:]), merged.dtype)
@@ -139,7 +145,7 @@ class Job:
             )
         images = np.asarray(call.places)
         placed = images != PADDING
-        done, late = placed & fits, images[placed & ~fits]
+        done, late = placed & within_capacity, images[placed & ~within_capacity]
         answered = images[done]
         self.logits[answered], self.tokens[answered] = logits[done], tokens[done]
         if self.merged is not None:

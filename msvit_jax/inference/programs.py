@@ -41,7 +41,7 @@ class Answers:
     Attributes:
       logits: [B, classes] float32.
       tokens: [B] int32, number of active patch tokens.
-      fits: [B] bool, False if an image did not fit the shape and has no answer.
+      within_capacity: [B] bool, False if an image did not fit the shape and has no answer.
       merged: [B, stages, rows, columns] int16, merge target of each patch after each reduction, see
         `Output.merge_maps`; None for models that do not reduce tokens.
       features: Features of a model without a head; None for models with one.
@@ -49,7 +49,7 @@ class Answers:
 
     logits: Array
     tokens: Array
-    fits: Array
+    within_capacity: Array
     merged: Array | None = None
     features: Features | None = None
 
@@ -149,11 +149,10 @@ class Programs:
         def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
             decided = {} if coarse is None else {"coarse": coarse}
             output = model.apply(variables, images, train=False, **decided)
-            fits = jnp.ones(output.tokens.shape, bool) if output.fits is None else output.fits
             merged = output.merge_maps((side, side))
             if merged is not None:
                 merged = merged.astype(jnp.int16)  # kept for every image of a call
-            return Answers(output.logits, output.tokens, fits, merged, output.features)
+            return Answers(output.logits, output.tokens, output.answered, merged, output.features)
 
         if coarse is not None:
             coarse = jax.device_put(coarse, self._split)

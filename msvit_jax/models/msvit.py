@@ -275,32 +275,36 @@ class MSViT(BackboneMixin, nn.Module):
                 carried = self._alternatives(decisions, room)
                 coarse = gates.scaled_gradient(coarse, self.gate_gradient * carried)
         tokens, weights, areas = self._tokens(images, coarse, both)
-        merged, fits = None, None
+        merged, within_capacity = None, None
         if runs is None:
             encoded = vit.forward_features(tokens, train=train, mask=Mask(weights=weights))
             merged = merged_patches(encoded, vit.prefix_length)
             x = encoded.unmerge() if self._all_tokens else encoded.tokens
             alive, hosts = encoded.alive, encoded.targets
         else:
-            x, alive, fits, hosts = self._encode_packed(
+            x, alive, within_capacity, hosts = self._encode_packed(
                 tokens, weights, layout, runs, carried, train
             )
-        active = weights > 0.5 if fits is None else (weights > 0.5) & fits[:, None]
+        active = weights > 0.5
+        if within_capacity is not None:
+            active &= within_capacity[:, None]
         hosts = tuple(jnp.where(active, host, -1) for host in hosts)
         if alive is not None and vit.pool == "mean":
             areas = areas * alive[:, vit.prefix_length :].astype(areas.dtype)
         class_logits, distilled = vit.forward_head(x, train=train, areas=areas)
         counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - vit.prefix_length
         return Output(
-            logits=_only_fitting(class_logits, fits),
+            logits=_only_fitting(class_logits, within_capacity),
             tokens=counts,
             gate=GateOutput(logits=logits, coarse=coarse),
-            distilled_logits=None if distilled is None else _only_fitting(distilled, fits),
-            fits=fits,
+            distilled_logits=None
+            if distilled is None
+            else _only_fitting(distilled, within_capacity),
+            within_capacity=within_capacity,
             # Where tokens of both scales are carried, token indices are not slot indices.
             merged=None if both else merged,
             hosts=None if both else host_patches(hosts, vit.prefix_length),
-            features=None if both else self._features(x, coarse, images, fits),
+            features=None if both else self._features(x, coarse, images, within_capacity),
         )
 
     @property
@@ -309,17 +313,17 @@ class MSViT(BackboneMixin, nn.Module):
         return self.backbone.pool == "mean" or not self.num_classes
 
     def _features(
-        self, x: Array, coarse: Array, images: Array, fits: Array | None
+        self, x: Array, coarse: Array, images: Array, within_capacity: Array | None
     ) -> Features | None:
         if self.num_classes:
             return None
         rows, columns = (side // self.coarse_size for side in images.shape[1:3])
         slots = x[:, self.backbone.prefix_length :]
         slots = slots.reshape(*coarse.shape, grid.REGION**2, x.shape[-1])
-        token = _only_fitting(x[:, 0], fits) if self.backbone.class_token else None
+        token = _only_fitting(x[:, 0], within_capacity) if self.backbone.class_token else None
         patches = grid.slots_to_map(slots, coarse, (rows, columns))
-        if fits is not None:
-            patches = jnp.where(fits[:, None, None, None], patches, jnp.nan)
+        if within_capacity is not None:
+            patches = jnp.where(within_capacity[:, None, None, None], patches, jnp.nan)
         return Features(patches, token)
 
     def _carries_both(self, train: bool) -> bool:
@@ -384,9 +388,16 @@ class MSViT(BackboneMixin, nn.Module):
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]
         hosts = tuple(packed.named(host) for host in encoded.targets)
-        return packed.restore(encoded.unmerge(), count=needed), alive, packed.packing.fits, hosts
+        return (
+            packed.restore(encoded.unmerge(), count=needed),
+            alive,
+            packed.packing.within_capacity,
+            hosts,
+        )
 
 
-def _only_fitting(logits: Array, fits: Array | None) -> Array:
+def _only_fitting(logits: Array, within_capacity: Array | None) -> Array:
     """Sets the answers of images that do not fit to NaN, so that using one is noticed."""
-    return logits if fits is None else jnp.where(fits[:, None], logits, jnp.nan)
+    if within_capacity is None:
+        return logits
+    return jnp.where(within_capacity[:, None], logits, jnp.nan)

@@ -50,8 +50,8 @@ class Output:
         counted).
       gate: Decisions of a mixed-scale model; None for other models.
       distilled_logits: [B, classes] float32, logits of the distillation head, in training only.
-      fits: [B] bool, whether an image's tokens fit in a layout with less capacity than the grid;
-        None without such a layout, where all fit.
+      within_capacity: [B] bool, whether an image's tokens fit in a layout with less capacity than
+        the grid; None without such a layout, where all fit.
       merged: Tuple with, for each reduction, [B, N] int32: position in the shortened sequence,
         prefix included, of the token that each patch of the grid (each slot of a mixed-scale model)
         is part of; -1 if it was dropped. None in packed layouts, if no layer reduces tokens, and
@@ -70,11 +70,18 @@ class Output:
     tokens: Array
     gate: GateOutput | None = None
     distilled_logits: Array | None = None
-    fits: Array | None = None
+    within_capacity: Array | None = None
     merged: tuple[Array, ...] | None = None
     hosts: tuple[Array, ...] | None = None
     exit_logits: Array | None = None
     features: Features | None = None
+
+    @property
+    def answered(self) -> Array:
+        """[B] bool, whether an image has an answer; in a layout with room for all, all do."""
+        if self.within_capacity is None:
+            return jnp.ones(self.tokens.shape, bool)
+        return self.within_capacity
 
     def merge_maps(self, size: tuple[int, int]) -> Array | None:
         """Maps each cell of the image, after each reduction, to the cell that holds its token.

@@ -33,14 +33,14 @@ class Runs:
       offset: [G, T] int32, offset of a position within its image's run.
       start: [G, b] int32, first position of each image; T where it has none.
       room: [G, b] int32, number of positions in each image's run; 0 where it has none.
-      fits: [G, b] bool, whether each image got a run of its length.
+      within_capacity: [G, b] bool, whether each image got a run of its length.
     """
 
     owner: Array
     offset: Array
     start: Array
     room: Array
-    fits: Array
+    within_capacity: Array
 
 
 @struct.dataclass
@@ -53,13 +53,13 @@ class Packing:
       owner: [G, T] int32, index within its group of the image that a position belongs to, or
         `NOBODY`.
       place: [B, N] int32, position of each token within its group; T where it has none.
-      fits: [B] bool, whether all active tokens of an image have positions.
+      within_capacity: [B] bool, whether all active tokens of an image have positions.
     """
 
     source: Array
     owner: Array
     place: Array
-    fits: Array
+    within_capacity: Array
 
     def gather(self, tokens: Array, *, fill: float = 0.0) -> Array:
         """Packs tokens: [B, N, ...] -> [G, T, ...], with `fill` in empty positions."""
@@ -126,7 +126,7 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
             offset=jnp.asarray(offset),
             start=jnp.asarray(run_start).at[run].get(mode="fill", fill_value=total),
             room=jnp.asarray(run_width).at[run].get(mode="fill", fill_value=0),
-            fits=run < images,
+            within_capacity=run < images,
         )
 
     return jax.vmap(one)(lengths)
@@ -163,14 +163,14 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
         def put(filled: Array, need: Array) -> tuple[Array, Array]:
             room = filled + need <= width
             row = jnp.argmax(room)  # the first row with room
-            fits = room[row]
-            start = jnp.where(fits, row * width + filled[row], total)
-            return filled.at[row].add(jnp.where(fits, need, 0)), start.astype(jnp.int32)
+            found = room[row]
+            start = jnp.where(found, row * width + filled[row], total)
+            return filled.at[row].add(jnp.where(found, need, 0)), start.astype(jnp.int32)
 
         nothing = jnp.zeros((count,), length.dtype)
         _, starts = lax.scan(put, nothing, length[order], unroll=min(8, images))
         start = jnp.zeros((images,), jnp.int32).at[order].set(starts)
-        fits = start < total
+        within_capacity = start < total
         owner, first = _owners(start, total)
         offset = jnp.arange(total, dtype=jnp.int32) - first
         need = length.at[owner].get(mode="fill", fill_value=0)
@@ -178,8 +178,8 @@ def rows(lengths: Array, count: int, width: int) -> Runs:
             owner=jnp.where(offset < need, owner, NOBODY),
             offset=offset,
             start=start,
-            room=jnp.where(fits, length, 0),
-            fits=fits,
+            room=jnp.where(within_capacity, length, 0),
+            within_capacity=within_capacity,
         )
 
     return jax.vmap(one)(lengths)
@@ -232,4 +232,4 @@ def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
         return source, owner, place
 
     source, owner, place = jax.vmap(one)(order, limit, runs)
-    return Packing(source, owner, place.reshape(-1, count), runs.fits.reshape(-1))
+    return Packing(source, owner, place.reshape(-1, count), runs.within_capacity.reshape(-1))

@@ -88,7 +88,7 @@ class CapacitySchedule:
       parts: Number of length buckets of those images, each with its own capacity.
       capacities: Capacities in use, for active tokens alone.
       histogram: [N + 1], number of images by count of active patch tokens since the last look.
-      unfit: Number of images since then that did not fit.
+      overflow: Number of images since then that did not fit.
       changes: Number of changes of the capacities so far.
     """
 
@@ -98,7 +98,7 @@ class CapacitySchedule:
     parts: int
     capacities: tuple[int, ...]
     histogram: np.ndarray
-    unfit: float = 0.0
+    overflow: float = 0.0
     changes: int = 0
 
     @classmethod
@@ -134,10 +134,10 @@ class CapacitySchedule:
         capacities = tuple(min(b + room, self._everything) for b in self.capacities)
         return StepCapacity(capacities, float(every))
 
-    def observe(self, histogram: np.ndarray, unfit: float) -> None:
+    def observe(self, histogram: np.ndarray, overflow: float) -> None:
         """Takes the token counts of a step, and the number of images that did not fit."""
         self.histogram = self.histogram + histogram
-        self.unfit += float(unfit)
+        self.overflow += float(overflow)
 
     def due(self, step: int) -> bool:
         """Tells whether to look after this step; often, because a gate can move in few steps."""
@@ -150,12 +150,12 @@ class CapacitySchedule:
         Returns:
           Description of the change, for the log; None if nothing changed.
         """
-        seen, unfit = self.histogram.sum(), self.unfit
+        seen, overflow = self.histogram.sum(), self.overflow
         wanted = self._wanted()
-        self.histogram, self.unfit = np.zeros_like(self.histogram), 0.0
+        self.histogram, self.overflow = np.zeros_like(self.histogram), 0.0
         if seen == 0 or wanted == self.capacities:
             return None
-        share = unfit / seen
+        share = overflow / seen
         saves = 1 - np.mean(wanted) / np.mean(self.capacities)
         may_shrink = step % self.options.every_steps == 0
         if share <= self.options.max_overflow and not (
@@ -166,13 +166,13 @@ class CapacitySchedule:
         return (
             f"capacities {_text(old)} -> {_text(wanted)} tokens, {np.mean(wanted):.4g} on average "
             f"(change {self.changes} of {self.options.max_recompiles}; {share:.2%} of the images "
-            "had no places): compiling"
+            "exceeded theirs): compiling"
         )
 
     def _wanted(self) -> tuple[int, ...]:
         if self.changes >= self.options.max_recompiles:
             # No more compilations are allowed: keep the capacities, or make every image fit.
-            enough = self.unfit <= self.options.max_overflow * self.histogram.sum()
+            enough = self.overflow <= self.options.max_overflow * self.histogram.sum()
             return self.capacities if enough else (self._everything,)
         return bucket_capacities(
             self.histogram,
@@ -186,7 +186,7 @@ class CapacitySchedule:
         return {
             "budgets": list(self.capacities),
             "histogram": self.histogram.tolist(),
-            "unfit": self.unfit,
+            "unfit": self.overflow,
             "changes": self.changes,
         }
 
@@ -194,7 +194,7 @@ class CapacitySchedule:
         """Restores what `to_json` returned."""
         self.capacities = tuple(kept["budgets"])
         self.histogram = np.asarray(kept["histogram"], np.float64)
-        self.unfit, self.changes = float(kept["unfit"]), int(kept["changes"])
+        self.overflow, self.changes = float(kept["unfit"]), int(kept["changes"])
 
 
 def _text(capacities: tuple[int, ...]) -> str:

@@ -362,12 +362,12 @@ class Reporter:
         sums = metrics.to_host(reported.sums)
         self._read_at = time.perf_counter()
         self._check(step, scalars)
-        answered = max(float(sums.count - sums.unfit), 1.0)
+        answered = max(float(sums.count - sums.overflow), 1.0)
         for warning in self._health.observe(scalars, 100 * float(sums.top1) / answered):
             self._logger.say(f"step {step}: warning: {warning}")
         self._sums = sums if self._sums is None else self._sums + sums
         if self._run.capacity is not None:
-            self._run.capacity.observe(sums.tokens, sums.unfit)
+            self._run.capacity.observe(sums.tokens, sums.overflow)
         self._scalars.append(scalars)
         self._logger.advance()
         if step % self._run.config.log_every_steps == 0 or step == self._run.plan.steps:

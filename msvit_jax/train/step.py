@@ -156,7 +156,7 @@ def _make_objective(
         forced = {"coarse": batch["coarse"]} if "coarse" in batch else {}
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
         per_example = losses.cross_entropy(output.logits, targets)
-        total, scalars = _mean(per_example, output.fits), {}
+        total, scalars = _mean(per_example, output.within_capacity), {}
         if output.exit_logits is not None:
             exits = config.loss.exits
             total = losses.exits_loss(
@@ -171,7 +171,7 @@ def _make_objective(
         elif output.distilled_logits is not None:
             # Without a teacher both heads learn the labels, as in DeiT's fine-tuning.
             distilled = losses.cross_entropy(output.distilled_logits, targets)
-            total = (total + _mean(distilled, output.fits)) / 2
+            total = (total + _mean(distilled, output.within_capacity)) / 2
         if output.gate is not None:
             shaped = gate_loss.apply({"params": params["gate_loss"]}, output.gate)
             scalars = {"gate_loss": shaped.loss, **shaped.terms}
@@ -186,11 +186,12 @@ def _make_objective(
     return objective
 
 
-def _mean(values: Array, fits: Array | None) -> Array:
+def _mean(values: Array, answered: Array | None) -> Array:
     """Averages over the images of a batch that have an answer; 0 if none has."""
-    if fits is None:
+    if answered is None:
         return values.mean()
-    return jnp.where(fits, values, 0.0).sum() / jnp.maximum(fits.sum(), 1).astype(values.dtype)
+    total = jnp.where(answered, values, 0.0).sum()
+    return total / jnp.maximum(answered.sum(), 1).astype(values.dtype)
 
 
 def smooth(labels: Array, classes: int, amount: float) -> Array:
@@ -229,4 +230,4 @@ def _with_teacher(
         ours = [output.exit_logits[:, stage] for stage in range(output.exit_logits.shape[1])]
     how = {"temperature": options.temperature, "kind": options.kind}
     distance = sum(losses.distillation(logits, theirs, **how) for logits in ours)
-    return (1 - options.weight) * total + options.weight * _mean(distance, output.fits)
+    return (1 - options.weight) * total + options.weight * _mean(distance, output.within_capacity)

@@ -26,7 +26,7 @@ KEYS = {
         "sizes",
         "memory_bytes",
         "compile_seconds",
-        "unfit",
+        "overflow",
         "programs",
         "images_per_round",
         "rounds",

@@ -109,11 +109,11 @@ def test_what_does_not_fit_the_budget_is_told(model):
     expected = _predictions("budget")
     budget, slots = model("budget")._functions
     done = budget(made.images(), np.float32(0.5))
-    np.testing.assert_array_equal(done["fits"], expected.tokens <= 7)
-    assert 0 < done["fits"].sum() < made.COUNT
-    np.testing.assert_array_equal(np.isnan(done["logits"]).all(axis=1), ~done["fits"])
+    np.testing.assert_array_equal(done["within_capacity"], expected.tokens <= 7)
+    assert 0 < done["within_capacity"].sum() < made.COUNT
+    np.testing.assert_array_equal(np.isnan(done["logits"]).all(axis=1), ~done["within_capacity"])
     done = slots(made.images(), np.float32(0.5))
-    assert done["fits"].all()
+    assert done["within_capacity"].all()
     _check(jax.device_get(done), expected)
 
 

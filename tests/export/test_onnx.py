@@ -104,7 +104,7 @@ def test_what_does_not_fit_the_budget_is_told(exported):
     answers = _run(exported("budget"), "budget", made.images(), np.float32(0.5))
     fits = np.asarray(expected.tokens) <= 7
     assert 0 < fits.sum() < made.COUNT
-    np.testing.assert_array_equal(answers["fits"], fits)
+    np.testing.assert_array_equal(answers["within_capacity"], fits)
     assert np.isnan(answers["logits"][~fits]).all()
     np.testing.assert_allclose(answers["logits"][fits], expected.logits[fits], **CLOSE)
 

@@ -81,7 +81,7 @@ def test_a_shape_that_breaks_its_promise_ends_the_call():
     class Broken(FakePrograms):
         def answer(self, shape, images, coarse):
             answers = super().answer(shape, images, coarse)
-            return answers.replace(fits=np.zeros_like(answers.fits))
+            return answers.replace(within_capacity=np.zeros_like(answers.within_capacity))
 
     images = np.ones((3, SIZE, SIZE, 3), np.float32)
     programs = Broken(2, [])

@@ -86,8 +86,8 @@ def passed_back(run, weights, coarse):
         rngs = {"gate": jax.random.key(0)}
         output = run.apply(variables(weights), examples()[0], train=True, coarse=coarse, rngs=rngs)
         return (
-            jnp.where(output.fits, losses(output.logits), 0).sum()
-            if output.fits is not None
+            jnp.where(output.within_capacity, losses(output.logits), 0).sum()
+            if output.within_capacity is not None
             else losses(output.logits).sum()
         )
 

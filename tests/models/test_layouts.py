@@ -68,7 +68,7 @@ def test_logits_equal_slots_where_an_image_fits(options, layout, seed, share):
     coarse = decisions(seed, share)
     expected = run(model, variables, images, coarse)
     output = run(model.clone(**layout), variables, images, coarse)
-    fits = np.asarray(output.fits)
+    fits = np.asarray(output.within_capacity)
     np.testing.assert_array_equal(np.isnan(output.logits).all(axis=1), ~fits)
     scale = np.abs(expected.logits).max()
     np.testing.assert_allclose(
@@ -87,7 +87,7 @@ def test_bfloat16_agrees(layout):
     coarse = decisions(1, 0.6)
     expected = run(model, variables, images, coarse)
     output = run(model.clone(**layout), variables, images, coarse)
-    fits = np.asarray(output.fits)
+    fits = np.asarray(output.within_capacity)
     assert fits.sum() >= 4
     scale = np.abs(expected.logits).max()
     np.testing.assert_allclose(
@@ -113,9 +113,9 @@ def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
 
     monkeypatch.setattr(MSViT, "_tokens", poisoned_tokens)
     poisoned = jax.jit(lambda v, x, c: model.apply(v, x, coarse=c))(variables, images, coarse)
-    np.testing.assert_array_equal(poisoned.fits, clean.fits)
+    np.testing.assert_array_equal(poisoned.within_capacity, clean.within_capacity)
     np.testing.assert_array_equal(poisoned.logits, clean.logits)
-    assert np.asarray(clean.fits).sum() >= 4
+    assert np.asarray(clean.within_capacity).sum() >= 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[0:4:3] + LAYOUTS[1:2], ids=str)
@@ -126,11 +126,11 @@ def test_the_order_of_the_batch_does_not_matter(layout):
     order = np.random.default_rng(0).permutation(BATCH)
     first = run(model, variables, images, coarse)
     second = run(model, variables, images[order], coarse[order])
-    both = np.asarray(first.fits)[order] & np.asarray(second.fits)
+    both = np.asarray(first.within_capacity)[order] & np.asarray(second.within_capacity)
     assert both.sum() >= 4
     np.testing.assert_array_equal(
-        np.sort(np.asarray(first.tokens)[~np.asarray(first.fits)]),
-        np.sort(np.asarray(second.tokens)[~np.asarray(second.fits)]),
+        np.sort(np.asarray(first.tokens)[~np.asarray(first.within_capacity)]),
+        np.sort(np.asarray(second.tokens)[~np.asarray(second.within_capacity)]),
     )
     np.testing.assert_allclose(first.logits[order][both], second.logits[both], atol=1e-4)
 
@@ -165,7 +165,7 @@ def test_trimmed_training_answers_as_slots_do(capacity):
         jax.jit(lambda m=m: m.apply(variables, images, train=True, coarse=coarse, rngs=rngs))()
         for m in (model.clone(layout="trimmed", token_capacity=capacity), model)
     )
-    fits = np.asarray(ours.fits)
+    fits = np.asarray(ours.within_capacity)
     assert fits.sum() >= 4
     np.testing.assert_allclose(ours.logits[fits], theirs.logits[fits], atol=1e-4)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
@@ -191,7 +191,7 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
         {"layout": "rows", "rows": 8, "row_width": 40},
     ):
         output = apply(model.clone(**layout))
-        assert output.fits.all()
+        assert output.within_capacity.all()
         np.testing.assert_allclose(output.logits, expected, atol=1e-4)
 
 

@@ -284,7 +284,7 @@ def test_a_reduced_image_is_the_same_in_every_layout(options, layouts, seed):
     scale = np.abs(expected.logits).max()
     for layout in layouts:
         output = forced(model.clone(**layout))(variables, images, coarse)
-        fits = np.asarray(output.fits)
+        fits = np.asarray(output.within_capacity)
         np.testing.assert_array_equal(np.isnan(output.logits).all(axis=1), ~fits)
         np.testing.assert_array_equal(output.tokens, expected.tokens)
         np.testing.assert_allclose(
@@ -328,7 +328,7 @@ def test_poison_in_unused_places_reaches_no_result(reducer, layout, monkeypatch)
     poisoned = jax.jit(lambda *a: model.apply(*a[:2], coarse=a[2]))
     poisoned = poisoned(variables, images, decisions(2))
     np.testing.assert_array_equal(poisoned.logits, clean.logits)
-    assert np.asarray(clean.fits).sum() >= 4
+    assert np.asarray(clean.within_capacity).sum() >= 4
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def check(groups, active, packed):
     """What holds for any packing without filling."""
     batch, count = active.shape
     images, total = batch // groups, packed.owner.shape[1]
-    source, owner, place, fits = packed.source, packed.owner, packed.place, packed.fits
+    source, owner, place, fits = packed.source, packed.owner, packed.place, packed.within_capacity
     for group in range(groups):
         mine = slice(group * images, (group + 1) * images)
         held = source[group][owner[group] != packing.NOBODY]
@@ -111,9 +111,14 @@ def test_a_ladder_places_as_many_images_as_is_possible(batch, widths):
     for group in range(groups):
         every = [w for w in widths for _ in range(images // len(widths))]
         mine = np.asarray(lengths[group])
-        assert np.asarray(runs.fits[group]).sum() == best_assignment(mine.tolist(), every)
+        assert np.asarray(runs.within_capacity[group]).sum() == best_assignment(
+            mine.tolist(), every
+        )
         room = np.asarray(runs.room[group])
-        assert (room[np.asarray(runs.fits[group])] >= mine[np.asarray(runs.fits[group])]).all()
+        assert (
+            room[np.asarray(runs.within_capacity[group])]
+            >= mine[np.asarray(runs.within_capacity[group])]
+        ).all()
 
 
 @hypothesis.given(batch=batches(), size=st.sampled_from([(2, 13), (3, 20), (6, 24)]))
@@ -126,7 +131,7 @@ def test_rows_are_packed_first_fit_longest_first(batch, size):
     for group in range(groups):
         expected = first_fit(np.asarray(lengths[group]).tolist(), rows, width)
         for image, where in expected.items():
-            assert bool(runs.fits[group, image]) == (where is not None)
+            assert bool(runs.within_capacity[group, image]) == (where is not None)
             if where is not None:
                 assert int(runs.start[group, image]) == where[0] * width + where[1]
 
@@ -136,7 +141,7 @@ def test_extra_tokens_lie_behind_the_active_ones_as_far_as_there_is_room(batch, 
     groups, active = batch
     extra = np.random.default_rng(1).random(active.shape) < 0.3
     packed = jax.device_get(filled(active, extra, groups, capacity))
-    place, fits = packed.place, packed.fits
+    place, fits = packed.place, packed.within_capacity
     np.testing.assert_array_equal(fits, active.sum(1) <= capacity)
     for image in range(len(active)):
         expected = [*np.flatnonzero(active[image]), *np.flatnonzero(extra[image] & ~active[image])]

@@ -37,7 +37,7 @@ def test_rows_hold_all_images_on_the_device_and_one_row_less_does_not(counts):
     lengths = jnp.asarray(counts, jnp.int32)[None] + 1
     rows = plan.row_plan(counts, 1, 30)
     placed = pack_rows(lengths, rows.rows, 30)
-    assert placed.fits.all()
+    assert placed.within_capacity.all()
     np.testing.assert_array_equal(plan.first_fit(lengths[0], 30), placed.start[0] // 30)
     if rows.rows > 1:
         assert not pack_rows(lengths, rows.rows - 1, 30).fits.all()

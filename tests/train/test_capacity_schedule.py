@@ -163,7 +163,7 @@ def test_a_trimmed_run_changes_budgets_and_says_so(printed_run):
     _, figures, said = printed_run
     assert "capacities 20 -> " in said
     assert figures["examples"] == tiny_run.VALIDATION
-    assert "unfit" not in figures  # evaluation answers every image
+    assert "overflow" not in figures  # evaluation answers every image
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_images_without_places_are_left_out_of_the_loss_and_counted(tmp_path):
     config = trimmed(model__token_capacity=4, model__gate_bias=1.5, model__row_groups=1, steps=2)
     figures = loop.train(config, tmp_path)
     record = _records(tmp_path, "train")[2]
-    assert 0 < record["unfit"] < 1
+    assert 0 < record["overflow"] < 1
     assert np.isfinite(record["total_loss"])
     assert np.isfinite(record["grad_norm"])
     assert np.isfinite(figures["loss"])
@@ -202,7 +202,7 @@ def test_rows_train_with_a_frozen_gate(tmp_path):
     loop.train(config, tmp_path / "rows")
     loop.train(tiny_run.msvit(optimizer__freeze=("gate",), steps=2), tmp_path / "slots")
     ours, theirs = (_records(tmp_path / w, "train")[2] for w in ("rows", "slots"))
-    assert "unfit" not in ours
+    assert "overflow" not in ours
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
     saved = json.loads(json.dumps(checkpoint.read_config(tmp_path / "rows").to_dict()))
     assert saved["model"]["layout"] == "rows"
