@@ -70,14 +70,14 @@ class Samples:
       images: [n, H, W, 3] uint8 images.
       coarse: [n, R], 1 where a region is coarse; None without a gate.
       probability: [n, R], probability of staying coarse; None without a gate.
-      merged: [n, reductions, rows, columns], merge maps from `Output.merge_maps`; None if no layer
-        reduces tokens.
+      merge_maps: [n, reductions, rows, columns], merge maps from `Output.merge_maps`; None if no
+        layer reduces tokens.
     """
 
     images: np.ndarray
     coarse: np.ndarray | None = None
     probability: np.ndarray | None = None
-    merged: np.ndarray | None = None
+    merge_maps: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _keep(
     batch: dict[str, np.ndarray], decided: tuple[GateOutput | None, Array | None], count: int
 ) -> Samples:
     """Takes this process's first images with the gate's decisions and their merge maps."""
-    gate, merged = decided
+    gate, merge_maps = decided
     count = min(count, int(batch["valid"].sum()))
     samples = Samples(batch["image"][:count])
     if gate is not None:
@@ -205,8 +205,8 @@ def _keep(
             coarse=_local_rows(gate.coarse, count),
             probability=1 / (1 + np.exp(-_local_rows(gate.logits, count))),
         )
-    if merged is not None:
-        samples = dataclasses.replace(samples, merged=_local_rows(merged, count))
+    if merge_maps is not None:
+        samples = dataclasses.replace(samples, merge_maps=_local_rows(merge_maps, count))
     return samples
 
 

@@ -63,8 +63,8 @@ def order(
         return None
     same = sorted(answers) == sorted(data)
     if how == BY_NAME and same:
-        places = {name: index for index, name in enumerate(answers)}
-        return np.asarray([places[name] for name in data])
+        indices = {name: index for index, name in enumerate(answers)}
+        return np.asarray([indices[name] for name in data])
     raise UserError(_difference(answers, data, same, of))
 
 
@@ -94,17 +94,17 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
-def in_order(params: Any, places: np.ndarray | None) -> Any:
+def in_order(params: Any, indices: np.ndarray | None) -> Any:
     """Reorders the heads of a model's parameters.
 
     Args:
       params: Parameters of a model, a tree or a flat dict by name.
-      places: Indices of the model's classes in the new order, from `order`; None to leave them as
+      indices: Indices of the model's classes in the new order, from `order`; None to leave them as
         they are.
     """
-    if places is None:
+    if indices is None:
         return params
-    return map_names(lambda name, leaf: leaf[..., places] if _HEAD.search(name) else leaf, params)
+    return map_names(lambda name, leaf: leaf[..., indices] if _HEAD.search(name) else leaf, params)
 
 
 def without_heads(flat: Mapping[str, Any]) -> dict[str, Any]:

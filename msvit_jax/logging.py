@@ -169,8 +169,8 @@ class Logger:
                 coarse = samples.coarse[index].reshape(region_grid)
                 picture = visualize.token_map(image, samples.coarse[index], region_grid)
                 self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
-            if samples.merged is not None:  # after the last reduction
-                picture = visualize.merge_map(image, samples.merged[index, -1], coarse=coarse)
+            if samples.merge_maps is not None:  # after the last reduction
+                picture = visualize.merge_map(image, samples.merge_maps[index, -1], coarse=coarse)
                 self._board.add_image(f"merged/{index}", picture, step, dataformats="HWC")
 
     def close(self) -> None:

@@ -5,7 +5,7 @@
 Against the true change of the loss when one region is flipped, on random weights and on a small
 trained model (tests/models/trained_gate.npz), 16 canvases of 16 regions, for the gate's own
 samples, random halves, all fine and all coarse. Then what the trimmed layout passes to the gate's
-parameters beside all regions, for several numbers of places. Writes docs/results/gate_gradient.md.
+parameters beside all regions, for several capacities. Writes docs/results/gate_gradient.md.
 Cost: about three minutes on one CPU core.
 """
 
@@ -27,7 +27,7 @@ from msvit_jax.tree import flat_names
 sys.path.insert(0, str(digits.ROOT))
 from tests.models import flips
 
-PLACES = (32, 40, 48, 56, 64)
+CAPACITIES = (32, 40, 48, 56, 64)
 DRAWS = 24
 
 
@@ -108,16 +108,18 @@ def carried() -> str:
     """The table of what the trimmed layout passes to the gate, beside all regions."""
     rows, whole = [], gate_gradients(flips.model())
     size = np.linalg.norm(whole.mean(axis=0))
-    for places in PLACES:
+    for capacity in CAPACITIES:
         for name, how in (("nearest", contextlib.nullcontext), ("by chance", drawing_by_chance)):
             with how():
-                found = gate_gradients(flips.model().clone(layout="trimmed", token_capacity=places))
+                found = gate_gradients(
+                    flips.model().clone(layout="trimmed", token_capacity=capacity)
+                )
             bias = np.linalg.norm((found - whole).mean(axis=0)) / size
             error = np.sqrt(((found - whole) ** 2).sum(axis=1).mean()) / size
             norms = np.linalg.norm(found, axis=1) * np.linalg.norm(whole, axis=1)
             cosine = float(((found * whole).sum(axis=1) / norms).mean())
-            rows.append([f"{places}, {name}", f"{cosine:.3f}", f"{bias:.2f}", f"{error:.2f}"])
-    head = ["places of 80, regions", "cosine to all regions'", "bias", "root mean square error"]
+            rows.append([f"{capacity}, {name}", f"{cosine:.3f}", f"{bias:.2f}", f"{error:.2f}"])
+    head = ["positions of 80, regions", "cosine to all regions'", "bias", "root mean square error"]
     return digits.markdown(head, rows)
 
 
@@ -137,7 +139,7 @@ A model of three layers, 32 wide, 82 % top-1 at 31.7 tokens.
 
 {trained}
 
-## In fewer places
+## With less capacity
 
 The same trained model: the task's gradient to the gate's parameters in the trimmed layout beside
 that of all regions, over {draws} samples of decisions, {images} images. Bias and error are in units

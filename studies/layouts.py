@@ -9,10 +9,10 @@ From the configs of this repository with fewer epochs:
 * slots, frozen gate and rows, frozen gate: one more epoch from the seed's slots model
 
 The layouts give the same answers but for rounding. Trimmed leaves out of a step the few images
-without places, and gives no gradient to regions whose alternatives have none; so the question is
-whether accuracy and tokens differ by more than seeds do. Everything is judged after its last step.
-Writes docs/results/layouts.md and layouts.json. What is done already is not done again. Cost: about
-half an hour on two CPU cores.
+beyond its capacity, and gives no gradient to regions whose alternatives have none; so the question
+is whether accuracy and tokens differ by more than seeds do. Everything is judged after its last
+step. Writes docs/results/layouts.md and layouts.json. What is done already is not done again. Cost:
+about half an hour on two CPU cores.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ from msvit_jax import errors
 
 DENSE, TUNED, FROZEN = 4.0, 2.0, 1.0  # epochs
 LOOK = 100  # steps between looks at the token counts
-ROWS = {"model.layout": "rows", "model.rows": 40, "model.row_width": 72}  # of 65 places at least
+ROWS = {"model.layout": "rows", "model.rows": 40, "model.row_width": 72}  # of 65 tokens at least
 ARMS = ("slots", "trimmed", "slots, frozen gate", "rows, frozen gate")
 
 
@@ -66,7 +66,7 @@ def budgets(workdir: pathlib.Path) -> digits.Figures:
 
 
 def overflow(workdir: pathlib.Path) -> digits.Figures:
-    """The share of training images that found no places, mean over reports."""
+    """The share of training images that were beyond capacity, mean over reports."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     shares = [
         line.get("overflow", line.get("unfit", 0.0)) for line in lines if line["kind"] == "train"
@@ -76,7 +76,7 @@ def overflow(workdir: pathlib.Path) -> digits.Figures:
 
 def report(results: dict[int, dict[str, digits.Figures]]) -> str:
     """Writes the table."""
-    head = "| seed | " + " | ".join(ARMS) + " | images without places: trimmed, rows |"
+    head = "| seed | " + " | ".join(ARMS) + " | images beyond capacity: trimmed, rows |"
     lines = [head, "|" + "---|" * (len(ARMS) + 2)]
     for seed, found in results.items():
         cells = [f"{found[a]['top1']:.2f} / {found[a]['tokens_mean']:.1f}" for a in ARMS]

@@ -46,10 +46,10 @@ What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_
 ("reduced": 70 % kept in layers 4, 7 and 10 unless said otherwise) and of their dense backbone at
 224 px in bfloat16, {BATCH} images a chip. No TPU was used: cycles are the compiler's estimates, and
 they say nothing of waiting for other chips. Training steps scan over the layers: cycles count every
-turn of the loops, GMACs, bytes and collectives only one. Layouts have places for a mean of {TOKENS}
-of 196 patch tokens (with the class token {TOKENS + 1}, a whole tile); rows and ladder for counts
-spread by 30. All figures are of one chip. Made by `python studies/tpu_compile.py`; every figure is
-in tpu_compile.json.
+turn of the loops, GMACs, bytes and collectives only one. Layouts have capacity for a mean of
+{TOKENS} of 196 patch tokens (with the class token {TOKENS + 1}, a whole tile); rows and ladder for
+counts spread by 30. All figures are of one chip. Made by `python studies/tpu_compile.py`; every
+figure is in tpu_compile.json.
 """
 
 
@@ -89,7 +89,8 @@ def section(run: str, result: dict[str, Any]) -> str:
         "",
         f"    {result['command']}",
         "",
-        "| layout | places | GiB | GMACs an image | GB moved | M cycles | to dense | collectives |",
+        "| layout | capacity | GiB | GMACs an image | GB moved | M cycles "
+        "| to dense | collectives |",
         "|---|---|---|---|---|---|---|---|",
     ]
     dense = result["records"][0]["mcycles"]
@@ -99,7 +100,7 @@ def section(run: str, result: dict[str, Any]) -> str:
             for kind, c in r["collectives"].items()
         )
         lines.append(
-            f"| {r['layout']} | {r['places']} | {r['memory_gib']:.2f} | "
+            f"| {r['layout']} | {r['capacity']} | {r['memory_gib']:.2f} | "
             f"{r['gmacs_per_image']:.2f} | {r['gbytes_accessed']:.1f} | {r['mcycles']:.1f} | "
             f"{r['mcycles'] / dense:.2f} | {moved or 'none'} |"
         )

@@ -132,8 +132,10 @@ def test_samples_of_a_model_that_reduces_tokens_are_its_merge_maps():
     assert samples.coarse is None
     images = normalize(jnp.asarray(samples.images), model.mean, model.std)
     expected = jitted.apply(model, {"params": params}, images)
-    assert samples.merged.shape == (3, 2, 4, 4)
-    np.testing.assert_array_equal(samples.merged.reshape(3, 2, 16)[:, 1], expected.hosts[1])
+    assert samples.merge_maps.shape == (3, 2, 4, 4)
+    np.testing.assert_array_equal(
+        samples.merge_maps.reshape(3, 2, 16)[:, 1], expected.merge_targets[1]
+    )
 
 
 def test_same_weights_behind_another_gate(mixed, capsys):

@@ -29,8 +29,8 @@ def test_names_in_another_order_are_brought_together_by_name_alone(names, random
         return
     with pytest.raises(UserError, match=r"another order.*match_classes=by_name.*by_number"):
         labels.order(names, data, labels.EXACTLY)
-    places = labels.order(names, data, labels.BY_NAME)
-    assert [names[place] for place in places] == data
+    indices = labels.order(names, data, labels.BY_NAME)
+    assert [names[place] for place in indices] == data
 
 
 @pytest.mark.parametrize("how", [labels.EXACTLY, labels.BY_NAME])
@@ -49,15 +49,15 @@ def test_names_that_are_not_known_are_not_compared():
 def test_heads_in_another_order_answer_in_that_order(name):
     source = made.source(name)
     model, flat = source.model, source.params
-    places = np.asarray([2, 0, 1])
+    indices = np.asarray([2, 0, 1])
     images = made.images(2).astype(np.float32)
     tree = lambda flat: {"params": _tree(flat)}  # noqa: E731
     before = jitted.apply(model, tree(flat), images, train=False)
-    after = jitted.apply(model, tree(labels.in_order(flat, places)), images, train=False)
-    np.testing.assert_array_equal(after.logits, np.asarray(before.logits)[:, places])
+    after = jitted.apply(model, tree(labels.in_order(flat, indices)), images, train=False)
+    np.testing.assert_array_equal(after.logits, np.asarray(before.logits)[:, indices])
     if before.exit_logits is not None:
         np.testing.assert_array_equal(
-            after.exit_logits, np.asarray(before.exit_logits)[..., places]
+            after.exit_logits, np.asarray(before.exit_logits)[..., indices]
         )
     assert labels.in_order(flat, None) is flat
 

@@ -57,7 +57,7 @@ def test_merge_maps_are_drawn_with_and_without_a_gate(tmp_path, monkeypatch):
     keep = lambda name, picture, step, **_: drawn.update({name: picture})  # noqa: E731
     monkeypatch.setattr(logger._board, "add_image", keep)
     gated = evaluate.Samples(images, coarse, coarse, merged)
-    for samples, grid in ((evaluate.Samples(images, merged=merged), None), (gated, (2, 2))):
+    for samples, grid in ((evaluate.Samples(images, merge_maps=merged), None), (gated, (2, 2))):
         drawn.clear()
         result = evaluate.Evaluation({"top1": 1.0}, samples=samples)
         logger.evaluation(1, 0.1, result, grid)

@@ -87,10 +87,10 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     size, name = batch_of(config, what)
     pieces = config.optimizer.accum_steps if what == TRAIN else 1
     sharding.check_batch(size, mesh, name, pieces)
-    place = sharding.batch_sharding(mesh)
+    split = sharding.batch_sharding(mesh)
     side = config.data.image_size
-    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=place)
-    labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=place)
+    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=split)
+    labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     with jax.set_mesh(mesh):
         if what == PREDICT:
             return _forward(program).lower(program.abstract_state.params["model"], images)
@@ -134,14 +134,14 @@ def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str
     size, _ = batch_of(variant.config, what)
     record: dict[str, Any] = {
         "layout": variant.name,
-        "places": variant.places,
+        "capacity": variant.tokens,
         "model": variant.config.model.name,
         "what": what,
         "batch": size,
         "chip_gib": topology.chip.memory,
     }
     lowered = lower(variant, what, topology)
-    print(f"compiling {variant.name}: {variant.places}", file=sys.stderr, flush=True)
+    print(f"compiling {variant.name}: {variant.tokens}", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
         compiled = lowered.compile()

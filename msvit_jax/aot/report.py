@@ -12,7 +12,7 @@ from msvit_jax.evaluate import table
 
 COLUMNS = (
     "layout",
-    "places",
+    "capacity",
     "GiB",
     "GMACs/image",
     "GB moved",
@@ -58,7 +58,7 @@ def show(records: Sequence[dict[str, Any]], topology: Topology) -> bool:
 
 
 def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    row = {"layout": record["layout"], "places": record["places"]}
+    row = {"layout": record["layout"], "capacity": record["capacity"]}
     if not record["fits"]:
         return {**row, "GiB": f"{record['needs_gib']} (does not fit)"}
     if first["fits"]:

@@ -49,13 +49,13 @@ class Variant:
 
     Attributes:
       name: One of `KNOWN`.
-      places: Description of the token capacities, for display.
+      tokens: Description of the token capacities, for display.
       config: The config.
       capacity: Capacity of the training step, if a schedule determines it; else None.
     """
 
     name: str
-    places: str
+    tokens: str
     config: config_dict.ConfigDict
     capacity: StepCapacity | None = None
 
@@ -108,10 +108,10 @@ def variant(
         made.model.layout = {LADDER: "budget", ALTERNATIVES: "trimmed"}.get(name, name)
         if name != "slots":
             made.model.row_groups = chips
-        places = _size(made, name, batch_size // chips, chips, sizes)
+        described = _size(made, name, batch_size // chips, chips, sizes)
     if name in _SCHEDULED:
         return _scheduled(made, name, sizes)
-    return Variant(name, places, made if name == "slots" else with_frozen_gate(made))
+    return Variant(name, described, made if name == "slots" else with_frozen_gate(made))
 
 
 def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:

@@ -20,7 +20,7 @@ _COLUMNS = (
     ("speed-up", 9, "speedup", ".3f"),
     ("MAC ratio", 10, "mac_ratio", ".3f"),
     ("realized", 9, "realized", ".3f"),
-    ("used places", 12, "padding_efficiency", ".3f"),
+    ("used capacity", 12, "padding_efficiency", ".3f"),
     ("bytes", 9, "memory_bytes", ".2e"),
     ("compile s", 10, "compile_seconds", ".1f"),
 )
@@ -74,7 +74,7 @@ def record(
     """
     speedup = spread("speedup", dense_seconds / seconds)
     mac_ratio = float(dense.macs.mean() / side.macs.mean())
-    places = sum(size.places for size in side.sizes)
+    computed = sum(size.computed for size in side.sizes)
     memory = [program.memory_bytes for program in side.programs if program.memory_bytes]
     return {
         "what": options.what,
@@ -90,7 +90,7 @@ def record(
         "realized": speedup["speedup"] / mac_ratio,
         "tokens_mean": float(side.tokens.mean()),
         "tokens_std": float(side.tokens.std()),
-        "padding_efficiency": sum(size.active for size in side.sizes) / places,
+        "padding_efficiency": sum(size.active for size in side.sizes) / computed,
         "overflow": side.overflow,
         "sizes": _distinct(side),
         "memory_bytes": max(memory, default=None),

@@ -199,8 +199,8 @@ def no_room(images: str, size: Sizes) -> UserError:
     """The error for images that do not fit the sizes."""
     given = ", ".join(f"{key}={value}" for key, value in size.attributes.items())
     return UserError(
-        f"{images} do not fit {given}; give more places, or leave the sizes to be chosen from the "
-        "token counts."
+        f"{images} do not fit {given}; give more capacity, or leave the sizes to be chosen from "
+        "the token counts."
     )
 
 

@@ -28,12 +28,12 @@ class Sizes:
 
     Attributes:
       attributes: Attributes of the model that set the sizes.
-      places: Number of tokens computed for the whole batch, padding included.
+      computed: Number of tokens computed for the whole batch, padding included.
       active: Number of active tokens among them.
     """
 
     attributes: Mapping[str, Any]
-    places: int
+    computed: int
     active: int
 
 
@@ -60,7 +60,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
         return Sizes({}, batch * most, batch * most)
     if layout == "slots":
         # To train a gate, both scales of every region are computed.
-        carried = model.most_places if options.train and model.gate == "mlp" else most
+        carried = model.max_capacity if options.train and model.gate == "mlp" else most
         return Sizes({"layout": layout}, batch * carried, active)
     if layout == "rows":
         rows = _rows(model, counts, options)
@@ -111,7 +111,7 @@ def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPla
         widths = {least, *(width for width in tried if width > least)}
     elif options.row_width < least:
         raise UserError(
-            f"row_width={options.row_width} is too small: an image can need {least} places (all "
+            f"row_width={options.row_width} is too small: an image can need {least} tokens (all "
             "fine, prefix included); give that or more."
         )
     else:

@@ -59,8 +59,8 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
     if layout == "trimmed" and not options.token_capacity:
         trainers = schedule(work.model, config.batch_size, options)
         capacities = [trainers.at(step) for step in range(trainers.options.alternatives_every)]
-        places = config.batch_size * np.mean([np.mean(c.capacities) for c in capacities if c])
-        size = dataclasses.replace(size, places=round(places))
+        computed = config.batch_size * np.mean([np.mean(c.capacities) for c in capacities if c])
+        size = dataclasses.replace(size, computed=round(computed))
     steps = {c: compiled(program.jit_step(c), state, batch) for c in dict.fromkeys(capacities)}
     cycle = [steps[capacity].run for capacity in capacities]
     overflow = []

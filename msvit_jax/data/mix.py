@@ -74,7 +74,7 @@ class _Draw:
 
 def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob: float) -> _Draw:
     """Draws the random numbers for one batch; lam = 1 leaves the batch unchanged."""
-    on, switch, mixup_key, cutmix_key, place = jax.random.split(key, 5)
+    on, switch, mixup_key, cutmix_key, center_key = jax.random.split(key, 5)
     if mixup and cutmix:
         use_cutmix = jax.random.bernoulli(switch, switch_prob)
     else:
@@ -85,7 +85,7 @@ def _draw(key: jax.Array, mixup: float, cutmix: float, prob: float, switch_prob:
         jax.random.beta(mixup_key, mixup or 1.0, mixup or 1.0, dtype=jnp.float32),
     )
     lam = jnp.where(jax.random.bernoulli(on, prob), lam, 1.0)
-    return _Draw(lam, use_cutmix, jax.random.uniform(place, (2,), dtype=jnp.float32))
+    return _Draw(lam, use_cutmix, jax.random.uniform(center_key, (2,), dtype=jnp.float32))
 
 
 def _box(draw: _Draw, height: int, width: int) -> jax.Array:

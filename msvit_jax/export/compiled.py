@@ -304,9 +304,9 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
                 "coarse": regions(output.gate.coarse > 0.5),
                 "coarse_probability": regions(jax.nn.sigmoid(output.gate.logits)),
             }
-        merged = output.merge_maps((side, side))
-        if merged is not None:
-            answers["merged"] = merged.astype(jnp.int16)
+        merge_maps = output.merge_maps((side, side))
+        if merge_maps is not None:
+            answers["merge_maps"] = merge_maps.astype(jnp.int16)
         return answers
 
     return forward

@@ -67,7 +67,7 @@ class Job:
         self.tokens = np.zeros(count, np.int32)
         self.coarse: np.ndarray | None = None
         self.probability: np.ndarray | None = None
-        self.merged: np.ndarray | None = None
+        self.merge_maps: np.ndarray | None = None
         self.features: Features | None = None
 
     def run(self, decided: Iterator[Decided], answered: Callable[[list[int]], Any]) -> None:
@@ -117,39 +117,39 @@ class Job:
 
     def _start(self, call: Call) -> None:
         """Starts a call on the devices; its answers are read later."""
-        places = [place for place, image in enumerate(call.places) if image != PADDING]
-        images = self._programs.put([self._images[number] for number in call.images], places)
+        positions = [position for position, image in enumerate(call.images_at) if image != PADDING]
+        images = self._programs.put([self._images[number] for number in call.images], positions)
         coarse = None
         if self.coarse is not None:
-            coarse = np.ones((len(call.places), self.coarse.shape[1]), np.float32)
-            coarse[places] = self.coarse[call.images]
+            coarse = np.ones((len(call.images_at), self.coarse.shape[1]), np.float32)
+            coarse[positions] = self.coarse[call.images]
         self._on_the_way.append((call, self._programs.answer(call.shape, images, coarse)))
 
     def _finish(self) -> list[int]:
         """Reads the answers of the oldest call; returns the indices of the answered images."""
         call, answers = self._on_the_way.popleft()
-        logits, tokens, within_capacity, merged, features = jax.device_get(
+        logits, tokens, within_capacity, merge_maps, features = jax.device_get(
             (
                 answers.logits,
                 answers.tokens,
                 answers.within_capacity,
-                answers.merged,
+                answers.merge_maps,
                 answers.features,
             )
         )
-        if self.merged is None and merged is not None:
-            self.merged = np.zeros((self._count, *merged.shape[1:]), merged.dtype)
+        if self.merge_maps is None and merge_maps is not None:
+            self.merge_maps = np.zeros((self._count, *merge_maps.shape[1:]), merge_maps.dtype)
         if self.features is None:
             self.features = jax.tree.map(
                 lambda x: np.zeros((self._count, *x.shape[1:]), x.dtype), features
             )
-        images = np.asarray(call.places)
-        placed = images != PADDING
-        done, late = placed & within_capacity, images[placed & ~within_capacity]
+        images = np.asarray(call.images_at)
+        real = images != PADDING
+        done, late = real & within_capacity, images[real & ~within_capacity]
         answered = images[done]
         self.logits[answered], self.tokens[answered] = logits[done], tokens[done]
-        if self.merged is not None:
-            self.merged[answered] = merged[done]
+        if self.merge_maps is not None:
+            self.merge_maps[answered] = merge_maps[done]
         for kept, x in zip(*map(jax.tree.leaves, (self.features, features)), strict=True):
             kept[answered] = x[done]
         numbers = answered.tolist()

@@ -44,11 +44,11 @@ class Predictions:
         coarse; None for a model without a gate.
       exit_index: [N] int32, the exit (from 0) at which each image left a cascade; None for other
         models.
-      merged: [N, stages, rows, columns] int16, the merge target of each patch after each reduction:
-        the index, row by row, of the patch that represents the token this patch is part of. It is
-        the patch itself if it was not merged into another, and -1 if it was dropped. A coarse token
-        is represented by the first of its four patches. The same in every layout; None for models
-        that do not reduce tokens.
+      merge_maps: [N, stages, rows, columns] int16, the merge target of each patch after each
+        reduction: the index, row by row, of the patch that represents the token this patch is part
+        of. It is the patch itself if it was not merged into another, and -1 if it was dropped. A
+        coarse token is represented by the first of its four patches. The same in every layout; None
+        for models that do not reduce tokens.
       class_names: Names of the classes; empty if they are not known.
       failed: The reason why each skipped file could not be read, by the file's index. Its logits
         are NaN, its label is -1 and its name empty.
@@ -61,7 +61,7 @@ class Predictions:
     coarse: np.ndarray | None = None
     coarse_probability: np.ndarray | None = None
     exit_index: np.ndarray | None = None
-    merged: np.ndarray | None = None
+    merge_maps: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     failed: Mapping[int, str] = dataclasses.field(default_factory=dict)
     features: Features | None = None
@@ -106,7 +106,7 @@ class Predictions:
           numbers: Indices of the images.
         """
         index = np.asarray(numbers, int)
-        arrays = ("logits", "tokens", "coarse", "coarse_probability", "exit_index", "merged")
+        arrays = ("logits", "tokens", "coarse", "coarse_probability", "exit_index", "merge_maps")
         given = {name: getattr(self, name) for name in arrays}
         taken: dict[str, Any] = {n: None if x is None else x[index] for n, x in given.items()}
         features = jax.tree.map(lambda x: x[index], self.features)
@@ -401,10 +401,10 @@ class Predictor:
         if isinstance(job, CascadeJob):
             tokens = self.model.exit_tokens[job.exit_index[part]].astype(np.int32)
             return Predictions(job.logits[part], tokens, exit_index=job.exit_index[part], **known)
-        merged = None if job.merged is None else job.merged[part]
+        merge_maps = None if job.merge_maps is None else job.merge_maps[part]
         features = jax.tree.map(lambda x: x[part], job.features)
         made = Predictions(
-            job.logits[part], job.tokens[part], merged=merged, features=features, **known
+            job.logits[part], job.tokens[part], merge_maps=merge_maps, features=features, **known
         )
         if job.coarse is None or job.probability is None:
             return made

@@ -42,15 +42,15 @@ class Answers:
       logits: [B, classes] float32.
       tokens: [B] int32, number of active patch tokens.
       within_capacity: [B] bool, False if an image did not fit the shape and has no answer.
-      merged: [B, stages, rows, columns] int16, merge target of each patch after each reduction, see
-        `Output.merge_maps`; None for models that do not reduce tokens.
+      merge_maps: [B, stages, rows, columns] int16, merge target of each patch after each reduction,
+        see `Output.merge_maps`; None for models that do not reduce tokens.
       features: Features of a model without a head; None for models with one.
     """
 
     logits: Array
     tokens: Array
     within_capacity: Array
-    merged: Array | None = None
+    merge_maps: Array | None = None
     features: Features | None = None
 
 
@@ -90,31 +90,31 @@ class Programs:
         """Names of the programs compiled so far."""
         return tuple(self._compiled)
 
-    def put(self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]) -> Array:
+    def put(self, images: Sequence[np.ndarray] | np.ndarray, positions: Sequence[int]) -> Array:
         """Puts images into a batch on the devices: [B, S, S, 3] float32, normalized.
 
         Args:
           images: Images of uint8 pixels, which are normalized on the devices, or of float32.
-          places: Positions of the images in the batch; the pixels of other positions are zero.
+          positions: Positions of the images in the batch; the pixels of other positions are zero.
         """
-        placed = jax.device_put(self._batch_of(images, places), self._split)
-        if placed.dtype != np.uint8:
-            return placed
+        batch = jax.device_put(self._batch_of(images, positions), self._split)
+        if batch.dtype != np.uint8:
+            return batch
         model = self._model
         program = lambda images: normalize(images, model.mean, model.std)  # noqa: E731
-        return self._start("normalize", program, placed)
+        return self._start("normalize", program, batch)
 
     def _batch_of(
-        self, images: Sequence[np.ndarray] | np.ndarray, places: Sequence[int]
+        self, images: Sequence[np.ndarray] | np.ndarray, positions: Sequence[int]
     ) -> np.ndarray:
-        first = list(places) == list(range(len(places)))
-        if first and len(places) == self.batch and isinstance(images, np.ndarray):
+        first = list(positions) == list(range(len(positions)))
+        if first and len(positions) == self.batch and isinstance(images, np.ndarray):
             return images
         batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
         if first:
-            np.stack(list(images), out=batch[: len(places)])
+            np.stack(list(images), out=batch[: len(positions)])
         else:
-            batch[list(places)] = images
+            batch[list(positions)] = images
         return batch
 
     def decide(self, images: Array, threshold: float | None) -> Decisions:
@@ -149,10 +149,12 @@ class Programs:
         def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
             decided = {} if coarse is None else {"coarse": coarse}
             output = model.apply(variables, images, train=False, **decided)
-            merged = output.merge_maps((side, side))
-            if merged is not None:
-                merged = merged.astype(jnp.int16)  # kept for every image of a call
-            return Answers(output.logits, output.tokens, output.answered, merged, output.features)
+            merge_maps = output.merge_maps((side, side))
+            if merge_maps is not None:
+                merge_maps = merge_maps.astype(jnp.int16)  # kept for every image of a call
+            return Answers(
+                output.logits, output.tokens, output.answered, merge_maps, output.features
+            )
 
         if coarse is not None:
             coarse = jax.device_put(coarse, self._split)
@@ -194,8 +196,8 @@ class Programs:
             first, second = (jax.tree.map(lambda x: x[half], both) for half in halves)  # noqa: B023
             return first, second
 
-        placed = jax.device_put(index, self._whole)
-        return self._start(carry_name(stage), program, old, new, placed)
+        batch = jax.device_put(index, self._whole)
+        return self._start(carry_name(stage), program, old, new, batch)
 
     def _start(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         with self._starting:

@@ -55,12 +55,12 @@ class Call:
     """A shape and, for each position of its batch, the number of an image or `PADDING`."""
 
     shape: Shape
-    places: tuple[int, ...]
+    images_at: tuple[int, ...]
 
     @property
     def images(self) -> list[int]:
         """Numbers of the images, without padding."""
-        return [image for image in self.places if image != PADDING]
+        return [image for image in self.images_at if image != PADDING]
 
 
 class Policy(Protocol):
@@ -134,9 +134,9 @@ class Rows:
         held = [first_fit(lengths[group], largest.row_width) for group in order if group]
         rows = largest.groups * (1 + max(int(row.max()) for row in held))
         shape = next(shape for shape in self.shapes if shape.rows >= rows)
-        return Call(shape, tuple(self._places(images, order)))
+        return Call(shape, tuple(self._dealt(images, order)))
 
-    def _places(self, images: Sequence[int], order: Sequence[Sequence[int]]) -> Iterator[int]:
+    def _dealt(self, images: Sequence[int], order: Sequence[Sequence[int]]) -> Iterator[int]:
         """Yields the images of each group, then its padding, for which rows may lack room."""
         for group in order:
             yield from (images[position] for position in group)

@@ -84,7 +84,7 @@ class Layout:
             raise ValueError("layout='rows' needs rows=, how many there are for a whole batch.")
         if self.row_width < largest:
             raise ValueError(
-                f"row_width={self.row_width} is too small: one image can need {largest} places "
+                f"row_width={self.row_width} is too small: one image can need {largest} tokens "
                 "(all fine, prefix included), and would never fit; use at least that."
             )
         if self.rows % self.groups:
@@ -126,7 +126,7 @@ class Packed:
           [B, N] int32, for each token of an image the index, among the image's tokens, of the one
           it points to; -1 for none, undefined for tokens without a position.
         """
-        count = self.packing.place.shape[1]
+        count = self.packing.position.shape[1]
         token = (self.packing.source % count).reshape(position.shape)
         name = jnp.take_along_axis(token, jnp.maximum(position, 0), axis=1)
         return self.restore(jnp.where(position < 0, -1, name)[..., None])[..., 0]

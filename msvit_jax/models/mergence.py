@@ -48,7 +48,7 @@ class ScaleFeatures(nn.Module):
         embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
         parts = max(1, self.cell // self.patch_size)
         # One offset within the cells at a time, so that no map of all small patches is in memory.
-        features = [gelu(embed(part)) for part in grid.places(images, self.patch_size, parts)]
+        features = [gelu(embed(part)) for part in grid.subpatches(images, self.patch_size, parts)]
         x = functools.reduce(operator.add, features) / parts**2
         zeros = nn.initializers.zeros
         x = nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(x)

@@ -21,7 +21,7 @@ from msvit_jax.models.attention import Mask
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Features, GateOutput, Output, also_empty
-from msvit_jax.models.vit import ViT, check_images, host_patches, merged_patches
+from msvit_jax.models.vit import ViT, check_images, patch_positions, patch_targets
 from msvit_jax.tokens import alternatives, grid, packing
 
 
@@ -129,7 +129,7 @@ class MSViT(BackboneMixin, nn.Module):
     def check_layout(self) -> None:
         """Raises ValueError for a layout whose sizes do not fit the model."""
         regions = self.region_grid[0] * self.region_grid[1]
-        most = self.most_places if self.layout == "trimmed" else grid.REGION**2 * regions
+        most = self.max_capacity if self.layout == "trimmed" else grid.REGION**2 * regions
         self.packing_layout.check(
             num_slots=most, smallest=regions, prefix=self.backbone.prefix_length
         )
@@ -143,13 +143,13 @@ class MSViT(BackboneMixin, nn.Module):
             else tuple(self.token_capacity or ())
         )
         if self.layout == "trimmed" and not token_capacity:
-            token_capacity = (self.most_places,)
+            token_capacity = (self.max_capacity,)
         return layouts.Layout(
             self.layout, token_capacity, self.rows or 0, self.row_width or 0, self.row_groups
         )
 
     @property
-    def most_places(self) -> int:
+    def max_capacity(self) -> int:
         """Number of patch tokens of both scales together, the most that training a gate can use."""
         regions = self.region_grid[0] * self.region_grid[1]
         return (grid.REGION**2 + 1) * regions
@@ -275,20 +275,20 @@ class MSViT(BackboneMixin, nn.Module):
                 carried = self._alternatives(decisions, room)
                 coarse = gates.scaled_gradient(coarse, self.gate_gradient * carried)
         tokens, weights, areas = self._tokens(images, coarse, both)
-        merged, within_capacity = None, None
+        merge_positions, within_capacity = None, None
         if runs is None:
             encoded = vit.forward_features(tokens, train=train, mask=Mask(weights=weights))
-            merged = merged_patches(encoded, vit.prefix_length)
+            merge_positions = patch_positions(encoded, vit.prefix_length)
             x = encoded.unmerge() if self._all_tokens else encoded.tokens
-            alive, hosts = encoded.alive, encoded.targets
+            alive, merge_targets = encoded.alive, encoded.targets
         else:
-            x, alive, within_capacity, hosts = self._encode_packed(
+            x, alive, within_capacity, merge_targets = self._encode_packed(
                 tokens, weights, layout, runs, carried, train
             )
         active = weights > 0.5
         if within_capacity is not None:
             active &= within_capacity[:, None]
-        hosts = tuple(jnp.where(active, host, -1) for host in hosts)
+        merge_targets = tuple(jnp.where(active, target, -1) for target in merge_targets)
         if alive is not None and vit.pool == "mean":
             areas = areas * alive[:, vit.prefix_length :].astype(areas.dtype)
         class_logits, distilled = vit.forward_head(x, train=train, areas=areas)
@@ -302,8 +302,8 @@ class MSViT(BackboneMixin, nn.Module):
             else _only_fitting(distilled, within_capacity),
             within_capacity=within_capacity,
             # Where tokens of both scales are carried, token indices are not slot indices.
-            merged=None if both else merged,
-            hosts=None if both else host_patches(hosts, vit.prefix_length),
+            merge_positions=None if both else merge_positions,
+            merge_targets=None if both else patch_targets(merge_targets, vit.prefix_length),
             features=None if both else self._features(x, coarse, images, within_capacity),
         )
 
@@ -387,12 +387,12 @@ class MSViT(BackboneMixin, nn.Module):
         alive = encoded.alive
         if alive is not None:
             alive = packed.restore(alive[..., None].astype(jnp.float32), count=needed)[..., 0]
-        hosts = tuple(packed.named(host) for host in encoded.targets)
+        merge_targets = tuple(packed.named(target) for target in encoded.targets)
         return (
             packed.restore(encoded.unmerge(), count=needed),
             alive,
             packed.packing.within_capacity,
-            hosts,
+            merge_targets,
         )
 
 

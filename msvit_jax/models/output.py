@@ -52,14 +52,14 @@ class Output:
       distilled_logits: [B, classes] float32, logits of the distillation head, in training only.
       within_capacity: [B] bool, whether an image's tokens fit in a layout with less capacity than
         the grid; None without such a layout, where all fit.
-      merged: Tuple with, for each reduction, [B, N] int32: position in the shortened sequence,
-        prefix included, of the token that each patch of the grid (each slot of a mixed-scale model)
-        is part of; -1 if it was dropped. None in packed layouts, if no layer reduces tokens, and
-        while training a gate carries tokens of both scales.
-      hosts: Tuple with, for each reduction, in every layout, [B, N] int32: index of the patch
-        (slot) whose token each patch (slot) was merged into, its own if it was not merged; -1 if it
-        was dropped, for slots without a token, and for images that do not fit. None if no layer
+      merge_positions: Tuple with, for each reduction, [B, N] int32: position in the shortened
+        sequence, prefix included, of the token that each patch of the grid (each slot of a
+        mixed-scale model) is part of; -1 if it was dropped. None in packed layouts, if no layer
         reduces tokens, and while training a gate carries tokens of both scales.
+      merge_targets: Tuple with, for each reduction, in every layout, [B, N] int32: index of the
+        patch (slot) whose token each patch (slot) was merged into, its own if it was not merged; -1
+        if it was dropped, for slots without a token, and for images that do not fit. None if no
+        layer reduces tokens, and while training a gate carries tokens of both scales.
       exit_logits: [B, stages, classes] float32, logits of every exit of a cascade, whose `logits`
         are the last exit's; None for other models.
       features: Features from a model without a head, whose `logits` are [B, 0]; None for others.
@@ -71,8 +71,8 @@ class Output:
     gate: GateOutput | None = None
     distilled_logits: Array | None = None
     within_capacity: Array | None = None
-    merged: tuple[Array, ...] | None = None
-    hosts: tuple[Array, ...] | None = None
+    merge_positions: tuple[Array, ...] | None = None
+    merge_targets: tuple[Array, ...] | None = None
     exit_logits: Array | None = None
     features: Features | None = None
 
@@ -94,11 +94,14 @@ class Output:
           this cell is part of, its own if it was not merged; -1 if it was dropped. A coarse token
           is held by the first of its cells. None if the model reduces nothing.
         """
-        if self.hosts is None:
+        if self.merge_targets is None:
             return None
         if self.gate is None:
-            return jnp.stack(self.hosts, axis=1).reshape(-1, len(self.hosts), *size)
-        maps = [grid.hosts_to_map(hosts, self.gate.coarse, size) for hosts in self.hosts]
+            return jnp.stack(self.merge_targets, axis=1).reshape(-1, len(self.merge_targets), *size)
+        maps = [
+            grid.targets_to_map(merge_targets, self.gate.coarse, size)
+            for merge_targets in self.merge_targets
+        ]
         return jnp.stack(maps, axis=1)
 
 

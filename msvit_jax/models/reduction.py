@@ -52,14 +52,14 @@ class ReductionState:
 
     Attributes:
       size: [B, N] float32, number of input tokens that each token stands for.
-      place: [B, N0] int32, current position of each input token; -1 if it was dropped.
+      position: [B, N0] int32, current position of each input token; -1 if it was dropped.
       token_id: [B, N] int32, index of each token among the input tokens.
       random_score: [B, N] uint32, random bits of each token; None unless a reducer is random.
-      history: Values of `place` after each reduction.
+      history: Values of `position` after each reduction.
     """
 
     size: Array
-    place: Array
+    position: Array
     token_id: Array
     random_score: Array | None = None
     history: tuple[Array, ...] = ()
@@ -67,8 +67,8 @@ class ReductionState:
     @property
     def targets(self) -> Array:
         """Index of the input token that each is part of now: [B, N0] int32; -1 if dropped."""
-        found = base.take(self.token_id, jnp.maximum(self.place, 0))
-        return jnp.where(self.place < 0, -1, found)
+        found = base.take(self.token_id, jnp.maximum(self.position, 0))
+        return jnp.where(self.position < 0, -1, found)
 
 
 def reduction_specs(
@@ -221,12 +221,12 @@ def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike)
 def start(x: Array, specs: dict[int, ReductionSpec]) -> ReductionState:
     """Makes the state before the first layer, for tokens [B, N, D]."""
     batch, count, _ = x.shape
-    place = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
+    position = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
     is_random = any(reducers.REDUCERS[spec.reducer].needs_random_score for spec in specs.values())
     return ReductionState(
         size=jnp.ones((batch, count), jnp.float32),
-        place=place,
-        token_id=place,
+        position=position,
+        token_id=position,
         random_score=base.random_score(x) if is_random else None,
     )
 
@@ -262,12 +262,12 @@ def reduce(
     """
     mask = mask or Mask()
     if reducer.keeps_all:
-        return x, mask, dataclasses.replace(state, history=(*state.history, state.place))
+        return x, mask, dataclasses.replace(state, history=(*state.history, state.position))
     rows = functools.partial(_reduce_rows, spec=spec, reducer=reducer, scores=scores, train=train)
     if not mask.length_buckets:
         return rows(x, attn_input, key, mask, state)
     groups, first = x.shape[0], 0
-    parts, places = [], []
+    parts, positions = [], []
     apart = split_buckets(mask, x, attn_input, key, state.size, state.token_id, state.random_score)
     for (count, _), (own, arrays) in zip(mask.length_buckets, apart, strict=True):
         part, part_input, part_key, size, token_id, random_score = arrays
@@ -278,8 +278,8 @@ def reduce(
         length = parts[-1][0].shape[1]
         # Positions of this bucket's rows within the group.
         row = jnp.arange(groups * count, dtype=jnp.int32)[:, None] % count
-        place = parts[-1][2].place
-        places.append(jnp.where(place < 0, -1, first + row * length + place))
+        position = parts[-1][2].position
+        positions.append(jnp.where(position < 0, -1, first + row * length + position))
         first += count * length
     tokens, masks, states = zip(*parts, strict=True)
     together = functools.partial(join_buckets, groups=groups)
@@ -292,13 +292,13 @@ def reduce(
             (count, x.shape[1]) for (count, _), x in zip(mask.length_buckets, tokens, strict=True)
         ),
     )
-    place = base.compose(state.place, together(places))
+    position = base.compose(state.position, together(positions))
     after = ReductionState(
         size=together([s.size for s in states]),
-        place=place,
+        position=position,
         token_id=together([s.token_id for s in states]),
         random_score=together([s.random_score for s in states]),
-        history=(*state.history, place),
+        history=(*state.history, position),
     )
     return together(tokens), mask, after
 
@@ -332,14 +332,14 @@ def _reduce_rows(
     table = reducer.keep_table(length - spec.prefix)
     merge = reducer(tokens, table, table.capacity(length, spec.prefix, most), train=train)
     size = merge.sizes(state.size)
-    place = base.compose(state.place, merge.positions(length))
+    position = base.compose(state.position, merge.positions(length))
     score = state.random_score
     after = ReductionState(
         size=size,
-        place=place,
+        position=position,
         token_id=base.take(state.token_id, merge.kept),
         random_score=None if score is None else base.take(score, merge.kept),
-        history=(*state.history, place),
+        history=(*state.history, position),
     )
     return merge.tokens(x), _kept_mask(mask, merge, size if reducer.counts_sizes else None), after
 
@@ -357,16 +357,16 @@ def _kept_mask(mask: Mask, merge: base.Merge, sizes: Array | None) -> Mask:
 def _segment_membership(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array]:
     """Returns tokens' images within a row [B, N, M] and whether they are prefix tokens [B, N]."""
     batch, count, _ = x.shape
-    place = jnp.arange(count)[None]
+    position = jnp.arange(count)[None]
     active = jnp.ones((batch, count), bool)
     if mask.segments is not None:
         active = mask.segments != NOBODY
     if mask.segments is None or mask.single_segment:
         if mask.weights is not None:
             active &= mask.weights > 0.5
-        return active[:, :, None], active & (place < prefix)
+        return active[:, :, None], active & (position < prefix)
     new = jnp.pad(mask.segments[:, 1:] != mask.segments[:, :-1], ((0, 0), (1, 0)))
     run = jnp.cumsum(new, axis=1)
-    first = lax.cummax(jnp.where(new, place, 0), axis=1)
+    first = lax.cummax(jnp.where(new, position, 0), axis=1)
     member = (run[:, :, None] == jnp.arange(mask.max_segments)[None, None]) & active[:, :, None]
-    return member, active & (place - first < prefix)
+    return member, active & (position - first < prefix)

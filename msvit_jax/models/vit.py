@@ -54,12 +54,12 @@ class Encoded:
         """Gives each input token the token it became part of: [B, N, D]; zeros if dropped."""
         if self.state is None:
             return self.tokens
-        return reducing.unmerge(self.tokens, self.state.place)
+        return reducing.unmerge(self.tokens, self.state.position)
 
     @property
     def alive(self) -> Array | None:
         """Whether each input token was not dropped: [B, N] bool; None if none can be."""
-        return None if self.state is None else self.state.place >= 0
+        return None if self.state is None else self.state.position >= 0
 
 
 class ViT(nn.Module):
@@ -508,22 +508,22 @@ class ViT(nn.Module):
             logits=logits,
             tokens=jnp.full((batch,), size[0] * size[1], jnp.int32),
             distilled_logits=distilled,
-            merged=merged_patches(encoded, self.prefix_length),
-            hosts=host_patches(encoded.targets, self.prefix_length),
+            merge_positions=patch_positions(encoded, self.prefix_length),
+            merge_targets=patch_targets(encoded.targets, self.prefix_length),
             features=None if self.num_classes else self.features(x, tuple(size)),
         )
 
 
-def merged_patches(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
-    """Returns `Output.merged` for images that each have a row of their own."""
+def patch_positions(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
+    """Returns `Output.merge_positions` for images that each have a row of their own."""
     if encoded.state is None:
         return None
-    return tuple(place[:, prefix:] for place in encoded.state.history)
+    return tuple(position[:, prefix:] for position in encoded.state.history)
 
 
-def host_patches(hosts: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:
-    """Makes `Output.hosts` of merge targets of sequences with their prefix: each [B, P + N]."""
-    return tuple(jnp.maximum(host[:, prefix:] - prefix, -1) for host in hosts) or None
+def patch_targets(merge_targets: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:
+    """Makes `Output.merge_targets` of targets in sequences with their prefix: each [B, P + N]."""
+    return tuple(jnp.maximum(target[:, prefix:] - prefix, -1) for target in merge_targets) or None
 
 
 def check_images(images: Array, multiple: int) -> None:

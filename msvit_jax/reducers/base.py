@@ -109,11 +109,11 @@ class Merge:
 
     def positions(self, count: int) -> Array:
         """Position of each of the `count` tokens after the merge: [B, N] int32; -1 if dropped."""
-        places = jnp.arange(self.kept.shape[1], dtype=jnp.int32)[None]
+        own = jnp.arange(self.kept.shape[1], dtype=jnp.int32)[None]
         target = jnp.where(self.target < self.kept.shape[1], self.target, -1)
-        place = jnp.concatenate([jnp.broadcast_to(places, self.kept.shape), target], axis=1)
+        position = jnp.concatenate([jnp.broadcast_to(own, self.kept.shape), target], axis=1)
         token = jnp.concatenate([self.kept, self.removed], axis=1)
-        return put(place, token, count, fill=-1)
+        return put(position, token, count, fill=-1)
 
     @property
     def _to_target(self) -> Array:
@@ -371,7 +371,7 @@ def ranks(score: Array, member: Array) -> Array:
     return (before & same).sum(axis=2, dtype=jnp.int32)
 
 
-def place(
+def assign_positions(
     tokens: Tokens, removed: Array, capacity: tuple[int, int], order: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """Assigns positions to all tokens but the removed ones.

@@ -41,7 +41,9 @@ class EViT(base.Reducer):
         rank = base.ranks(score, tokens.member & tokens.patch[:, :, None])
         stay = table.of_tokens(tokens)
         important = base.KeepTable(base.kept_by_share(self.keep, len(table.kept) - 1))
-        kept, removed, position = base.place(tokens, tokens.patch & (rank >= stay), capacity)
+        kept, removed, position = base.assign_positions(
+            tokens, tokens.patch & (rank >= stay), capacity
+        )
         # The fused token takes the position of the most important token that is not kept.
         fuses = tokens.patch & (rank == important.of_tokens(tokens)) & (rank < stay)
         at = tokens.member & fuses[:, :, None]

@@ -66,7 +66,7 @@ class ToMe(base.Reducer):
         leaves = source & (rank < goes)
         # An image that loses nothing stays as it is.
         order = jnp.where(goes > 0, _order(tokens, source, leaves, rank - goes), position)
-        kept, removed, position = base.place(tokens, leaves, capacity, order)
+        kept, removed, position = base.assign_positions(tokens, leaves, capacity, order)
         target_token = base.put(base.take(targets, best), sources, count)
         into = base.take(base.take(position, target_token), removed, fill=capacity[0])
         kept_weight, removed_weight = (base.take(tokens.size, index) for index in (kept, removed))

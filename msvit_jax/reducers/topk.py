@@ -37,5 +37,5 @@ def keep_highest(
     """Keeps each image's tokens of the highest score [B, N]; the others are dropped."""
     rank = base.ranks(score, tokens.member & tokens.patch[:, :, None])
     removed = tokens.patch & (rank >= table.of_tokens(tokens))
-    kept, removed, _ = base.place(tokens, removed, capacity)
+    kept, removed, _ = base.assign_positions(tokens, removed, capacity)
     return base.Merge(kept, removed, jnp.full(removed.shape, capacity[0], jnp.int32))

@@ -32,7 +32,7 @@ def patches(images: Array, size: int) -> Array:
     return split.transpose(0, 1, 3, 2, 4, 5)
 
 
-def places(images: Array, size: int, times: int) -> list[Array]:
+def subpatches(images: Array, size: int, times: int) -> list[Array]:
     """Sorts small squares by their offset within larger ones: times**2 of [B, H/t, W/t, C].
 
     Args:
@@ -143,11 +143,11 @@ def slots_to_map(slots: Array, is_coarse: Array, region_grid: tuple[int, int]) -
     return from_regions(repeated, region_grid)
 
 
-def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
+def targets_to_map(targets: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
     """Makes a dense map of merge targets by cell from merge targets by slot.
 
     Args:
-      hosts: [B, R * 4] int32, the slot that each slot was merged into; -1 for none.
+      targets: [B, R * 4] int32, the slot that each slot was merged into; -1 for none.
       is_coarse: [B, R] decisions, 0 or 1.
       size: (rows, columns) of the grid of cells.
 
@@ -156,8 +156,8 @@ def hosts_to_map(hosts: Array, is_coarse: Array, size: tuple[int, int]) -> Array
       none.
     """
     cells = jnp.arange(size[0] * size[1], dtype=jnp.int32).reshape(1, *size, 1)
-    named = to_regions(cells).reshape(-1)[jnp.maximum(hosts, 0)]
-    slots = jnp.where(hosts < 0, -1, named).reshape(*is_coarse.shape, REGION**2, 1)
+    named = to_regions(cells).reshape(-1)[jnp.maximum(targets, 0)]
+    slots = jnp.where(targets < 0, -1, named).reshape(*is_coarse.shape, REGION**2, 1)
     return slots_to_map(slots, is_coarse, (size[0] // REGION, size[1] // REGION))[..., 0]
 
 
@@ -168,8 +168,8 @@ def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
     come first.
     """
     frequency = 10000.0 ** -np.linspace(0.0, 1.0, width // 4)
-    places = np.divmod(np.arange(side * side), side)
-    angles = [np.outer(p, frequency) for p in (places if row_first else places[::-1])]
+    cells = np.divmod(np.arange(side * side), side)
+    angles = [np.outer(p, frequency) for p in (cells if row_first else cells[::-1])]
     return np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
 
 
@@ -260,8 +260,8 @@ def upsample(x: Array, new: tuple[int, int], axis: int) -> Array:
       new: (H, W) of the result.
       axis: Axis of the rows, counted from the front.
     """
-    for place, size in enumerate(new, start=axis):
-        x = _blend(x, upsampling(x.shape[place], size), place)
+    for dim, size in enumerate(new, start=axis):
+        x = _blend(x, upsampling(x.shape[dim], size), dim)
     return x
 
 

@@ -52,13 +52,13 @@ class Packing:
         positions.
       owner: [G, T] int32, index within its group of the image that a position belongs to, or
         `NOBODY`.
-      place: [B, N] int32, position of each token within its group; T where it has none.
+      position: [B, N] int32, position of each token within its group; T where it has none.
       within_capacity: [B] bool, whether all active tokens of an image have positions.
     """
 
     source: Array
     owner: Array
-    place: Array
+    position: Array
     within_capacity: Array
 
     def gather(self, tokens: Array, *, fill: float = 0.0) -> Array:
@@ -76,9 +76,9 @@ class Packing:
             all.
         """
         groups = self.source.shape[0]
-        images = self.place.shape[0]
-        place = self.place[:, :count].reshape(groups, -1)
-        return _take(packed, place, 0.0).reshape(images, -1, *packed.shape[2:])
+        images = self.position.shape[0]
+        position = self.position[:, :count].reshape(groups, -1)
+        return _take(packed, position, 0.0).reshape(images, -1, *packed.shape[2:])
 
 
 def _take(values: Array, index: Array, fill: float) -> Array:
@@ -115,10 +115,11 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
 
     def one(length: Array) -> Runs:
         order = jnp.argsort(-length, stable=True)
-        placed = _placed(length[order], descending, part)
-        # The placed images, longest first, take the runs in their order; the last runs stay empty.
-        taker = order[jnp.argsort(~placed, stable=True)]
-        taken = jnp.arange(images) < placed.sum()
+        has_run = _have_run(length[order], descending, part)
+        # Images that have a run, longest first, take the runs in their order; the last runs stay
+        # empty.
+        taker = order[jnp.argsort(~has_run, stable=True)]
+        taken = jnp.arange(images) < has_run.sum()
         turn = jnp.argsort(taker).astype(jnp.int32)  # inverse of `taker`: each image's turn
         run = jnp.where(taken[turn], turn, images)
         return Runs(
@@ -132,19 +133,19 @@ def assign_buckets(lengths: Array, widths: Sequence[int]) -> Runs:
     return jax.vmap(one)(lengths)
 
 
-def _placed(lengths: Array, widths: Sequence[int], part: int) -> Array:
+def _have_run(lengths: Array, widths: Sequence[int], part: int) -> Array:
     """Decides which images, longest first, get a run: [b] bool.
 
     `widths` are descending, with `part` runs of each.
     """
-    placed = jnp.zeros(lengths.shape, bool)
+    has_run = jnp.zeros(lengths.shape, bool)
     for index, width in enumerate(widths):
         narrower = widths[index + 1] if index + 1 < len(widths) else -1
         # Images that need a run of this width, and as many of them as runs of it or wider are left.
         mine = (lengths <= width) & (lengths > narrower)
-        free = (index + 1) * part - placed.sum()
-        placed |= mine & (jnp.cumsum(mine) <= free)
-    return placed
+        free = (index + 1) * part - has_run.sum()
+        has_run |= mine & (jnp.cumsum(mine) <= free)
+    return has_run
 
 
 def rows(lengths: Array, count: int, width: int) -> Runs:
@@ -194,8 +195,8 @@ def _owners(start: Array, total: int) -> tuple[Array, Array]:
     # Images are marked at their first positions; each position takes the last mark before it.
     here = jnp.full((total,), images, jnp.int32)
     here = here.at[start].set(jnp.arange(images, dtype=jnp.int32), mode="drop")
-    places = jnp.arange(total, dtype=jnp.int32)
-    first = lax.cummax(jnp.where(here < images, places, 0))
+    positions = jnp.arange(total, dtype=jnp.int32)
+    first = lax.cummax(jnp.where(here < images, positions, 0))
     return here[first], first
 
 
@@ -216,8 +217,8 @@ def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
     # A stable sort puts active tokens first, then extra ones, then the others, each in order.
     last = jnp.where(active, 0, 1 if extra is None else jnp.where(extra, 1, 2))
     order = jnp.argsort(last, axis=1, stable=True).astype(jnp.int32)
-    placed = active if extra is None else active | extra
-    limit = placed.sum(axis=1, dtype=jnp.int32).reshape(groups, images)
+    carried = active if extra is None else active | extra
+    limit = carried.sum(axis=1, dtype=jnp.int32).reshape(groups, images)
     limit = jnp.minimum(limit, runs.room)
     order = order.reshape(groups, images, count)
 
@@ -228,8 +229,8 @@ def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
         source = jnp.where(holds, owner * count + token, images * count)
         # `order` lists tokens by rank, its inverse gives the rank of each token.
         rank = jnp.argsort(order, axis=1).astype(jnp.int32)
-        place = jnp.where(rank < limit[:, None], runs.start[:, None] + rank, total)
-        return source, owner, place
+        position = jnp.where(rank < limit[:, None], runs.start[:, None] + rank, total)
+        return source, owner, position
 
-    source, owner, place = jax.vmap(one)(order, limit, runs)
-    return Packing(source, owner, place.reshape(-1, count), runs.within_capacity.reshape(-1))
+    source, owner, position = jax.vmap(one)(order, limit, runs)
+    return Packing(source, owner, position.reshape(-1, count), runs.within_capacity.reshape(-1))

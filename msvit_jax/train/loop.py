@@ -190,8 +190,8 @@ class _Run:
             return None
         names = weights.class_names(self.config.loss.distillation.teacher)
         how = self.config.data.match_classes
-        places = labels.order(names, self.info.class_names, how, of="The teacher")
-        variables = {"params": labels.in_order(teacher.variables["params"], places)}
+        indices = labels.order(names, self.info.class_names, how, of="The teacher")
+        variables = {"params": labels.in_order(teacher.variables["params"], indices)}
         teacher = dataclasses.replace(teacher, variables=variables)
         whole = sharding.replicated(self.mesh)
         return dataclasses.replace(teacher, variables=jax.device_put(teacher.variables, whole))

@@ -65,7 +65,7 @@ class Program:
         make = state_maker(model, gate_loss, update, with_ema=config.ema_decay > 0)
         shapes = jax.eval_shape(make, key, {})
         abstract_state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
             shapes,
             sharding.tree_sharding(mesh, shapes),
         )

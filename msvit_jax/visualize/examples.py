@@ -192,8 +192,8 @@ def headings(
     columns = [Column("image")]
     if predictions.coarse is not None:
         columns += GATE_COLUMNS[1:]
-    if predictions.merged is not None:
-        counts = count_tokens(predictions.merged[images])
+    if predictions.merge_maps is not None:
+        counts = count_tokens(predictions.merge_maps[images])
         for stage in shown_stages(len(layers)):
             least, most = counts[:, stage].min(), counts[:, stage].max()
             tokens = f"{least}" if least == most else f"{least} to {most}"
@@ -224,7 +224,7 @@ def write(
     """
     out = paths.check_writable(out)
     drawn = strips(examples, predictions)
-    legend = "" if predictions.merged is None else MERGE_LEGEND
+    legend = "" if predictions.merge_maps is None else MERGE_LEGEND
     for number, (strip, example) in enumerate(zip(drawn, examples, strict=True)):
         stem = pathlib.Path(example.name).stem.replace(" ", "_")
         titles = headings(predictions, layers, slice(number, number + 1))
@@ -245,8 +245,8 @@ def _pictures(example: Example, predictions: Predictions, index: int) -> list[Pi
         decided = coarse[index].reshape(-1), probability[index].reshape(-1)
         strip = gate_strip(example.image, *decided, region_grid)
         pictures += strip.pictures[1:]
-    if predictions.merged is not None:
-        maps = predictions.merged[index]
+    if predictions.merge_maps is not None:
+        maps = predictions.merge_maps[index]
         regions = None if coarse is None else coarse[index]
         pictures += [
             merge_map(example.image, maps[stage], coarse=regions)
@@ -273,7 +273,7 @@ def _caption(example: Example, predictions: Predictions, index: int) -> str:
     tokens = f"{predictions.tokens[index]}"
     if predictions.coarse is not None:
         tokens += f" of {REGION**2 * predictions.coarse[index].size}"
-    if predictions.merged is not None:
-        tokens += f" tokens, {count_tokens(predictions.merged[index])[-1]} after the last layer"
+    if predictions.merge_maps is not None:
+        tokens += f" tokens, {count_tokens(predictions.merge_maps[index])[-1]} after the last layer"
         return f"{caption} · {tokens}"
     return f"{caption} · {tokens} tokens"

@@ -83,8 +83,8 @@ def strips(
     for stage, size in enumerate(tokens):
         left = np.flatnonzero(predictions.exit_index == stage)
         ordered = left[np.argsort(-sure[left], kind="stable")]
-        places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).astype(int))
-        shown = [enlarge(examples[index].image) for index in ordered[places].tolist()]
+        chosen = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).astype(int))
+        shown = [enlarge(examples[index].image) for index in ordered[chosen].tolist()]
         blank = np.full_like(enlarge(examples[0].image), 255)
         caption = f"exit {stage + 1}, {size} tokens: {len(left)} of {len(examples)} images"
         caption += _right(examples, predictions, left)

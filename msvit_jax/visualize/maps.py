@@ -102,7 +102,7 @@ def gate_heat_map(
 
 def merge_map(
     image: Picture,
-    hosts: np.ndarray,
+    merge_targets: np.ndarray,
     *,
     coarse: np.ndarray | None = None,
     scale: int | None = None,
@@ -116,8 +116,8 @@ def merge_map(
 
     Args:
       image: [H, W, 3] uint8, the image; H and W are multiples of the grid.
-      hosts: [rows, columns] integers, the merge target of each patch as an index, row by row: the
-        patch itself if it was not merged into another, -1 if it was dropped
+      merge_targets: [rows, columns] integers, the merge target of each patch as an index, row by
+        row: the patch itself if it was not merged into another, -1 if it was dropped
         (`Output.merge_maps`). For a coarse token's four patches it is the first of them.
       coarse: [rows / 2, columns / 2], 1 for a coarse region of a mixed-scale model, which is shown
         as one patch, pooled 2x2; None for other models.
@@ -128,28 +128,28 @@ def merge_map(
       [H * scale, W * scale, 3] uint8, the picture.
 
     Raises:
-      ValueError: The image does not fit the grid, or `hosts` is not a valid merge map.
+      ValueError: The image does not fit the grid, or `merge_targets` is not a valid merge map.
     """
-    hosts = _checked_hosts(hosts)
-    height, width = _patch_size(image, hosts.shape)
-    is_coarse = np.zeros(hosts.shape, bool)
+    merge_targets = _checked_targets(merge_targets)
+    height, width = _patch_size(image, merge_targets.shape)
+    is_coarse = np.zeros(merge_targets.shape, bool)
     if coarse is not None:
         is_coarse = _spread(np.asarray(coarse) > 0.5, REGION, REGION)
-    held = _held(hosts, is_coarse)
+    held = _held(merge_targets, is_coarse)
     drawn = np.where(_spread(is_coarse, height, width)[..., None], _pooled(image), image)
     drawn = drawn.astype(np.float64)
-    for host in np.unique(hosts[~held & (hosts >= 0)]):
-        group = hosts == host
+    for target in np.unique(merge_targets[~held & (merge_targets >= 0)]):
+        group = merge_targets == target
         mean = image[_spread(group, height, width)].mean(axis=0)
         drawn[_spread(group & ~held, height, width)] = brightness * mean
-    drawn[_spread(hosts < 0, height, width)] *= _DROPPED
-    return _outline_groups(enlarge(np.rint(drawn).astype(np.uint8), scale), hosts, held)
+    drawn[_spread(merge_targets < 0, height, width)] *= _DROPPED
+    return _outline_groups(enlarge(np.rint(drawn).astype(np.uint8), scale), merge_targets, held)
 
 
-def count_tokens(hosts: np.ndarray) -> np.ndarray:
+def count_tokens(merge_targets: np.ndarray) -> np.ndarray:
     """Counts the tokens left in merge maps: [..., rows, columns] -> [...]."""
-    cells = np.arange(math.prod(hosts.shape[-2:])).reshape(hosts.shape[-2:])
-    return (hosts == cells).sum(axis=(-2, -1))
+    cells = np.arange(math.prod(merge_targets.shape[-2:])).reshape(merge_targets.shape[-2:])
+    return (merge_targets == cells).sum(axis=(-2, -1))
 
 
 def gate_strip(
@@ -236,35 +236,39 @@ def _outline_tokens(picture: Picture, is_coarse: np.ndarray) -> Picture:
     return np.asarray(canvas)
 
 
-def _checked_hosts(hosts: np.ndarray) -> np.ndarray:
-    hosts = np.asarray(hosts)
-    if hosts.ndim != 2 or not np.issubdtype(hosts.dtype, np.integer):
-        raise ValueError(f"Expected integers [rows, columns], got {hosts.dtype} {hosts.shape}.")
-    named = np.unique(hosts[hosts >= 0])
+def _checked_targets(merge_targets: np.ndarray) -> np.ndarray:
+    merge_targets = np.asarray(merge_targets)
+    if merge_targets.ndim != 2 or not np.issubdtype(merge_targets.dtype, np.integer):
+        raise ValueError(
+            f"Expected integers [rows, columns], got {merge_targets.dtype} {merge_targets.shape}."
+        )
+    named = np.unique(merge_targets[merge_targets >= 0])
     if (
-        (hosts < -1).any()
-        or (named >= hosts.size).any()
-        or (hosts.reshape(-1)[named] != named).any()
+        (merge_targets < -1).any()
+        or (named >= merge_targets.size).any()
+        or (merge_targets.reshape(-1)[named] != named).any()
     ):
-        raise ValueError("`hosts` must name patches that name themselves, or -1.")
-    return hosts
+        raise ValueError("`merge_targets` must name patches that name themselves, or -1.")
+    return merge_targets
 
 
-def _held(hosts: np.ndarray, is_coarse: np.ndarray) -> np.ndarray:
+def _held(merge_targets: np.ndarray, is_coarse: np.ndarray) -> np.ndarray:
     """[rows, columns] bool, True for merge targets: one patch, or a coarse token's four."""
-    row, column = np.indices(hosts.shape)
-    first = row // REGION * REGION * hosts.shape[1] + column // REGION * REGION
-    return hosts == np.where(is_coarse, first, np.arange(hosts.size).reshape(hosts.shape))
+    row, column = np.indices(merge_targets.shape)
+    first = row // REGION * REGION * merge_targets.shape[1] + column // REGION * REGION
+    return merge_targets == np.where(
+        is_coarse, first, np.arange(merge_targets.size).reshape(merge_targets.shape)
+    )
 
 
-def _outline_groups(picture: Picture, hosts: np.ndarray, held: np.ndarray) -> Picture:
+def _outline_groups(picture: Picture, merge_targets: np.ndarray, held: np.ndarray) -> Picture:
     """Draws lines just inside patches: frames around merge targets, and borders between groups."""
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
-    rows, columns = hosts.shape
+    rows, columns = merge_targets.shape
     height, width = picture.shape[0] // rows, picture.shape[1] // columns
     # The area outside the image is another group.
-    groups, frames = np.pad(hosts, 1, constant_values=-2), np.pad(held, 1)
+    groups, frames = np.pad(merge_targets, 1, constant_values=-2), np.pad(held, 1)
     for row, column in np.ndindex(rows, columns):
         top, left = row * height, column * width
         bottom, right = top + height - 1, left + width - 1
@@ -276,8 +280,10 @@ def _outline_groups(picture: Picture, hosts: np.ndarray, held: np.ndarray) -> Pi
         }
         for (down, across), line in sides.items():
             beside = (row + down, column + across)
-            if held[row, column] and not (frames[beside] and groups[beside] == hosts[row, column]):
+            if held[row, column] and not (
+                frames[beside] and groups[beside] == merge_targets[row, column]
+            ):
                 draw.line(line, fill=_HOST_LINE)
-            elif groups[beside] != hosts[row, column]:
+            elif groups[beside] != merge_targets[row, column]:
                 draw.line(line, fill=_GROUP_LINE)
     return np.asarray(canvas)

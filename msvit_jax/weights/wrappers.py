@@ -148,8 +148,8 @@ def _of_optimizer(root: str) -> bool:
 
 
 def _rank(root: str) -> tuple[int, ...]:
-    places = [_ORDER.index(part) if part in _ORDER else len(_ORDER) for part in _parts(root)]
-    return tuple(sorted(places))
+    ranks = [_ORDER.index(part) if part in _ORDER else len(_ORDER) for part in _parts(root)]
+    return tuple(sorted(ranks))
 
 
 def _is_average(root: str) -> bool:

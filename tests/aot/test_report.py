@@ -11,7 +11,7 @@ V5E = Topology("v5e:2x2", CHIPS["v5e"], [None] * 4)
 def _record(layout="dense", **changes):
     record = {
         "layout": layout,
-        "places": "whole grid",
+        "capacity": "whole grid",
         "what": "train",
         "batch": 64,
         "fits": True,
@@ -49,7 +49,7 @@ def test_layouts_stand_side_by_side_and_json_comes_last(capsys):
 
 
 def test_what_does_not_fit_is_said_beside_what_does(capsys):
-    large = {"layout": "slots", "places": "whole grid", "what": "train", "batch": 64}
+    large = {"layout": "slots", "capacity": "whole grid", "what": "train", "batch": 64}
     large |= {"fits": False, "needs_gib": 21.5, "has_gib": 15.75}
     for records in ([_record(), large], [large, _record()]):
         fits, lines, err = _shown(capsys, *records)

@@ -165,7 +165,7 @@ def test_sides_take_turns():
             {"layouts": ("budget",), "token_capacity": (4,)},
             r"\d of 4 images do not fit .*token_capacity=\(4,\)",
         ),
-        ({"layouts": ("rows",), "row_width": 16}, "row_width=16 is too small.* need 17 places"),
+        ({"layouts": ("rows",), "row_width": 16}, "row_width=16 is too small.* need 17 tokens"),
         ({"layouts": ("rows",), "row_width": 17, "rows": 1}, "3 of 4 images do not fit"),
         ({"layouts": ("rows",), "rows": 1}, "--rows goes with --row_width"),
         pytest.param(

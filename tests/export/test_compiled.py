@@ -84,7 +84,7 @@ def _predictions(kind):
 
 def _check(answers, predictions):
     np.testing.assert_allclose(answers["logits"], predictions.logits, **CLOSE)
-    for name in set(answers) & {"tokens", "coarse", "exit_index", "merged"}:
+    for name in set(answers) & {"tokens", "coarse", "exit_index", "merge_maps"}:
         np.testing.assert_array_equal(answers[name], getattr(predictions, name))
     if "coarse_probability" in answers:
         probability = predictions.coarse_probability

@@ -90,9 +90,9 @@ def test_a_graph_answers_batches_of_any_size_as_the_model(kind, exported):
     expected = _expected(kind, images)
     np.testing.assert_allclose(answers["logits"], expected.logits, **CLOSE)
     assert list(answers) == list(graph["outputs"])
-    if "merged" in answers:
+    if "merge_maps" in answers:
         side = 2 * (made.SIDE // 8)
-        np.testing.assert_array_equal(answers["merged"], expected.merge_maps((side, side)))
+        np.testing.assert_array_equal(answers["merge_maps"], expected.merge_maps((side, side)))
     if "tokens" in answers:
         np.testing.assert_array_equal(answers["tokens"], expected.tokens)
     alone = _run(exported(kind), graph["name"], images[3:4], *rest)

@@ -162,7 +162,7 @@ def test_models_without_a_gate(devices):
     expected = jitted.apply(model, variables, images).logits
     np.testing.assert_allclose(predictions.logits, expected, atol=1e-4)
     assert predictions.coarse is None
-    assert predictions.merged is None
+    assert predictions.merge_maps is None
     assert predictions.coarse_probability is None
     assert set(predictions.tokens) == {GRID}
     assert predictor.programs == ("normalize", "dense")
@@ -197,9 +197,11 @@ def test_models_that_reduce_tokens(name, reducer):
     predictions = Predictor(model, variables, batch_size=4, mesh=_mesh(2))(_pool()[:11])
     np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
     assert set(predictions.tokens) == {GRID}
-    assert predictions.merged.shape == (11, 2, 8, 8)
-    for stage, (places, hosts) in enumerate(zip(expected.merged, expected.hosts, strict=True)):
-        merged = predictions.merged[:, stage].reshape(11, GRID)
+    assert predictions.merge_maps.shape == (11, 2, 8, 8)
+    for stage, (places, hosts) in enumerate(
+        zip(expected.merge_positions, expected.merge_targets, strict=True)
+    ):
+        merged = predictions.merge_maps[:, stage].reshape(11, GRID)
         np.testing.assert_array_equal(merged, hosts)
         np.testing.assert_array_equal(merged == -1, places == -1)
 
@@ -226,7 +228,7 @@ def test_mixed_scale_models_that_reduce_tokens_answer_as_in_slots(options):
     predictions = predictor(_pool()[:9])
     np.testing.assert_array_equal(predictions.tokens, expected.tokens)
     np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    np.testing.assert_array_equal(predictions.merged, expected.merge_maps((8, 8)))
+    np.testing.assert_array_equal(predictions.merge_maps, expected.merge_maps((8, 8)))
 
 
 def test_rows_cost_what_their_layers_leave():

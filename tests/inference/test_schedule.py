@@ -48,7 +48,7 @@ def _fit_on_device(call, tokens):
     shape = call.shape
     size, rows = shape.batch // shape.groups, shape.rows // shape.groups
     for start in range(0, shape.batch, size):
-        group = call.places[start : start + size]
+        group = call.images_at[start : start + size]
         needs = sorted((tokens[i] + PREFIX for i in group if i != PADDING), reverse=True)
         filled = [0] * rows
         for need in needs:
@@ -74,7 +74,7 @@ def test_every_image_runs_once_and_where_it_fits(policy, tokens, arriving):
             break
     assert sorted(image for call in calls for image in call.images) == list(range(len(tokens)))
     for call in calls:
-        assert len(call.places) == call.shape.batch
+        assert len(call.images_at) == call.shape.batch
         assert call.images
         if call.shape.layout == "rows":
             assert _fit_on_device(call, tokens)
@@ -100,9 +100,9 @@ def test_buckets_make_the_fewest_calls_and_the_cheapest_of_those(tokens, batch):
 def test_images_wait_until_one_bucket_fills_a_batch():
     policy = Buckets(_budgets(2))
     assert policy.call({0: 20, 1: 30, 2: 60}, last=False) is None
-    assert policy.call({0: 20, 1: 30, 2: 60, 3: 40}, last=False).places == (1, 3)
+    assert policy.call({0: 20, 1: 30, 2: 60, 3: 40}, last=False).images_at == (1, 3)
     call = policy.call({0: 20, 1: 30, 2: 60}, last=True)
-    assert (call.shape.tokens, call.places) == (GRID, (2, 1))
+    assert (call.shape.tokens, call.images_at) == (GRID, (2, 1))
 
 
 def test_what_is_left_runs_in_the_cheaper_way():
@@ -116,7 +116,7 @@ def test_what_is_left_runs_in_the_cheaper_way():
 def test_padding_comes_last_in_each_group():
     shape = Shape("rows", 6, GRID, 1.0, rows=2, row_width=100, groups=2, prefix=1)
     call = Rows([shape]).call({7: 30, 8: 60, 9: 20}, last=True)
-    assert call.places == (8, PADDING, PADDING, 7, 9, PADDING)
+    assert call.images_at == (8, PADDING, PADDING, 7, 9, PADDING)
 
 
 def test_what_did_not_fit_runs_in_the_last_shape_after_all_others():
@@ -124,9 +124,9 @@ def test_what_did_not_fit_runs_in_the_last_shape_after_all_others():
     queue.put_back(7)
     queue.add(1, 20)
     assert queue.next(last=False) is None
-    assert queue.next(last=True).places == (1, PADDING)
+    assert queue.next(last=True).images_at == (1, PADDING)
     call = queue.next(last=True)
-    assert (call.shape.tokens, call.places) == (GRID, (7, PADDING))
+    assert (call.shape.tokens, call.images_at) == (GRID, (7, PADDING))
     assert queue.next(last=True) is None
 
 

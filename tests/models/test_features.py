@@ -48,7 +48,7 @@ def test_merged_patches_are_put_back_on_the_grid(reducer):
     model = create_model("deit_tiny_patch16_224", **OPTIONS, reducer=reducer, reduce_layers=(1,))
     output = jitted.apply(model, variables(model), images())
     patches = np.asarray(output.features.patches).reshape(3, 16, 16)
-    hosts = np.asarray(output.hosts[0])
+    hosts = np.asarray(output.merge_targets[0])
     for image in range(3):
         for patch in range(16):
             host = hosts[image, patch]

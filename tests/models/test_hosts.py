@@ -53,13 +53,13 @@ def _apply(name, **options):
 
 def test_a_model_that_reduces_nothing_has_no_hosts():
     model = msvit_jax.create_model("vit_tiny_patch16_224", **SIZES)
-    assert apply(model, _variables("vit_tiny_patch16_224"), _images()).hosts is None
+    assert apply(model, _variables("vit_tiny_patch16_224"), _images()).merge_targets is None
 
 
 @pytest.mark.parametrize("reducer", ["mergence", "topk", "evit"])
 def test_the_hosts_are_the_patches_that_the_class_token_looks_at_most(reducer):
     name = "vit_tiny_patch16_224"
-    first, _ = _apply(name, reducer=reducer).hosts
+    first, _ = _apply(name, reducer=reducer).merge_targets
     dense = msvit_jax.create_model(name, **SIZES).bind(_variables(name))
     x = dense.with_prefix(dense.embed(_images()).reshape(8, GRID, -1))
     qkv = _variables(name)["params"]["blocks_0"]["attn"]["qkv"]
@@ -84,7 +84,7 @@ def test_the_hosts_are_the_patches_that_the_class_token_looks_at_most(reducer):
 @pytest.mark.parametrize("reducer", reducers.REDUCERS)
 def test_hosts_tell_the_same_groups_as_places(reducer):
     output = _apply("vit_tiny_patch16_224", reducer=reducer)
-    for places, hosts in zip(output.merged, output.hosts, strict=True):
+    for places, hosts in zip(output.merge_positions, output.merge_targets, strict=True):
         for place, host in zip(places, hosts, strict=True):
             np.testing.assert_array_equal(place < 0, host < 0)
             alive = place >= 0
@@ -105,7 +105,7 @@ def test_hosts_are_the_same_in_every_layout(layout, reducer):
     sizes = tuple(LAYOUTS[layout].items())
     packed = _apply("msvit_tiny_patch16_224", layout=kind, sizes=sizes, **options)
     assert packed.within_capacity.sum() >= 6
-    for expected, hosts in zip(slots.hosts, packed.hosts, strict=True):
+    for expected, hosts in zip(slots.merge_targets, packed.merge_targets, strict=True):
         np.testing.assert_array_equal(
             hosts[packed.within_capacity], expected[packed.within_capacity]
         )
@@ -117,7 +117,7 @@ def test_slots_without_a_token_have_no_host_and_are_none():
     hidden = np.zeros((8, 16, 4), bool)
     hidden[:, :, 1:] = output.gate.coarse[:, :, None] == 1
     hidden = hidden.reshape(8, GRID)
-    for hosts in output.hosts:
+    for hosts in output.merge_targets:
         np.testing.assert_array_equal(hosts == -1, hidden)
         assert not np.take_along_axis(hidden, np.maximum(hosts, 0), axis=1).any()
 
@@ -131,7 +131,7 @@ def test_maps_of_mixed_scale_tokens_cover_their_regions():
         region, inner = divmod(int(slot), 4)
         return region // 4 * 2 + inner // 2, region % 4 * 2 + inner % 2
 
-    for stage, hosts in enumerate(output.hosts):
+    for stage, hosts in enumerate(output.merge_targets):
         for image, slot in np.ndindex(8, GRID):
             region, inner = divmod(slot, 4)
             own = slot - inner if output.gate.coarse[image, region] else slot
@@ -142,5 +142,5 @@ def test_maps_of_mixed_scale_tokens_cover_their_regions():
 def test_maps_of_plain_tokens_are_their_grid():
     output = _apply("vit_tiny_patch16_224", reducer="topk")
     maps = np.asarray(output.merge_maps((8, 8)))
-    np.testing.assert_array_equal(maps[:, 1].reshape(8, GRID), output.hosts[1])
+    np.testing.assert_array_equal(maps[:, 1].reshape(8, GRID), output.merge_targets[1])
     assert (maps == -1).any()

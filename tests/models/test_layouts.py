@@ -246,7 +246,7 @@ def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout, options)
             "8 cannot be cut into row_groups=3",
         ),
         ({"layout": "rows", "row_width": 64}, "needs rows="),
-        ({"layout": "rows", "rows": 4, "row_width": 36}, "one image can need 37 places"),
+        ({"layout": "rows", "rows": 4, "row_width": 36}, "one image can need 37 tokens"),
         ({"layout": "rows", "rows": 3, "row_width": 64, "row_groups": 2}, "rows=3 cannot be cut"),
     ],
 )

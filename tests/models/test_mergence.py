@@ -309,7 +309,7 @@ def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
     active = np.repeat(np.asarray(coarse) < 0.5, 4, axis=1)
     active[:, ::4] = True
     expected = model.backbone.layer_tokens(active.sum(axis=1))
-    for layer, merged in enumerate(clean.merged):
+    for layer, merged in enumerate(clean.merge_positions):
         for image in range(BATCH):
             places = np.unique(np.asarray(merged)[image, active[image]])
             assert (places >= 0).sum() == expected[layer, image]
@@ -386,8 +386,8 @@ def test_the_same_under_pmap():
 
 def test_random_tokens_are_the_images_own():
     model, variables, images = make(DENSE, reducer="random", keep=0.5)
-    first = compiled(model)(variables, images).merged[0]
-    turned = compiled(model)(variables, images[::-1]).merged[0]
+    first = compiled(model)(variables, images).merge_positions[0]
+    turned = compiled(model)(variables, images[::-1]).merge_positions[0]
     np.testing.assert_array_equal(first, turned[::-1])
     assert (np.asarray(first[0]) != np.asarray(first[1])).any()
 

@@ -48,7 +48,7 @@ def test_pooling_is_the_mean_and_bilinear_halving():
 
 def test_small_squares_are_sorted_by_their_place_in_the_larger_ones():
     image = np.random.default_rng(0).random((2, 12, 18, 3)).astype(np.float32)
-    found = grid.places(jnp.asarray(image), 2, 3)
+    found = grid.subpatches(jnp.asarray(image), 2, 3)
     assert len(found) == 9
     for place, part in enumerate(found):
         y, x = divmod(place, 3)

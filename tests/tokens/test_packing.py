@@ -56,7 +56,12 @@ def check(groups, active, packed):
     """What holds for any packing without filling."""
     batch, count = active.shape
     images, total = batch // groups, packed.owner.shape[1]
-    source, owner, place, fits = packed.source, packed.owner, packed.place, packed.within_capacity
+    source, owner, place, fits = (
+        packed.source,
+        packed.owner,
+        packed.position,
+        packed.within_capacity,
+    )
     for group in range(groups):
         mine = slice(group * images, (group + 1) * images)
         held = source[group][owner[group] != packing.NOBODY]
@@ -141,7 +146,7 @@ def test_extra_tokens_lie_behind_the_active_ones_as_far_as_there_is_room(batch, 
     groups, active = batch
     extra = np.random.default_rng(1).random(active.shape) < 0.3
     packed = jax.device_get(filled(active, extra, groups, capacity))
-    place, fits = packed.place, packed.within_capacity
+    place, fits = packed.position, packed.within_capacity
     np.testing.assert_array_equal(fits, active.sum(1) <= capacity)
     for image in range(len(active)):
         expected = [*np.flatnonzero(active[image]), *np.flatnonzero(extra[image] & ~active[image])]

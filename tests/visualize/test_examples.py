@@ -172,7 +172,7 @@ def test_headings_say_how_many_tokens_the_images_of_the_sheet_have():
     hosts = np.full((2, 1, 2, 2), -1, np.int16)
     hosts[0, 0, 0], hosts[1, 0, 0, 0] = (0, 1), 0
     logits, tokens = np.zeros((2, 3)), np.full(2, 4)
-    predictions = Predictions(logits, tokens, merged=hosts)
+    predictions = Predictions(logits, tokens, merge_maps=hosts)
     heading = lambda *images: examples.headings(predictions, (4,), *images)[1].title  # noqa: E731
     assert heading() == "layer 4: 1 to 2 tokens"
     assert heading(slice(1, 2)) == "layer 4: 1 tokens"

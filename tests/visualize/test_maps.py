@@ -126,11 +126,11 @@ YELLOW, GRAY = (255, 221, 51), (150, 150, 150)
 def _random_hosts(rows, columns, seed):
     """Some patches hold tokens, the others are in one of those or dropped."""
     rng = np.random.default_rng(seed)
-    hosts = np.arange(rows * columns)
+    merge_targets = np.arange(rows * columns)
     holds = rng.random(rows * columns) < 0.4
     holds[rng.integers(rows * columns)] = True
-    hosts[~holds] = rng.choice([-1, *np.flatnonzero(holds)], (~holds).sum())
-    return hosts.reshape(rows, columns)
+    merge_targets[~holds] = rng.choice([-1, *np.flatnonzero(holds)], (~holds).sum())
+    return merge_targets.reshape(rows, columns)
 
 
 def _sides(picture, size, row, column):
@@ -142,17 +142,17 @@ def _sides(picture, size, row, column):
 
 @hypothesis.given(rows=st.integers(1, 5), columns=st.integers(1, 5), seed=st.integers(0, 999))
 def test_lines_lie_exactly_where_groups_differ_and_frames_around_hosts(rows, columns, seed):
-    hosts = _random_hosts(rows, columns, seed)
+    merge_targets = _random_hosts(rows, columns, seed)
     image = np.full((4 * rows, 4 * columns, 3), 90, np.uint8)
-    picture = visualize.merge_map(image, hosts, scale=2)
+    picture = visualize.merge_map(image, merge_targets, scale=2)
     for row, column in np.ndindex(rows, columns):
-        own = hosts[row, column]
+        own = merge_targets[row, column]
         for (down, across), line in _sides(picture, 8, row, column).items():
             y, x = row + down, column + across
             inside = 0 <= y < rows and 0 <= x < columns
             if own == row * columns + column:
                 assert (line == YELLOW).all()
-            elif not inside or hosts[y, x] != own:
+            elif not inside or merge_targets[y, x] != own:
                 assert (line == GRAY).all()
             else:
                 assert not (line == GRAY).all()
@@ -163,11 +163,11 @@ def test_lines_lie_exactly_where_groups_differ_and_frames_around_hosts(rows, col
 def test_hosts_show_the_image_merged_patches_their_groups_mean_dropped_ones_hardly_anything(
     rows, columns, seed
 ):
-    hosts = _random_hosts(rows, columns, seed)
+    merge_targets = _random_hosts(rows, columns, seed)
     image = _image(3 * rows, 3 * columns, seed)
-    picture = visualize.merge_map(image, hosts, scale=3, brightness=0.5).astype(float)
+    picture = visualize.merge_map(image, merge_targets, scale=3, brightness=0.5).astype(float)
     for row, column in np.ndindex(rows, columns):
-        own = hosts[row, column]
+        own = merge_targets[row, column]
         inner = picture[9 * row + 1 : 9 * row + 8, 9 * column + 1 : 9 * column + 8]
         cell = image[3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
         pixels = np.kron(cell, np.ones((3, 3, 1)))[1:-1, 1:-1]
@@ -178,7 +178,7 @@ def test_hosts_show_the_image_merged_patches_their_groups_mean_dropped_ones_hard
         else:
             members = [
                 image[3 * y : 3 * y + 3, 3 * x : 3 * x + 3].reshape(-1, 3)
-                for y, x in np.argwhere(hosts == own)
+                for y, x in np.argwhere(merge_targets == own)
             ]
             mean = 0.5 * np.concatenate(members).mean(axis=0)
             np.testing.assert_allclose(inner, np.tile(mean, (7, 7, 1)), atol=0.5)
@@ -186,10 +186,10 @@ def test_hosts_show_the_image_merged_patches_their_groups_mean_dropped_ones_hard
 
 def test_a_coarse_token_is_one_patch():
     # Regions: fine, coarse and a host, coarse and merged, dropped. Cells are counted row by row.
-    hosts = np.array([[0, 1, 2, 2], [4, 5, 2, 2], [2, 2, -1, -1], [2, 2, -1, -1]])
+    merge_targets = np.array([[0, 1, 2, 2], [4, 5, 2, 2], [2, 2, -1, -1], [2, 2, -1, -1]])
     image = _image(16, 16)
-    picture = visualize.merge_map(image, hosts, coarse=[[0, 1], [1, 1]], scale=4)
-    assert visualize.count_tokens(hosts) == 5
+    picture = visualize.merge_map(image, merge_targets, coarse=[[0, 1], [1, 1]], scale=4)
+    assert visualize.count_tokens(merge_targets) == 5
     framed = (picture == YELLOW).all(axis=-1)
     corner = framed[:32, 32:]  # one frame around the region and nothing inside it
     np.testing.assert_array_equal(corner[1:-1, 1:-1], np.zeros((30, 30), bool))
@@ -207,16 +207,16 @@ def test_a_coarse_token_is_one_patch():
 
 
 def test_tokens_are_counted_in_maps_of_any_batch():
-    hosts = np.stack([_random_hosts(3, 4, seed) for seed in range(6)])
-    alive = [len(set(h.reshape(-1).tolist()) - {-1}) for h in hosts]
-    np.testing.assert_array_equal(visualize.count_tokens(hosts), alive)
+    merge_targets = np.stack([_random_hosts(3, 4, seed) for seed in range(6)])
+    alive = [len(set(h.reshape(-1).tolist()) - {-1}) for h in merge_targets]
+    np.testing.assert_array_equal(visualize.count_tokens(merge_targets), alive)
     np.testing.assert_array_equal(
-        visualize.count_tokens(hosts.reshape(2, 3, 3, 4)), np.reshape(alive, (2, 3))
+        visualize.count_tokens(merge_targets.reshape(2, 3, 3, 4)), np.reshape(alive, (2, 3))
     )
 
 
 @pytest.mark.parametrize(
-    ("hosts", "message"),
+    ("merge_targets", "message"),
     [
         (np.zeros((3, 3), int), "64 x 64 pixels cannot be cut into 3 x 3 patches"),
         (np.full((2, 2), 4), "name patches that name themselves"),
@@ -226,6 +226,6 @@ def test_tokens_are_counted_in_maps_of_any_batch():
         (np.zeros(4, int), r"Expected integers \[rows, columns\], got int64 \(4,\)"),
     ],
 )
-def test_maps_that_are_none_are_named(hosts, message):
+def test_maps_that_are_none_are_named(merge_targets, message):
     with pytest.raises(ValueError, match=message):
-        visualize.merge_map(_image(64, 64), hosts)
+        visualize.merge_map(_image(64, 64), merge_targets)
