@@ -124,7 +124,7 @@ def test_classes_in_another_order_are_brought_together(run, sets):
 
 def test_weights_files_are_compared_by_what_they_say_of_their_classes(run, sets, tmp_path):
     file = tmp_path / "w.safetensors"
-    export.write(export.Source.load(run), "safetensors", file)
+    export.write(export.ExportBundle.load(run), "safetensors", file)
     assert weights.class_names(str(file)) == weights.class_names(str(run)) == tuple(COLORS)
     config = tmp_path / "config.py"
     config.write_text("from tests import tiny_run\n\nget_config = tiny_run.msvit\n")
@@ -197,7 +197,7 @@ def test_a_home_is_a_home_everywhere(run, tmp_path, monkeypatch):
     loop.train(tiny_run.msvit(steps=2, eval_every_epochs=4.0), "~/run")  # what `run` compiled
     assert (tmp_path / "run" / "config.json").is_file()
     evaluate.evaluate_run("~/run")
-    export.write(export.Source.load("~/run"), "safetensors", "~/w.safetensors")
+    export.write(export.ExportBundle.load("~/run"), "safetensors", "~/w.safetensors")
     assert (tmp_path / "w.safetensors").is_file()
     assert Predictor.load("~/w.safetensors").class_names == tuple(COLORS)
     assert checkpoint.load_run("~/run").class_names == tuple(COLORS)
@@ -254,7 +254,7 @@ def test_a_whole_run_at_an_address(run, tmp_path, monkeypatch):
         assert (found["step"], found["top1"]) == (2, figures["top1"])
         rows = list(csv.DictReader(paths.parse("gs://b/run/sweep.csv").read_text().splitlines()))
         assert [float(row["top1"]) for row in rows] == [found["top1"]]
-        export.write(export.Source.load("gs://b/run"), "safetensors", "gs://b/w.safetensors")
+        export.write(export.ExportBundle.load("gs://b/run"), "safetensors", "gs://b/w.safetensors")
         ours = Predictor.load("gs://b/w.safetensors")(made.images(2))
         assert ours.class_names == tuple(COLORS)
         local = Predictor.load(run)(made.images(2))  # the same config, seed and steps
@@ -402,6 +402,6 @@ def test_curves_and_pictures_try_their_place_before_the_work(run, monkeypatch):
         evaluate.evaluate_run(run, thresholds=[0.5])
     with pytest.raises(UserError, match="cannot be written"):
         examples.draw_run(checkpoint.load_run(run), "pictures")
-    monkeypatch.setattr(made.Source, "about", property(lambda _: pytest.fail("worked first")))
+    monkeypatch.setattr(made.ExportBundle, "about", property(lambda _: pytest.fail("worked first")))
     with pytest.raises(UserError, match="cannot be written"):
         export.write(made.source("deit_tiny_patch16_224"), "safetensors", "w.safetensors")

@@ -142,7 +142,7 @@ def test_bad_files_stop_it_before_the_work(here, predictor, monkeypatch):
     for name in ("photos/a.png", "photos/b.png"):
         with open(name, "wb") as file:
             file.write(b"no image")
-    monkeypatch.setattr(predictor._programs, "put", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(predictor._executables, "put", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(UserError, match=r"2 of 9 files .*\n  photos/a\.png: .*\n  photos/b\.png:"):
         here("photos", on_error="stop")
 
@@ -150,7 +150,7 @@ def test_bad_files_stop_it_before_the_work(here, predictor, monkeypatch):
 def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monkeypatch):
     """Whatever ends it: what was computed is there."""
     whole, _ = here("photos")
-    decide, calls = predictor._programs.put, []
+    decide, calls = predictor._executables.put, []
 
     def breaks(images, places):
         calls.append(len(images))
@@ -158,7 +158,7 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
             raise MemoryError
         return decide(images, places)
 
-    monkeypatch.setattr(predictor._programs, "put", breaks)
+    monkeypatch.setattr(predictor._executables, "put", breaks)
     for index in range(60):
         shutil.copy("photos/0.png", f"photos/more{index}.png")
     with pytest.raises(MemoryError):
@@ -183,7 +183,7 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
     ],
 )
 def test_places_to_write_are_tried_first(options, message, here, predictor, monkeypatch):
-    monkeypatch.setattr(predictor._programs, "put", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(predictor._executables, "put", lambda *_: pytest.fail("the work was begun"))
     with pytest.raises(UserError, match=message):
         here("photos", **options)
 
@@ -280,7 +280,7 @@ def test_the_command_ends_with_a_message_and_no_traceback(workdir):
 @pytest.mark.slow
 def test_a_weights_file_answers_as_its_run(workdir, photos, tmp_path):
     file = tmp_path / "run.safetensors"
-    export.write(export.Source.load(workdir), "safetensors", file)
+    export.write(export.ExportBundle.load(workdir), "safetensors", file)
     done = _predict(f"--weights={file}", photos)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

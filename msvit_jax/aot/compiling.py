@@ -18,7 +18,7 @@ from msvit_jax.aot.variants import Variant, with_frozen_gate
 from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.loop import teacher_of
-from msvit_jax.train.program import Program
+from msvit_jax.train.program import TrainProgram
 
 TRAIN, PREDICT = WHAT = ("train", "predict")
 # The schedule's length is a constant in the step and affects nothing else.
@@ -48,7 +48,7 @@ class Memory:
     code: int
 
     @classmethod
-    def of(cls, stats: Any) -> "Memory":
+    def from_stats(cls, stats: Any) -> "Memory":
         """Reads `compiled.memory_analysis()`."""
         return cls(
             stats.argument_size_in_bytes,
@@ -83,7 +83,7 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     schedule = optimizer.schedule(
         config.optimizer, round(config.epochs * _STEPS_PER_EPOCH), _STEPS_PER_EPOCH
     )
-    program = Program.of(config, mesh, schedule)
+    program = TrainProgram.from_config(config, mesh, schedule)
     size, name = batch_of(config, what)
     pieces = config.optimizer.accum_steps if what == TRAIN else 1
     sharding.check_batch(size, mesh, name, pieces)
@@ -107,7 +107,7 @@ def batch_of(config: config_dict.ConfigDict, what: str) -> tuple[int, str]:
     return config.batch_size, "batch_size"
 
 
-def _forward(program: Program) -> jax.stages.Wrapped:
+def _forward(program: TrainProgram) -> jax.stages.Wrapped:
     model = program.model
 
     def forward(params: Any, images: Array) -> Any:
@@ -162,7 +162,7 @@ def figures(compiled: Any, images: int) -> dict[str, Any]:
       compiled: A `jax.stages.Compiled`.
       images: Number of images per chip.
     """
-    memory = Memory.of(compiled.memory_analysis())
+    memory = Memory.from_stats(compiled.memory_analysis())
     cost = compiled.cost_analysis()
     module = hlo.parse(compiled.as_text())
     cycles = hlo.cycles(module)

@@ -21,7 +21,7 @@ SINGLES = 16  # images that are run one after the other at batch 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledFn:
     """A compiled function.
 
     Attributes:
@@ -54,7 +54,7 @@ class Case:
     layout: str
     model: str
     calls: list[Timed]
-    programs: list[Program]
+    programs: list[CompiledFn]
     sizes: list[Sizes]
     tokens: np.ndarray
     macs: np.ndarray
@@ -92,7 +92,7 @@ def draw(options: Options, batch: int) -> Work:
     return Work(model, dense, counts, forced.decisions(counts, regions, options.seed))
 
 
-def compiled(function: Any, *arguments: Any) -> Program:
+def compiled(function: Any, *arguments: Any) -> CompiledFn:
     """Compiles a jitted function for its arguments.
 
     Raises:
@@ -112,7 +112,7 @@ def compiled(function: Any, *arguments: Any) -> Program:
         + use.temp_size_in_bytes
         - use.alias_size_in_bytes
     )
-    return Program(program, seconds, total)
+    return CompiledFn(program, seconds, total)
 
 
 def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
@@ -148,7 +148,7 @@ def forward_sides(options: Options, work: Work) -> list[Case]:
 def _forward_side(
     layout: str, options: Options, work: Work, variables: Any, images: list[jax.Array]
 ) -> Case:
-    programs: dict[Any, Program] = {}
+    programs: dict[Any, CompiledFn] = {}
     calls, sizes = [], []
     for index, (counts, pixels) in enumerate(zip(work.counts, images, strict=True)):
         size = size_layout(layout, work.model, counts, options)
@@ -209,7 +209,7 @@ def make_side(
     options: Options,
     work: Work,
     calls: list[Timed],
-    programs: list[Program],
+    programs: list[CompiledFn],
     sizes: list[Sizes],
     overflow: float = 0.0,
 ) -> Case:

@@ -18,7 +18,7 @@ from msvit_jax.benchmark.sizes import schedule, size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
-from msvit_jax.train.program import Program
+from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.state import TrainState
 
 # Of the learning rate's schedule; they do not affect the timing.
@@ -49,7 +49,7 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
     config = make_config(options, size.attributes, dense=layout == DENSE)
     config.batch_size = work.counts.shape[1]
     rate = optimizer.schedule(config.optimizer, _STEPS, _STEPS_PER_EPOCH)
-    program = Program.of(config, mesh, rate)
+    program = TrainProgram.from_config(config, mesh, rate)
     state = program.fresh_state({})
     batch = _batch(options, work, configs.build_model(config).num_classes)
     if layout != DENSE and work.coarse is not None:

@@ -106,7 +106,7 @@ def train_iterator(
         UserError: The data set cannot be opened (see `sources.open_dataset`), the batch size is not
             divisible by the number of processes, or an image cannot be read.
     """
-    rows = Rows.of(batch_size, process_index, process_count)
+    rows = Rows.of_process(batch_size, process_index, process_count)
     return train_batches(_train_examples(config), config, rows, seed, start_step)
 
 
@@ -115,7 +115,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """As `train_iterator`, for any sequence of examples (see `sources.Examples`)."""
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(EPOCHS)
-    dataset = dataset.random_map(TrainTransform.of(config)).batch(rows.local)
+    dataset = dataset.random_map(TrainTransform.from_config(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
     return iter(_ahead(dataset, config))
 
@@ -139,7 +139,7 @@ def eval_batches(
     """
     builder = sources.open_dataset(config.name, config.data_dir)
     examples = sources.open_split(builder, split or config.eval_split)
-    rows = Rows.of(batch_size, process_index, process_count)
+    rows = Rows.of_process(batch_size, process_index, process_count)
     return EvalBatches(config, examples, rows)
 
 
@@ -152,7 +152,7 @@ class Rows:
     count: int
 
     @classmethod
-    def of(cls, batch_size: int, index: int | None, count: int | None) -> "Rows":
+    def of_process(cls, batch_size: int, index: int | None, count: int | None) -> "Rows":
         """Divides a global batch among processes; None stands for JAX's index and count."""
         index = jax.process_index() if index is None else index
         count = jax.process_count() if count is None else count
@@ -180,7 +180,7 @@ class TrainTransform(grain.transforms.RandomMap):
     erasing: float
 
     @classmethod
-    def of(cls, config: ConfigDict) -> "TrainTransform":
+    def from_config(cls, config: ConfigDict) -> "TrainTransform":
         """Reads its fields from the `data` section of a config."""
         return cls(
             size=config.image_size,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from msvit_jax import checkpoint, errors
-from msvit_jax.export import Options, Source, write
+from msvit_jax.export import ExportBundle, Options, write
 from msvit_jax.export.writing import check
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         pixels=given.pixels,
     )
     check(given.format, given.out, options)  # before a checkpoint is read
-    source = Source.load(given.workdir, given.which)
+    source = ExportBundle.load(given.workdir, given.which)
     left_out = write(source, given.format, given.out, options)
     if left_out:
         print(f"left out, --format={given.format} has no place for it: {left_out}")

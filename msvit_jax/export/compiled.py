@@ -25,7 +25,7 @@ from jax import Array, export
 from msvit_jax.data import image_files
 from msvit_jax.errors import UserError
 from msvit_jax.export import run as runner
-from msvit_jax.export.source import Source
+from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.inference import exit_thresholds
 from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.inference.predictor import is_cascade
@@ -97,11 +97,11 @@ class Function:
         return make(self.params, *self.inputs.values())
 
 
-def write(source: Source, directory: pathlib.Path, options: Options) -> None:
+def write(bundle: ExportBundle, directory: pathlib.Path, options: Options) -> None:
     """Writes functions, weights, about.json and the code that runs them into a new directory.
 
     Args:
-      source: Model and parameters.
+      bundle: Model and parameters.
       directory: Path of the directory to create.
       options: Options of the compiled functions.
 
@@ -109,17 +109,17 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
       UserError: Options do not fit the model, or flatbuffers is not installed.
     """
     _check_flatbuffers()
-    model = portable(source.model)
-    settings = resolve_settings(model, source, options)
+    model = portable(bundle.model)
+    settings = resolve_settings(model, bundle, options)
     directory.mkdir()
     described = []
-    for function in functions(model, source, options):
+    for function in functions(model, bundle, options):
         exported = function.exported()
         (directory / f"{function.name}{SUFFIX}").write_bytes(exported.serialize())
         described.append(_described(function, exported))
     about = {
         "format": "msvit_jax compiled functions, 1",
-        **source.about,
+        **bundle.about,
         "image_size": model.image_size,
         "pixels": options.pixels,
         **settings,
@@ -129,9 +129,9 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         "jax": jax.__version__,
         "calling_convention": exported.calling_convention_version,
         "readable": readable(jax.__version_info__),
-        "made_by": command(source, "compiled", options),
+        "made_by": command(bundle, "compiled", options),
     }
-    ours.save(directory / WEIGHTS, source.params, source.about)
+    ours.save(directory / WEIGHTS, bundle.params, bundle.about)
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     for module in (runner, image_files):
         shutil.copy(str(module.__file__), directory)
@@ -160,10 +160,10 @@ def readable(jax_version: tuple[int, ...]) -> dict[str, str]:
     }
 
 
-def command(source: Source, format_name: str, options: Options) -> str:
+def command(bundle: ExportBundle, format_name: str, options: Options) -> str:
     """The command that repeats an export; unknown paths are placeholders in capitals."""
-    words = ["python", "-m", "msvit_jax.export", f"--workdir={source.workdir or 'RUN'}"]
-    words += [] if source.step is None else [f"--which={source.step}"]
+    words = ["python", "-m", "msvit_jax.export", f"--workdir={bundle.workdir or 'RUN'}"]
+    words += [] if bundle.step is None else [f"--which={bundle.step}"]
     words += [f"--format={format_name}", "--out=OUT"]
     for field in dataclasses.fields(Options):
         value = getattr(options, field.name)
@@ -182,24 +182,24 @@ def portable(model: Any) -> Any:
     return with_dense_layout(model)
 
 
-def resolve_settings(model: Any, source: Source, options: Options) -> dict[str, Any]:
+def resolve_settings(model: Any, bundle: ExportBundle, options: Options) -> dict[str, Any]:
     """Checks the options and returns the settings that run.py needs besides the functions."""
     if options.pixels not in PIXELS:
         raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
     gated, cascade = has_gate(model), is_cascade(model)
     if not gated and (options.layout, options.threshold) != (None, None):
         given = "threshold" if options.layout is None else "layout"
-        raise UserError(f"{given} is for models with a gate; {source.name!r} has none.")
+        raise UserError(f"{given} is for models with a gate; {bundle.name!r} has none.")
     if not cascade and options.thresholds is not None:
-        raise UserError(f"thresholds are for cascades; {source.name!r} has one exit.")
+        raise UserError(f"thresholds are for cascades; {bundle.name!r} has one exit.")
     if not gated and options.token_capacity is not None:
-        raise UserError(f"token_capacity is for models with a gate; {source.name!r} has none.")
+        raise UserError(f"token_capacity is for models with a gate; {bundle.name!r} has none.")
     if not cascade and options.gmacs_budget is not None:
-        raise UserError(f"gmacs_budget is for cascades; {source.name!r} has one exit.")
+        raise UserError(f"gmacs_budget is for cascades; {bundle.name!r} has one exit.")
     if gated:
         return {"kind": "mixed_scale", **_gate_settings(model, options)}
     if cascade:
-        return {"kind": "cascade", "thresholds": _exit_thresholds(model, source, options)}
+        return {"kind": "cascade", "thresholds": _exit_thresholds(model, bundle, options)}
     return {"kind": "plain"}
 
 
@@ -241,7 +241,7 @@ def _with_capacity(model: Any, token_capacity: int | None) -> Any:
     return made
 
 
-def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float]:
+def _exit_thresholds(model: Any, bundle: ExportBundle, options: Options) -> list[float]:
     stages = len(model.exit_tokens)
     if options.gmacs_budget is None:
         given = options.thresholds
@@ -250,36 +250,36 @@ def _exit_thresholds(model: Any, source: Source, options: Options) -> list[float
                 [exit_thresholds.NEVER] * (stages - 1) if given is None else given, stages
             )
         )
-    if options.thresholds is not None or source.workdir is None:
+    if options.thresholds is not None or bundle.workdir is None:
         raise UserError("Give either gmacs_budget (of a run that eval.py fitted) or thresholds.")
     exit_thresholds.check_budget(options.gmacs_budget * 1e9, model.exit_macs())
-    return list(fitted_thresholds(source.workdir, options.gmacs_budget))
+    return list(fitted_thresholds(bundle.workdir, options.gmacs_budget))
 
 
-def functions(model: Any, source: Source, options: Options) -> list[Function]:
+def functions(model: Any, bundle: ExportBundle, options: Options) -> list[Function]:
     """All functions of a model; the one to try first comes first."""
     (batch,) = export.symbolic_shape(_BATCH)
     side = model.image_size
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.dtype(options.pixels))
     if is_cascade(model):
-        return _stages(model, source, images)
+        return _stages(model, bundle, images)
     inputs: dict[str, Any] = {"images": images}
     if not has_gate(model):
-        return [Function("forward", _forward(model), _wanted(source), inputs)]
+        return [Function("forward", _forward(model), _wanted(bundle), inputs)]
     if model.fine_share is None:
         inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
     # Images that exceed the capacity run in the slots layout, which fits any image.
-    made = [Function("slots", _forward(model), _wanted(source), inputs)]
+    made = [Function("slots", _forward(model), _wanted(bundle), inputs)]
     if options.layout == "budget":
         fast = _with_capacity(model, options.token_capacity)
-        made.insert(0, Function("budget", _forward(fast), _wanted(source), inputs))
+        made.insert(0, Function("budget", _forward(fast), _wanted(bundle), inputs))
     return made
 
 
-def _wanted(source: Source, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
+def _wanted(bundle: ExportBundle, prefixes: tuple[str, ...] = ("",)) -> dict[str, Any]:
     return {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype)
-        for name, value in source.params.items()
+        for name, value in bundle.params.items()
         if name.startswith(prefixes)
     }
 
@@ -312,12 +312,12 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
     return forward
 
 
-def _stages(model: Any, source: Source, images: Any) -> list[Function]:
+def _stages(model: Any, bundle: ExportBundle, images: Any) -> list[Function]:
     made: list[Function] = []
     handed: Any = None
     for stage in range(len(model.exit_tokens)):
         inputs = {"images": images} if handed is None else {"images": images, "handed": handed}
-        params = _wanted(source, (f"stage_{stage}/", f"reuse_{stage}/"))
+        params = _wanted(bundle, (f"stage_{stage}/", f"reuse_{stage}/"))
         made.append(Function(f"stage_{stage + 1}", _stage(model, stage), params, inputs))
         outputs = jax.eval_shape(made[-1].call, params, *inputs.values())
         handed = outputs.get("handed")

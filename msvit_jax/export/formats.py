@@ -10,29 +10,29 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
 from msvit_jax import weights
-from msvit_jax.export.source import Source
+from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.weights import huggingface, ours
 from msvit_jax.weights.formats import trunk_of
 
 
-def write_ours(source: Source, path: pathlib.Path) -> str:
+def write_ours(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes all parameters under our names, with the model's metadata."""
-    ours.save(path, source.params, source.about)
+    ours.save(path, bundle.params, bundle.about)
     return ""
 
 
-def write_orbax(source: Source, path: pathlib.Path) -> str:
+def write_orbax(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes {'params': ...}, variables for `model.apply`, as an Orbax checkpoint."""
-    tree = {"params": unflatten_dict(source.params, sep="/")}
+    tree = {"params": unflatten_dict(bundle.params, sep="/")}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree, custom_metadata=source.about)
+        checkpointer.save(path.absolute(), tree, custom_metadata=bundle.about)
     return ""
 
 
-def write_timm(source: Source, path: pathlib.Path) -> str:
+def write_timm(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes the dense trunk under timm's names; the metadata has VisionTransformer's arguments."""
-    vit, theirs, left_out = _trunk(source, "timm")
-    metadata = {"msvit_jax": source.about, "timm": _timm_arguments(vit)}
+    vit, theirs, left_out = _trunk(bundle, "timm")
+    metadata = {"msvit_jax": bundle.about, "timm": _timm_arguments(vit)}
     save_file(theirs, path, {"format": "pt", **{k: json.dumps(v) for k, v in metadata.items()}})
     return left_out
 
@@ -61,31 +61,31 @@ def _timm_arguments(vit: Any) -> dict[str, Any]:
     return arguments
 
 
-def write_big_vision(source: Source, path: pathlib.Path) -> str:
+def write_big_vision(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes the dense trunk as big_vision's .npz."""
-    _, theirs, left_out = _trunk(source, "big_vision")
+    _, theirs, left_out = _trunk(bundle, "big_vision")
     np.savez(path, allow_pickle=False, **theirs)
     return left_out
 
 
-def write_dvt(source: Source, path: pathlib.Path) -> str:
+def write_dvt(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes a cascade under the names of the official DVT."""
-    theirs = weights.to_theirs("dvt", source.params, source.model)
-    save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(source.about)})
+    theirs = weights.to_theirs("dvt", bundle.params, bundle.model)
+    save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(bundle.about)})
     return ""
 
 
-def write_huggingface(source: Source, path: pathlib.Path) -> str:
+def write_huggingface(bundle: ExportBundle, path: pathlib.Path) -> str:
     """Writes the dense trunk as a directory for transformers' `from_pretrained`."""
-    vit, theirs, left_out = _trunk(source, "huggingface")
+    vit, theirs, left_out = _trunk(bundle, "huggingface")
     kind = huggingface.kind(vit)
     if kind.startswith("dinov2"):  # unused, but transformers expects it
         theirs[f"{kind}.embeddings.mask_token"] = np.zeros((1, vit.width), np.float32)
     path.mkdir()
-    metadata = {"format": "pt", "msvit_jax": json.dumps(source.about)}
+    metadata = {"format": "pt", "msvit_jax": json.dumps(bundle.about)}
     save_file(theirs, path / "model.safetensors", metadata)
-    _write_json(path / "config.json", _huggingface_config(vit, kind, source))
-    _write_json(path / "preprocessor_config.json", _preprocessor(vit, source.crop))
+    _write_json(path / "config.json", _huggingface_config(vit, kind, bundle))
+    _write_json(path / "preprocessor_config.json", _preprocessor(vit, bundle.crop))
     return left_out
 
 
@@ -97,8 +97,8 @@ _ARCHITECTURES = {
 }
 
 
-def _huggingface_config(vit: Any, kind: str, source: Source) -> dict[str, Any]:
-    names = list(source.class_names) or [f"LABEL_{label}" for label in range(vit.num_classes)]
+def _huggingface_config(vit: Any, kind: str, bundle: ExportBundle) -> dict[str, Any]:
+    names = list(bundle.class_names) or [f"LABEL_{label}" for label in range(vit.num_classes)]
     config: dict[str, Any] = {
         "model_type": kind,
         "architectures": [_ARCHITECTURES[kind]],
@@ -151,12 +151,12 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _trunk(source: Source, format_name: str) -> tuple[Any, dict[str, Any], str]:
+def _trunk(bundle: ExportBundle, format_name: str) -> tuple[Any, dict[str, Any], str]:
     """A model's plain trunk, its parameters under a format's names, and what is left out."""
-    model = source.model
-    theirs = weights.to_theirs(format_name, source.params, model)
+    model = bundle.model
+    theirs = weights.to_theirs(format_name, bundle.params, model)
     trunk, prefix = trunk_of(model, format_name)
-    others = [name for name in source.params if not name.startswith(prefix)]
+    others = [name for name in bundle.params if not name.startswith(prefix)]
     left_out = [
         f"{part} ({sum(name.startswith(part + '/') or name == part for name in others)} arrays)"
         for part in sorted({name.split("/")[0] for name in others})

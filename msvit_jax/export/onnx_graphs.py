@@ -22,8 +22,8 @@ import numpy as np
 
 from msvit_jax.errors import UserError
 from msvit_jax.export import compiled, plain_jaxpr
+from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.export.compiled import Function, Options
-from msvit_jax.export.source import Source
 from msvit_jax.weights import formats
 
 SUFFIX = ".onnx"
@@ -65,13 +65,13 @@ def check_packages() -> None:
         )
 
 
-def write(source: Source, directory: pathlib.Path, options: Options) -> None:
+def write(bundle: ExportBundle, directory: pathlib.Path, options: Options) -> None:
     """Writes graphs and about.json into a new directory.
 
     If onnxruntime is installed, every graph is run and compared with the model.
 
     Args:
-      source: Model and parameters.
+      bundle: Model and parameters.
       directory: Path of the directory to create.
       options: Options, the same as for compiled functions.
 
@@ -80,15 +80,15 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         ONNX lacks, or a graph's answers differ from the model's.
     """
     check_packages()
-    source = _single_layers(source)
-    model = _in_float32(compiled.portable(source.model))
-    settings = compiled.resolve_settings(model, source, options)
+    bundle = _single_layers(bundle)
+    model = _in_float32(compiled.portable(bundle.model))
+    settings = compiled.resolve_settings(model, bundle, options)
     directory.mkdir()
     described = []
     differences: dict[str, float] = {}
     carry: Any = None  # real outputs of the previous stage, to test the next one with
-    for function in compiled.functions(model, source, options):
-        params = {name: source.params[name] for name in function.params}
+    for function in compiled.functions(model, bundle, options):
+        params = {name: bundle.params[name] for name in function.params}
         graph = convert(function, params)
         path = directory / f"{function.name}{SUFFIX}"
         path.write_bytes(graph.model.SerializeToString())
@@ -104,7 +104,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         )
     about = {
         "format": "msvit_jax ONNX graphs, 1",
-        **source.about,
+        **bundle.about,
         "image_size": model.image_size,
         "pixels": options.pixels,
         **settings,
@@ -112,7 +112,7 @@ def write(source: Source, directory: pathlib.Path, options: Options) -> None:
         "opset": OPSET,
         "packages": {name: version(name.replace("_", "-")) for name in PACKAGES},
         "checked": _report(differences),
-        "made_by": compiled.command(source, "onnx", options),
+        "made_by": compiled.command(bundle, "onnx", options),
     }
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -211,12 +211,12 @@ def _report(differences: dict[str, float]) -> dict[str, Any] | None:
     return {"onnxruntime": version("onnxruntime"), "largest_difference": rounded}
 
 
-def _single_layers(source: Source) -> Source:
+def _single_layers(bundle: ExportBundle) -> ExportBundle:
     """The source with one block per layer instead of one block scanned over all layers."""
-    if not source.options.get("scan_layers"):
-        return source
-    options = {**source.options, "scan_layers": False}
-    return dataclasses.replace(source, options=options, params=formats.unstack(source.params))
+    if not bundle.options.get("scan_layers"):
+        return bundle
+    options = {**bundle.options, "scan_layers": False}
+    return dataclasses.replace(bundle, options=options, params=formats.unstack(bundle.params))
 
 
 def _in_float32(model: Any) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.export import compiled, formats, onnx_graphs
+from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.export.compiled import Options
-from msvit_jax.export.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Format:
     """
 
     suffix: str
-    write: Callable[[Source, pathlib.Path], str]
+    write: Callable[[ExportBundle, pathlib.Path], str]
 
 
 FORMATS = {
@@ -77,7 +77,7 @@ def check(format_name: str, out: str | pathlib.Path, options: Options = _PLAIN) 
 
 
 def write(
-    source: Source,
+    bundle: ExportBundle,
     format_name: str,
     out: str | pathlib.Path,
     options: Options = _PLAIN,
@@ -85,7 +85,7 @@ def write(
     """Writes a model in a format.
 
     Args:
-      source: Model to write.
+      bundle: Model to write.
       format_name: One of `FORMATS` or `FUNCTIONS`.
       out: Path of a file or directory, which must not exist; created complete or not at all.
       options: Options for the formats in `FUNCTIONS`.
@@ -100,9 +100,9 @@ def write(
     check(format_name, out, options)
     with _whole(paths.parse(out)) as path:
         if format_name in FUNCTIONS:
-            FUNCTIONS[format_name](source, path, options)
+            FUNCTIONS[format_name](bundle, path, options)
             return ""
-        return FORMATS[format_name].write(source, path)
+        return FORMATS[format_name].write(bundle, path)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from msvit_jax.inference import exit_thresholds
-from msvit_jax.inference.images import Source
-from msvit_jax.inference.programs import Programs
+from msvit_jax.inference.executables import ExecutableCache
+from msvit_jax.inference.images import ImageSource
 from msvit_jax.models.dvt import Exit
 
 _ON_THE_WAY = 2  # calls in flight before the answers of the oldest are read
@@ -49,28 +49,28 @@ class CascadeJob:
     """
 
     def __init__(
-        self, programs: Programs, stages: int, thresholds: Sequence[float], count: int
+        self, executables: ExecutableCache, stages: int, thresholds: Sequence[float], count: int
     ) -> None:
         """Creates a job without images.
 
         Args:
-          programs: Programs of the model.
+          executables: Compiled functions of the model.
           stages: Number of stages of the cascade.
           thresholds: Certainty at which an image leaves, for each exit; the last may be omitted
             (see `thresholds.check`).
           count: Total number of images.
         """
-        self._programs, self._stages = programs, stages
+        self._executables, self._stages = executables, stages
         self._thresholds = exit_thresholds.check(thresholds, stages)
         self._images: dict[int, np.ndarray] = {}  # until they are answered
         self._waiting = [_Waiting() for _ in range(stages)]
         self._full: collections.deque[tuple[int, list[int], Any]] = collections.deque()
         self._on_the_way: collections.deque[tuple[int, list[int], Exit]] = collections.deque()
-        self.logits = np.zeros((count, programs.classes), np.float32)
+        self.logits = np.zeros((count, executables.classes), np.float32)
         self.exit_index = np.zeros(count, np.int32)
         self.certainty = np.zeros((count, stages))
 
-    def run(self, source: Source, answered: Callable[[list[int]], Any]) -> None:
+    def run(self, source: ImageSource, answered: Callable[[list[int]], Any]) -> None:
         """Answers all images.
 
         Args:
@@ -78,7 +78,7 @@ class CascadeJob:
           answered: Callback that gets the indices of newly answered images.
         """
         chunks: Iterator[tuple[Sequence[int], np.ndarray]] | None = source.chunks(
-            self._programs.batch
+            self._executables.batch
         )
         while True:
             if self._full:
@@ -104,8 +104,8 @@ class CascadeJob:
     def _start(self, stage: int, numbers: list[int], handed: Any) -> None:
         """Starts a batch on the devices; its answers are read later."""
         images = [self._images[number] for number in numbers]
-        batch = self._programs.put(images, range(len(images)))
-        done = self._programs.run_stage(stage, batch, handed)
+        batch = self._executables.put(images, range(len(images)))
+        done = self._executables.run_stage(stage, batch, handed)
         self._on_the_way.append((stage, numbers, done))
 
     def _finish(self) -> list[int]:
@@ -125,13 +125,13 @@ class CascadeJob:
 
     def _carry(self, stage: int, numbers: list[int], staying: np.ndarray, handed: Any) -> None:
         """Adds images to those waiting for a stage; a full batch of them will run next."""
-        waiting, size = self._waiting[stage], self._programs.batch
+        waiting, size = self._waiting[stage], self._executables.batch
         together = waiting.numbers + [numbers[row] for row in staying]
         # Waiting rows, then the new batch's rows; split into one full batch and the remainder.
         index = np.zeros(2 * size, np.int32)
         index[: len(together)] = [*range(len(waiting.numbers)), *(size + staying)]
         old = handed if waiting.rows is None else waiting.rows
-        first, rest = self._programs.carry(stage, old, handed, index)
+        first, rest = self._executables.carry(stage, old, handed, index)
         if len(together) < size:
             self._waiting[stage] = _Waiting(together, first)
         else:

@@ -24,7 +24,7 @@ _NORMALIZED_MOST = 4  # pixels beyond this multiple of the greatest normalized v
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ImageSource:
     """A source of images of one size and type.
 
     Attributes:
@@ -84,7 +84,7 @@ class Reading:
     std: Sequence[float] | None = None
 
 
-def open_images(images: Images, how: Reading) -> Source:
+def open_images(images: Images, how: Reading) -> ImageSource:
     """Checks images and makes them readable.
 
     Args:
@@ -142,7 +142,7 @@ def _as_array(image: Any) -> np.ndarray:
     return array
 
 
-def _from_array(images: np.ndarray, how: Reading) -> Source:
+def _from_array(images: np.ndarray, how: Reading) -> ImageSource:
     if images.shape[:1] == (0,):
         raise UserError(_NONE)
     if images.ndim != 4:
@@ -151,20 +151,20 @@ def _from_array(images: np.ndarray, how: Reading) -> Source:
     _check_shapes([images.shape[1:]], how.size)
     _check_type(images.dtype)
     _check_values(images, how)
-    return Source(len(images), lambda part: _as_read(images[part]))
+    return ImageSource(len(images), lambda part: _as_read(images[part]))
 
 
-def _from_list(images: list[np.ndarray], how: Reading) -> Source:
+def _from_list(images: list[np.ndarray], how: Reading) -> ImageSource:
     for dtype in {image.dtype for image in images}:
         _check_type(dtype)
     if len({image.dtype == np.uint8 for image in images}) > 1:
         raise UserError("The list mixes uint8 images with normalized float ones; give one kind.")
     _check_shapes([image.shape for image in images], how.size)
     _check_values(images, how)
-    return Source(len(images), lambda part: _as_read(np.stack(images[part])))
+    return ImageSource(len(images), lambda part: _as_read(np.stack(images[part])))
 
 
-def _from_files(paths: list[pathlib.Path], how: Reading) -> Source:
+def _from_files(paths: list[pathlib.Path], how: Reading) -> ImageSource:
     if how.on_error == "stop":
         # Report missing files before the first image is run, not after an hour.
         for path in paths:
@@ -179,7 +179,7 @@ def _from_files(paths: list[pathlib.Path], how: Reading) -> Source:
                     raise UserError(f"The image '{shown(path)}' cannot be read: {image}.")
         return images
 
-    return Source(len(paths), read)
+    return ImageSource(len(paths), read)
 
 
 def _read_file(path: pathlib.Path, how: Reading) -> np.ndarray | ImageError:

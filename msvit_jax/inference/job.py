@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from msvit_jax import data
-from msvit_jax.inference.images import Source
-from msvit_jax.inference.programs import Answers, Decisions, Programs
+from msvit_jax.inference.executables import Answers, Decisions, ExecutableCache
+from msvit_jax.inference.images import ImageSource
 from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
 from msvit_jax.models.output import Features
 from msvit_jax.tokens import grid
@@ -27,43 +27,45 @@ class Decided:
     decisions: Decisions | None
 
 
-def decide(programs: Programs, source: Source, threshold: float | None) -> Iterator[Decided]:
+def decide_batches(
+    executables: ExecutableCache, source: ImageSource, threshold: float | None
+) -> Iterator[Decided]:
     """Reads images batch by batch and runs the gate, if any, one batch ahead of its use.
 
     Args:
-      programs: Programs of the model.
+      executables: Compiled functions of the model.
       source: Source of the images.
       threshold: Threshold of the gate; None for a model without one.
     """
 
     def start(chunk: tuple[Sequence[int], np.ndarray]) -> Decided:
         numbers, images = chunk
-        if not programs.gated:
+        if not executables.gated:
             return Decided(numbers, images, None)
-        batch = programs.put(images, range(len(images)))
-        return Decided(numbers, images, programs.decide(batch, threshold))
+        batch = executables.put(images, range(len(images)))
+        return Decided(numbers, images, executables.run_gate(batch, threshold))
 
-    return data.device_batches(source.chunks(programs.batch), start, depth=1)
+    return data.device_batches(source.chunks(executables.batch), start, depth=1)
 
 
 class Job:
     """The images of one call: waiting ones, running ones, and the answers."""
 
-    def __init__(self, programs: Programs, policy: Policy, count: int) -> None:
+    def __init__(self, executables: ExecutableCache, policy: Policy, count: int) -> None:
         """Creates a job without images.
 
         Args:
-          programs: Programs of the model.
+          executables: Compiled functions of the model.
           policy: Policy that decides which images run together.
           count: Total number of images.
         """
-        self._programs, self._queue = programs, Queue(policy)
+        self._executables, self._queue = executables, Queue(policy)
         self._grid = policy.shapes[-1].tokens
         self._images: dict[int, np.ndarray] = {}  # until they are answered
         self._on_the_way: collections.deque[tuple[Call, Answers]] = collections.deque()
         self._again: set[int] = set()
         self._count = count
-        self.logits = np.zeros((count, programs.classes), np.float32)
+        self.logits = np.zeros((count, executables.classes), np.float32)
         self.tokens = np.zeros(count, np.int32)
         self.coarse: np.ndarray | None = None
         self.probability: np.ndarray | None = None
@@ -118,12 +120,12 @@ class Job:
     def _start(self, call: Call) -> None:
         """Starts a call on the devices; its answers are read later."""
         positions = [position for position, image in enumerate(call.images_at) if image != PADDING]
-        images = self._programs.put([self._images[number] for number in call.images], positions)
+        images = self._executables.put([self._images[number] for number in call.images], positions)
         coarse = None
         if self.coarse is not None:
             coarse = np.ones((len(call.images_at), self.coarse.shape[1]), np.float32)
             coarse[positions] = self.coarse[call.images]
-        self._on_the_way.append((call, self._programs.answer(call.shape, images, coarse)))
+        self._on_the_way.append((call, self._executables.answer(call.shape, images, coarse)))
 
     def _finish(self) -> list[int]:
         """Reads the answers of the oldest call; returns the indices of the answered images."""

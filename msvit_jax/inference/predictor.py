@@ -20,9 +20,9 @@ from msvit_jax.inference import exit_thresholds, shapes
 from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
-from msvit_jax.inference.images import Images, Reading, Source, open_images
-from msvit_jax.inference.job import Job, decide
-from msvit_jax.inference.programs import Programs, carry_name, stage_name
+from msvit_jax.inference.executables import ExecutableCache, carry_name, stage_name
+from msvit_jax.inference.images import Images, ImageSource, Reading, open_images
+from msvit_jax.inference.job import Job, decide_batches
 from msvit_jax.models.layout import with_dense_layout
 from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
@@ -196,7 +196,7 @@ class Predictor:
             row_width=row_width,
             most_shapes=max_programs - len(_PREPARATION),
         )
-        self._programs = Programs(self.model, variables, self._batch, self._mesh)
+        self._executables = ExecutableCache(self.model, variables, self._batch, self._mesh)
         self._exit_thresholds: tuple[float, ...] | None = None
         if is_cascade(model):
             stages = len(model.exit_tokens)
@@ -316,13 +316,13 @@ class Predictor:
             stages = range(len(self.model.exit_tokens))
             carries = [carry_name(stage) for stage in stages[1:]]
             return (_PREPARATION[0], *map(stage_name, stages), *carries)
-        preparation = _PREPARATION if self._programs.gated else _PREPARATION[:1]
+        preparation = _PREPARATION if self._executables.gated else _PREPARATION[:1]
         return (*preparation, *(shape.name for shape in self._policy.shapes))
 
     @property
     def compiled(self) -> tuple[str, ...]:
         """Names of the programs that have been compiled."""
-        return self._programs.compiled
+        return self._executables.compiled
 
     def warm_up(self) -> "Predictor":
         """Compiles and runs every program, so that no later call waits for a compilation.
@@ -337,12 +337,12 @@ class Predictor:
                 self._open(pixels), [exit_thresholds.NEVER] * (len(self.model.exit_tokens) - 1)
             )
             return self
-        images = self._programs.put(np.zeros((1, side, side, 3), np.uint8), [0])
+        images = self._executables.put(np.zeros((1, side, side, 3), np.uint8), [0])
         coarse = None
-        if self._programs.gated:
-            coarse = np.asarray(self._programs.decide(images, self.threshold).coarse)
+        if self._executables.gated:
+            coarse = np.asarray(self._executables.run_gate(images, self.threshold).coarse)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            start = lambda shape: self._programs.answer(shape, images, coarse)  # noqa: E731
+            start = lambda shape: self._executables.answer(shape, images, coarse)  # noqa: E731
             jax.block_until_ready(list(threads.map(start, self._policy.shapes)))
         return self
 
@@ -373,9 +373,9 @@ class Predictor:
         job: Job | CascadeJob
         if self.thresholds is not None:
             stages = len(self.model.exit_tokens)
-            job = CascadeJob(self._programs, stages, self.thresholds, source.count)
+            job = CascadeJob(self._executables, stages, self.thresholds, source.count)
         else:
-            job = Job(self._programs, self._policy, source.count)
+            job = Job(self._executables, self._policy, source.count)
 
         def tell(numbers: list[int]) -> None:
             if answered and numbers:
@@ -386,7 +386,7 @@ class Predictor:
         if isinstance(job, CascadeJob):
             job.run(source, tell)
         else:
-            job.run(decide(self._programs, source, self.threshold), tell)
+            job.run(decide_batches(self._executables, source, self.threshold), tell)
         job.logits[list(source.failed)] = np.nan
         return self._predictions(job, slice(None), source.failed)
 
@@ -415,9 +415,9 @@ class Predictor:
             coarse_probability=job.probability[part].reshape(shape),
         )
 
-    def _cascade(self, source: Source, thresholds: Sequence[float]) -> CascadeJob:
+    def _cascade(self, source: ImageSource, thresholds: Sequence[float]) -> CascadeJob:
         stages = len(self.model.exit_tokens)
-        job = CascadeJob(self._programs, stages, thresholds, source.count)
+        job = CascadeJob(self._executables, stages, thresholds, source.count)
         job.run(source, lambda numbers: None)
         return job
 
@@ -454,7 +454,7 @@ class Predictor:
         never = [exit_thresholds.NEVER] * (len(self.model.exit_tokens) - 1)
         return self._cascade(self._open(images), never).certainty
 
-    def _open(self, images: Images, on_error: str = "stop") -> Source:
+    def _open(self, images: Images, on_error: str = "stop") -> ImageSource:
         return open_images(images, self.reading(on_error))
 
     def reading(self, on_error: str = "stop") -> Reading:
@@ -494,7 +494,7 @@ class Predictor:
             threshold, or no image can be read.
         """
         self._check_adjustable()
-        batches = decide(self._programs, self._open(images, on_error), self.threshold)
+        batches = decide_batches(self._executables, self._open(images, on_error), self.threshold)
         probability = [
             np.asarray(batch.decisions.probability)[: len(batch.numbers)]
             for batch in batches

@@ -2,7 +2,8 @@
 
 Source: MSViT (Havtorn et al. 2023), section 3, and facts derived from its published costs: a
 four-layer MLP on the raw pixels of the region, as wide as the backbone. Every gate here gives
-*logits* whose sigmoid is the probability of staying coarse; `decide` turns them into decisions.
+*logits* whose sigmoid is the probability of staying coarse; `threshold_decisions` turns them into
+decisions.
 """
 
 from typing import Any
@@ -173,7 +174,7 @@ class Decisions:
     slope: Array
 
 
-def decide(logits: Array, *, threshold: float | Array) -> Decisions:
+def threshold_decisions(logits: Array, *, threshold: float | Array) -> Decisions:
     """Decides without noise: 1 (coarse) where the probability of coarse exceeds the threshold."""
     coarse = (jax.nn.sigmoid(logits) > threshold).astype(jnp.float32)
     return Decisions(coarse, jnp.zeros_like(logits))

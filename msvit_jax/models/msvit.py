@@ -197,14 +197,16 @@ class MSViT(BackboneMixin, nn.Module):
         mean, std = (jnp.asarray(x, regions.dtype).reshape(shape) for x in (self.mean, self.std))
         return gates.untrained_logits(self.gate, regions * std + mean)
 
-    def _decide(
+    def _decisions(
         self, logits: Array, train: bool, threshold: float | Array | None
     ) -> gates.Decisions:
         if self.fine_share is not None:
             return gates.finest(logits, self.fine_share)
         if train and self.gate == "mlp":
             return gates.sample(logits, self.make_rng("gate"), self.temperature)
-        return gates.decide(logits, threshold=self.threshold if threshold is None else threshold)
+        return gates.threshold_decisions(
+            logits, threshold=self.threshold if threshold is None else threshold
+        )
 
     def embed_scales(self, images: Array) -> tuple[Array, Array]:
         """Embeds both scales, with positions: fine [B, R, 4, D] and coarse [B, R, D]."""
@@ -228,7 +230,7 @@ class MSViT(BackboneMixin, nn.Module):
         """Decides as in evaluation, without running the transformer; arguments as in `__call__`."""
         check_images(images, self.coarse_size)
         logits = self.gate_logits(images)
-        return GateOutput(logits=logits, coarse=self._decide(logits, False, threshold).coarse)
+        return GateOutput(logits=logits, coarse=self._decisions(logits, False, threshold).coarse)
 
     @also_empty
     def __call__(
@@ -257,7 +259,7 @@ class MSViT(BackboneMixin, nn.Module):
         if coarse is not None and coarse.shape != logits.shape:
             raise ValueError(f"coarse has shape {coarse.shape}; the regions are {logits.shape}.")
         if coarse is None:
-            decisions = self._decide(logits, train, threshold)
+            decisions = self._decisions(logits, train, threshold)
         elif train:
             decisions = gates.given(coarse, logits)
         else:

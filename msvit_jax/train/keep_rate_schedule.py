@@ -45,7 +45,7 @@ class KeepRateSchedule:
     num_rates: int
 
     @classmethod
-    def of(
+    def from_config(
         cls, options: Mapping[str, Any], model: nn.Module, steps_per_epoch: float
     ) -> "KeepRateSchedule | None":
         """Makes the schedule that a config asks for; None if it asks for none.

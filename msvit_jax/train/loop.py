@@ -31,7 +31,7 @@ from msvit_jax.train import optimizer, owner
 from msvit_jax.train.capacity_schedule import CapacitySchedule
 from msvit_jax.train.health import Health
 from msvit_jax.train.keep_rate_schedule import KeepRateSchedule
-from msvit_jax.train.program import Program
+from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
 from msvit_jax.weights.declared import UNSEEN
@@ -44,7 +44,7 @@ class NotFiniteError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunLength:
     """Length of a run.
 
     Attributes:
@@ -60,7 +60,7 @@ class Plan:
     eval_every: int
 
     @classmethod
-    def of(cls, config: config_dict.ConfigDict, train_examples: int) -> "Plan":
+    def from_config(cls, config: config_dict.ConfigDict, train_examples: int) -> "RunLength":
         """Computes steps from the config's epochs."""
         per_epoch = train_examples / config.batch_size
         whole = round(config.epochs * per_epoch)
@@ -103,16 +103,16 @@ class _Run:
         self.config, self.workdir = config, workdir
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accum_steps)
-        self.plan = Plan.of(config, self.info.train_examples)
+        self.run_length = RunLength.from_config(config, self.info.train_examples)
         self.schedule: optax.Schedule = optimizer.schedule(
-            config.optimizer, self.plan.schedule_steps, self.plan.steps_per_epoch
+            config.optimizer, self.run_length.schedule_steps, self.run_length.steps_per_epoch
         )
-        self.program = Program.of(config, self.mesh, self.schedule)
+        self.program = TrainProgram.from_config(config, self.mesh, self.schedule)
         self.model: nn.Module = self.program.model
         self.region_grid: tuple[int, int] | None = getattr(self.model, "region_grid", None)
         self.capacity = self._capacity_schedule()
-        self.keep_rate = KeepRateSchedule.of(
-            config.keep_rate, self.model, self.plan.steps_per_epoch
+        self.keep_rate = KeepRateSchedule.from_config(
+            config.keep_rate, self.model, self.run_length.steps_per_epoch
         )
         self._compiled_steps: dict[Any, Any] = {}
         self.messages: list[str] = [
@@ -204,7 +204,7 @@ class _Run:
             active = jax.process_index() == 0
             logger = Logger(
                 self.workdir,
-                steps=self.plan.steps,
+                steps=self.run_length.steps,
                 start=start,
                 active=active,
                 terminal=self.config.terminal,
@@ -222,7 +222,7 @@ class _Run:
     def _steps(
         self, state: TrainState, start: int, logger: Logger, stop: "StopRequest"
     ) -> dict[str, Any]:
-        config, plan = self.config, self.plan
+        config, run_length = self.config, self.run_length
         teacher = self.teacher()
         evaluate = Evaluator(
             self.model,
@@ -234,15 +234,15 @@ class _Run:
         reporter = Reporter(self, logger, start)
         figures: dict[str, Any] = {}
         batches = self.batches(start)
-        for step in range(start + 1, plan.steps + 1):
+        for step in range(start + 1, run_length.steps + 1):
             if self.keep_rate is not None and self.keep_rate.at(step - 1) != self.keep_rate.at(
                 step - 2
             ):
                 logger.say(f"step {step}: keeps {self.keep_rate.at(step - 1)} of the tokens")
             state, reported = self.train_step(step - 1)(state, next(batches), teacher)
             reporter.add(step, reported)
-            last = step == plan.steps
-            evaluating = last or step % plan.eval_every == 0
+            last = step == run_length.steps
+            evaluating = last or step % run_length.eval_every == 0
             periodic = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             stopping = self._stopping(step, stop)
             looking = self.capacity is not None and self.capacity.due(step) and not last
@@ -253,7 +253,7 @@ class _Run:
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
-                logger.evaluation(step, step / plan.steps_per_epoch, result, self.region_grid)
+                logger.evaluation(step, step / run_length.steps_per_epoch, result, self.region_grid)
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
                 extra = {} if self.capacity is None else {"capacity": self.capacity.to_json()}
@@ -308,7 +308,7 @@ class _Run:
         devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         examples = self.info.train_examples
-        epochs = self.plan.steps / self.plan.steps_per_epoch
+        epochs = self.run_length.steps / self.run_length.steps_per_epoch
         return [
             f"{config.model.name}: {count:,} parameters"
             + (f" ({learned:,} trained)" if learned != count else "")
@@ -316,7 +316,7 @@ class _Run:
             f"{self.info.name}: {examples:,} training and {self.info.eval_examples:,} evaluation "
             f"images, {self.info.num_classes} classes",
             f"{devices} ({axes}), {jax.process_count()} process(es), batch {config.batch_size}, "
-            f"{self.plan.steps:,} steps = {epochs:.4g} epochs, "
+            f"{self.run_length.steps:,} steps = {epochs:.4g} epochs, "
             f"compute in {config.dtype}",
         ]
 
@@ -335,7 +335,7 @@ class Reporter:
         self._macs = flops.macs_per_image(run.model, np.arange(max_tokens(run.model) + 1))
         self._sums: metrics.Sums | None = None
         self._scalars: list[dict[str, float]] = []
-        half_epoch = max(1, round(run.plan.steps_per_epoch / 2))
+        half_epoch = max(1, round(run.run_length.steps_per_epoch / 2))
         self._health = Health(run.config.batch_size, half_epoch)
         self._clock, self._clock_step = time.perf_counter(), start
         self._seconds: float | None = None
@@ -370,7 +370,7 @@ class Reporter:
             self._run.capacity.observe(sums.tokens, sums.overflow)
         self._scalars.append(scalars)
         self._logger.advance()
-        if step % self._run.config.log_every_steps == 0 or step == self._run.plan.steps:
+        if step % self._run.config.log_every_steps == 0 or step == self._run.run_length.steps:
             self._report(step)
 
     def _check(self, step: int, scalars: dict[str, float]) -> None:
@@ -406,9 +406,9 @@ class Reporter:
             "learning_rate": float(run.schedule(step - 1)),
             "images_per_second": run.config.batch_size / seconds,
             "seconds_per_step": seconds,
-            "seconds_left": seconds * (run.plan.steps - step),
+            "seconds_left": seconds * (run.run_length.steps - step),
         }
-        self._logger.report("train", step, step / run.plan.steps_per_epoch, figures)
+        self._logger.report("train", step, step / run.run_length.steps_per_epoch, figures)
         self._sums, self._scalars = None, []
         self._clock, self._clock_step = now, step
 

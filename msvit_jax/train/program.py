@@ -26,7 +26,7 @@ from msvit_jax.train.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainProgram:
     """A run's model, state and step.
 
     Attributes:
@@ -50,7 +50,9 @@ class Program:
     abstract_state: TrainState
 
     @classmethod
-    def of(cls, config: config_dict.ConfigDict, mesh: Mesh, schedule: optax.Schedule) -> "Program":
+    def from_config(
+        cls, config: config_dict.ConfigDict, mesh: Mesh, schedule: optax.Schedule
+    ) -> "TrainProgram":
         """Works out all shapes and shardings; computes nothing.
 
         Raises:

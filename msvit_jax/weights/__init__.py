@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from msvit_jax.weights.formats import (
         FORMATS,
         Loaded,
-        Source,
+        LoadedWeights,
         class_names,
         declared_options,
         file_of,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "Loaded",
-    "Source",
+    "LoadedWeights",
     "build_model",
     "class_names",
     "declared_options",

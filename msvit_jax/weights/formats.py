@@ -64,7 +64,7 @@ _SEEN = {timm.NAME: timm.seen, huggingface.NAME: huggingface.seen}
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class LoadedWeights:
     """Weights as read from a source, not yet fitted to a model.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Opened:
             "one is taken (model=NAME): then the source is followed."
         )
 
-    def source_for(self, model: Any, keys: Sequence[str] = FUNCTION) -> Source:
+    def source_for(self, model: Any, keys: Sequence[str] = FUNCTION) -> LoadedWeights:
         """The weights for a model, which must agree with what the source states."""
         self.check(model, keys)
         notes = list(self.notes) + self.declared.notes
@@ -175,7 +175,7 @@ class _Opened:
                 for key, value in there.items()
             ]
         if self.format == ours.NAME:
-            found = Source(_by_slashes(self.arrays), self.format)
+            found = LoadedWeights(_by_slashes(self.arrays), self.format)
         else:
             try:
                 found = _foreign(self.arrays, model, self.format)
@@ -199,7 +199,7 @@ def read(source: str | pathlib.Path, model: Any) -> Flat:
     return load(source, model).flat
 
 
-def load(source: str | pathlib.Path, model: Any) -> Source:
+def load(source: str | pathlib.Path, model: Any) -> LoadedWeights:
     """Reads a run or a file of any format; the format is recognized by the names in it.
 
     Args:
@@ -297,7 +297,7 @@ def declared_options(
     return {key: x for key, x in said.differences(model).items() if key not in given}
 
 
-def _params(path: str, found: Source, model: Any) -> tuple[Any, init_from.Report]:
+def _params(path: str, found: LoadedWeights, model: Any) -> tuple[Any, init_from.Report]:
     try:
         return found.params_for(model)
     except UserError as error:
@@ -422,7 +422,7 @@ def class_names(source: str | pathlib.Path) -> tuple[str, ...]:
     return declared.of_file(file, files.read_contents(file)).class_names
 
 
-def convert(state: State, model: Any, *, where: str = "The source") -> Source:
+def convert(state: State, model: Any, *, where: str = "The source") -> LoadedWeights:
     """Converts weights of any format to our names.
 
     Args:
@@ -440,7 +440,7 @@ def _by_slashes(state: State) -> Flat:
     return {name.replace(".", "/"): np.asarray(x) for name, x in state.items()}
 
 
-def _foreign(state: State, model: Any, name: str) -> Source:
+def _foreign(state: State, model: Any, name: str) -> LoadedWeights:
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
     headless = trunk.num_classes == 0
     # The table needs a head to recognize the source's.
@@ -458,7 +458,7 @@ def _foreign(state: State, model: Any, name: str) -> Source:
     if _scanned(trunk):
         flat = _stack(flat, trunk.depth)
     inside = {prefix + key: x for key, x in flat.items()}
-    return Source(inside, name, (*unused, *extras), pos_resize=_pos_resize(name, state))
+    return LoadedWeights(inside, name, (*unused, *extras), pos_resize=_pos_resize(name, state))
 
 
 def _parameters(state: State, table: Sequence[Entry]) -> tuple[Flat, list[str]]:

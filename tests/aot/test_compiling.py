@@ -34,5 +34,5 @@ def test_memory_counts_donated_arguments_once():
         alias_size_in_bytes=85,
         generated_code_size_in_bytes=3,
     )
-    memory = compiling.Memory.of(stats)
+    memory = compiling.Memory.from_stats(stats)
     assert (memory.outputs, memory.total) == (5, 128)

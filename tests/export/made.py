@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msvit_jax import create_model
-from msvit_jax.export import Source
+from msvit_jax.export import ExportBundle
 from msvit_jax.tree import flat_names
 
 SIDE = 16
@@ -40,7 +40,7 @@ def _source(name, options):
         path: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
         for path, leaf in flat_names(shapes).items()
     }
-    return Source(name, given, params, NAMES)
+    return ExportBundle(name, given, params, NAMES)
 
 
 def source(name, **options):

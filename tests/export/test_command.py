@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from msvit_jax import checkpoint, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.export import Options, Source, write
+from msvit_jax.export import ExportBundle, Options, write
 from msvit_jax.train.state import TrainState
 from tests.export import made
 
@@ -59,7 +59,7 @@ def test_the_command_writes_and_tells_what_it_left_out(workdir, tmp_path):
 
 
 def test_a_run_is_loaded_with_what_others_must_know(workdir, tmp_path):
-    source = Source.load(workdir)
+    source = ExportBundle.load(workdir)
     assert (source.step, source.crop, source.class_names) == (7, 0.875, made.NAMES)
     write(source, "safetensors", tmp_path / "model.safetensors")
     about = weights.describe(tmp_path / "model.safetensors")
@@ -73,14 +73,14 @@ def test_a_cascade_leaves_by_the_thresholds_that_were_fitted(tmp_path):
     options = {key: value for key, value in made.CASCADE.items() if key != "image_size"}
     fitted = [{"budget": 0.5, "thresholds": [0.8, 0.0]}, {"budget": 2.0, "thresholds": [0.9, 0.0]}]
     workdir = _workdir(tmp_path / "run", "dvt_deit_small", options, fitted)
-    write(Source.load(workdir), "compiled", tmp_path / "out", Options(gmacs_budget=1.0))
+    write(ExportBundle.load(workdir), "compiled", tmp_path / "out", Options(gmacs_budget=1.0))
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert about["thresholds"] == [0.8, 0.0]
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the workdir of a run"):
-        Source.load(tmp_path)
+        ExportBundle.load(tmp_path)
     checkpoint.claim_workdir(tmp_path, configs.base())
     with pytest.raises(UserError, match="No checkpoint in"):
-        Source.load(tmp_path)
+        ExportBundle.load(tmp_path)

@@ -75,9 +75,9 @@ def test_each_stage_computes_no_more_batches_than_it_needs(monkeypatch):
     predictor = _predictor(4)
     predictor.thresholds = _thresholds(logits)
     calls = []
-    run = predictor._programs.run_stage
+    run = predictor._executables.run_stage
     monkeypatch.setattr(
-        predictor._programs,
+        predictor._executables,
         "run_stage",
         lambda stage, *rest: calls.append(stage) or run(stage, *rest),
     )

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msvit_jax.inference.executables import Answers, Decisions
 from msvit_jax.inference.images import Reading, open_images
-from msvit_jax.inference.job import Job, decide
-from msvit_jax.inference.programs import Answers, Decisions
+from msvit_jax.inference.job import Job, decide_batches
 from msvit_jax.inference.schedule import Buckets, Shape
 
 REGIONS, SIZE = 4, 2
 
 
-class FakePrograms:
+class FakeExecutables:
     """In the place of a model: an image's first pixel is its name, the second its fine regions."""
 
     gated, classes = True, 1
@@ -27,7 +27,7 @@ class FakePrograms:
         batch[list(places)] = images
         return batch
 
-    def decide(self, images, threshold):
+    def run_gate(self, images, threshold):
         fine = images[:, 0, 0, 1:2]
         coarse = (np.arange(REGIONS) >= fine).astype(np.float32)
         return Decisions(coarse, coarse)
@@ -51,10 +51,10 @@ def _run(fine, batch, misfits):
     images = np.zeros((len(fine), SIZE, SIZE, 3), np.float32)
     images[:, 0, 0, 0] = 1 + np.arange(len(fine))
     images[:, 0, 0, 1] = fine
-    programs, told = FakePrograms(batch, misfits), []
+    programs, told = FakeExecutables(batch, misfits), []
     source = open_images(images, Reading(SIZE))
     job = Job(programs, Buckets(_shapes(batch)), len(fine))
-    job.run(decide(programs, source, 0.5), told.append)
+    job.run(decide_batches(programs, source, 0.5), told.append)
     return job, programs, told
 
 
@@ -78,7 +78,7 @@ def test_every_image_is_answered_once_in_its_place(fine, batch, misfits):
 
 
 def test_a_shape_that_breaks_its_promise_ends_the_call():
-    class Broken(FakePrograms):
+    class Broken(FakeExecutables):
         def answer(self, shape, images, coarse):
             answers = super().answer(shape, images, coarse)
             return answers.replace(within_capacity=np.zeros_like(answers.within_capacity))
@@ -87,4 +87,4 @@ def test_a_shape_that_breaks_its_promise_ends_the_call():
     programs = Broken(2, [])
     job = Job(programs, Buckets(_shapes(2)), 3)
     with pytest.raises(RuntimeError, match="where any image fits"):
-        job.run(decide(programs, open_images(images, Reading(SIZE)), 0.5), lambda n: None)
+        job.run(decide_batches(programs, open_images(images, Reading(SIZE)), 0.5), lambda n: None)

@@ -293,7 +293,7 @@ def test_programs_are_bounded_and_warm_up_leaves_nothing_to_compile():
 def test_devices_do_not_wait_for_each_other():
     predictor = _predictor("auto").warm_up()
     for name in predictor.programs:
-        text = predictor._programs._compiled[name].as_text()
+        text = predictor._executables._compiled[name].as_text()
         assert "num_partitions=2" in text
         assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text), name
 

@@ -14,7 +14,7 @@ from msvit_jax import checkpoint
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.train import capacity_schedule, loop
-from msvit_jax.train.program import Program
+from msvit_jax.train.program import TrainProgram
 from tests import tiny_run
 from tests.train.test_loop import _records, _saved
 
@@ -226,4 +226,4 @@ def test_layouts_that_cannot_train_are_told(changes, message):
     config = configs.resolve(tiny_run.msvit(**changes), 3)
     mesh = loop.sharding.make_mesh()
     with pytest.raises(UserError, match=message):
-        Program.of(config, mesh, lambda step: 1e-3)
+        TrainProgram.from_config(config, mesh, lambda step: 1e-3)

@@ -17,7 +17,7 @@ TINY = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 4, "heads": 2, 
 def _schedule(model="mergence_tiny_patch16_224", hold=10.0, epochs=100.0, num_rates=5, **overrides):
     made = msvit_jax.create_model(model, **TINY, **overrides)
     options = {"hold_epochs": hold, "epochs": epochs, "num_rates": num_rates}
-    return KeepRateSchedule.of(options, made, steps_per_epoch=2.0)
+    return KeepRateSchedule.from_config(options, made, steps_per_epoch=2.0)
 
 
 def test_rates_fall_from_one_to_the_models_along_evits_cosine():

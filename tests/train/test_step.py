@@ -11,7 +11,7 @@ from msvit_jax import losses, sharding
 from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
-from msvit_jax.train.program import Program
+from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.step import Teacher, smooth
 from tests import jitted, tiny_run
 
@@ -49,7 +49,7 @@ class Setup:
             axis_types=(AxisType.Auto,) * 2,
             devices=jax.devices()[:devices],
         )
-        self.program = program = Program.of(config, self.mesh, lambda step: 1e-3)
+        self.program = program = TrainProgram.from_config(config, self.mesh, lambda step: 1e-3)
         self.model = program.model
         with jax.set_mesh(self.mesh):
             self.state = program.fresh_state({})

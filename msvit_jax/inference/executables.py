@@ -54,7 +54,7 @@ class Answers:
     features: Features | None = None
 
 
-class Programs:
+class ExecutableCache:
     """Compiles and starts a model's programs; safe to use from several threads.
 
     Methods do not wait for the devices: they return while results are still being computed.
@@ -117,7 +117,7 @@ class Programs:
             batch[list(positions)] = images
         return batch
 
-    def decide(self, images: Array, threshold: float | None) -> Decisions:
+    def run_gate(self, images: Array, threshold: float | None) -> Decisions:
         """Runs the gate alone.
 
         Args:

@@ -14,7 +14,7 @@ from msvit_jax.weights import ours
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ExportBundle:
     """A trained model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Source:
     workdir: pathlib.Path | None = None
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path, which: str = "best") -> "Source":
+    def load(cls, workdir: str | pathlib.Path, which: str = "best") -> "ExportBundle":
         """Loads a run: the moving average of its parameters if it has one, else the parameters.
 
         Args:
