@@ -82,7 +82,7 @@ def base() -> config_dict.ConfigDict:
         "b2": 0.999,
         "layer_decay": 1.0,  # factor per layer counted from the head down
         "clip_norm": 1.0,  # for backbone, gate and priors each; 0: no clipping
-        "accum_steps": 1,  # pieces a batch is computed in
+        "accum_steps": 1,  # microbatches that a batch is computed in
         "gate_learning_rate": optional(float),  # None: learning_rate
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }

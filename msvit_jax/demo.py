@@ -20,7 +20,7 @@ from absl import flags
 
 from msvit_jax import checkpoint, config, data, errors, evaluate, paths, process_tuning
 from msvit_jax.inference import Predictor
-from msvit_jax.logging import duration
+from msvit_jax.run_log import duration
 from msvit_jax.train import loop
 from msvit_jax.visualize import examples
 

@@ -67,17 +67,21 @@ def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(None,) * largest, "fsdp")
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", pieces: int = 1) -> None:
+def check_batch(
+    batch_size: int, mesh: Mesh, name: str = "batch_size", microbatches: int = 1
+) -> None:
     """Checks that a global batch can be cut over the devices.
 
     Raises:
       UserError: It cannot; the message names sizes that can.
     """
-    unit = mesh.size * pieces
+    unit = mesh.size * microbatches
     if batch_size < 1 or batch_size % unit:
         lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit
         sizes = f"{lower} or {upper}" if lower > 0 else f"{unit}"
-        parts = f"{mesh.size} devices" + (f" x {pieces} accumulation steps" if pieces > 1 else "")
+        parts = f"{mesh.size} devices" + (
+            f" x {microbatches} accumulation steps" if microbatches > 1 else ""
+        )
         raise UserError(f"{name}={batch_size} cannot be cut over {parts}; use {sizes}.")
 
 

@@ -43,8 +43,8 @@ def test_batch_lies_on_every_device_once():
 
 def test_batch_size_that_cannot_be_cut_names_those_that_can():
     mesh = sharding.make_mesh()
-    sharding.check_batch(32, mesh, pieces=4)
+    sharding.check_batch(32, mesh, microbatches=4)
     with pytest.raises(UserError, match=r"batch_size=20 .* use 16 or 24"):
         sharding.check_batch(20, mesh)
     with pytest.raises(UserError, match="use 16"):
-        sharding.check_batch(8, mesh, pieces=2)
+        sharding.check_batch(8, mesh, microbatches=2)

@@ -85,8 +85,8 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     )
     program = TrainProgram.from_config(config, mesh, schedule)
     size, name = batch_of(config, what)
-    pieces = config.optimizer.accum_steps if what == TRAIN else 1
-    sharding.check_batch(size, mesh, name, pieces)
+    microbatches = config.optimizer.accum_steps if what == TRAIN else 1
+    sharding.check_batch(size, mesh, name, microbatches)
     split = sharding.batch_sharding(mesh)
     side = config.data.image_size
     images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=split)

@@ -58,7 +58,7 @@ class Report:
         return "; ".join([*lines, *self.notes])
 
 
-def fit(
+def adapt_weights(
     weights: Mapping[str, np.ndarray], params: Any, *, pos_resize: str = "timm"
 ) -> tuple[Flat, Report]:
     """Fits weights to a model's parameters.
@@ -138,7 +138,7 @@ def params_for(model: nn.Module, weights: Any, *, pos_resize: str = "timm") -> t
       UserError: Some are missing or have another shape.
     """
     shapes = model_shapes(model)
-    taken, report = fit(flat_names(weights), shapes, pos_resize=pos_resize)
+    taken, report = adapt_weights(flat_names(weights), shapes, pos_resize=pos_resize)
     if report.fresh:
         heads = all(re.search(r"(^|/)head(_dist)?/", name) for name in report.fresh)
         remedy = "; without a head they give features alone (num_classes=0)." if heads else ""

@@ -25,8 +25,8 @@ from msvit_jax import checkpoint, data, flops, labels, metrics, paths, sharding,
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
-from msvit_jax.logging import Logger
 from msvit_jax.models.layout import images_per_group
+from msvit_jax.run_log import Logger
 from msvit_jax.train import optimizer, owner
 from msvit_jax.train.capacity_schedule import CapacitySchedule
 from msvit_jax.train.health import Health
@@ -102,7 +102,9 @@ class _Run:
         config, followed = _following(config, workdir)
         self.config, self.workdir = config, workdir
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        sharding.check_batch(config.batch_size, self.mesh, pieces=config.optimizer.accum_steps)
+        sharding.check_batch(
+            config.batch_size, self.mesh, microbatches=config.optimizer.accum_steps
+        )
         self.run_length = RunLength.from_config(config, self.info.train_examples)
         self.schedule: optax.Schedule = optimizer.schedule(
             config.optimizer, self.run_length.schedule_steps, self.run_length.steps_per_epoch
@@ -156,7 +158,7 @@ class _Run:
         if self.config.init_from:
             source = weights.load(self.config.init_from, self.model)
             source = dataclasses.replace(source, flat=self._with_our_classes(source.flat))
-            taken, report = source.fit(self.program.params["model"])
+            taken, report = source.adapt(self.program.params["model"])
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)

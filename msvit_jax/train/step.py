@@ -62,11 +62,12 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Builds step(state, batch, teacher) -> (state, metrics).
 
-    With `optimizer.accum_steps` = k the gradient is the mean over k pieces of the batch, computed
+    With `optimizer.accum_steps` = k the gradient is the mean over k microbatches of the batch,
+    computed
     one after the other: less memory, the same step. A gate's loss then sees the order statistics of
-    a piece, not of the whole batch.
+    a microbatch, not of the whole batch.
     """
-    pieces = config.optimizer.accum_steps
+    microbatches = config.optimizer.accum_steps
     patterns = tuple(config.optimizer.freeze)
     corrected = gate_target.applies(model, config)
     if corrected:
@@ -82,10 +83,10 @@ def make_train_step(
         state: TrainState, batch: Batch, teacher: Teacher | None = None
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        if pieces == 1:
+        if microbatches == 1:
             (_, reported), grads = gradient(state.params, batch, key, teacher)
         else:
-            grads, reported = _accumulate(gradient, state.params, batch, key, teacher, pieces)
+            grads, reported = _accumulate(gradient, state.params, batch, key, teacher, microbatches)
         if corrected:
             grads = gate_target.without_bias(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -115,25 +116,25 @@ def _accumulate(
     batch: Batch,
     key: Array,
     teacher: Teacher | None,
-    pieces: int,
+    microbatches: int,
 ) -> tuple[Any, StepMetrics]:
-    """Averages the gradient over k pieces of a batch.
+    """Averages the gradient over k microbatches of a batch.
 
     Piece j has every k-th row, so that rows stay on their device.
     """
-    split = jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(index: Array) -> tuple[Any, StepMetrics]:
-        piece = jax.tree.map(lambda x: x[index], split)
-        (_, reported), grads = gradient(params, piece, jax.random.fold_in(key, index), teacher)
+        microbatch = jax.tree.map(lambda x: x[index], split)
+        (_, reported), grads = gradient(params, microbatch, jax.random.fold_in(key, index), teacher)
         return grads, reported
 
     def add(carry: Any, index: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, carry, one(index)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, 0))
-    (grads, reported), _ = jax.lax.scan(add, zeros, jnp.arange(pieces))
-    mean = lambda tree: jax.tree.map(lambda x: x / pieces, tree)  # noqa: E731
+    (grads, reported), _ = jax.lax.scan(add, zeros, jnp.arange(microbatches))
+    mean = lambda tree: jax.tree.map(lambda x: x / microbatches, tree)  # noqa: E731
     return mean(grads), dataclasses.replace(reported, scalars=mean(reported.scalars))
 
 

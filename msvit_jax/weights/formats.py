@@ -82,9 +82,9 @@ class LoadedWeights:
     notes: tuple[str, ...] = ()
     pos_resize: str = "timm"
 
-    def fit(self, params: Any) -> tuple[Flat, init_from.Report]:
-        """Fits the weights to a model's parameters; see `init_from.fit`."""
-        taken, report = init_from.fit(self.flat, params, pos_resize=self.pos_resize)
+    def adapt(self, params: Any) -> tuple[Flat, init_from.Report]:
+        """Fits the weights to a model's parameters; see `init_from.adapt_weights`."""
+        taken, report = init_from.adapt_weights(self.flat, params, pos_resize=self.pos_resize)
         return taken, self._completed(report)
 
     def params_for(self, model: Any) -> tuple[Any, init_from.Report]:

@@ -30,7 +30,7 @@ def _weights(model, seed=1):
 
 
 def _fit(weights, model):
-    return init_from.fit(weights, init_from.model_shapes(model))
+    return init_from.adapt_weights(weights, init_from.model_shapes(model))
 
 
 def test_same_model_takes_everything():

@@ -107,10 +107,10 @@ def test_parameters_are_cut_along_fsdp():
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
     whole, reports = Setup(CASES["vit"]()).run(1)
-    pieces, more_reports = Setup(CASES["vit"](optimizer__accum_steps=4), 4).run(1)
-    # Without random parts and with equal pieces the mean of means is the mean.
+    microbatches, more_reports = Setup(CASES["vit"](optimizer__accum_steps=4), 4).run(1)
+    # Without random parts and with equal microbatches the mean of means is the mean.
     _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
-    _assert_close(_gradients(whole), _gradients(pieces), rtol=1e-4, atol=1e-7)
+    _assert_close(_gradients(whole), _gradients(microbatches), rtol=1e-4, atol=1e-7)
 
 
 def test_every_parameter_of_a_gate_and_its_priors_moves():

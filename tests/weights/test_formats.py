@@ -241,7 +241,7 @@ def test_what_was_adapted_is_reported(tmp_path):
         "pos_embed (17, 16) -> (65, 16)",
     ]
     source = weights.load(tmp_path / "w.safetensors", tiny(num_classes=5))
-    _, report = init_from.fit(source.flat, init_from.model_shapes(tiny(num_classes=5)))
+    _, report = init_from.adapt_weights(source.flat, init_from.model_shapes(tiny(num_classes=5)))
     assert "head/bias (3 classes in the source, 5 here)" in report.fresh
 
 

@@ -45,7 +45,7 @@ def compiled(model):
 def logits(model, flat):
     """Of the golden images; a head that the weights lack copies the class token."""
     shapes = init_from.model_shapes(model)
-    taken, _ = init_from.fit(flat, shapes)
+    taken, _ = init_from.adapt_weights(flat, shapes)
     if "head/kernel" not in taken:
         size = model.num_classes
         taken |= {"head/kernel": np.eye(size), "head/bias": np.zeros(size)}

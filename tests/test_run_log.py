@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from msvit_jax import evaluate, logging, visualize
+from msvit_jax import evaluate, run_log, visualize
 from msvit_jax.errors import UserError
 
 
@@ -12,18 +12,18 @@ from msvit_jax.errors import UserError
     [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7805, "2h10m"), (float("inf"), "?")],
 )
 def test_durations(seconds, text):
-    assert logging.duration(seconds) == text
+    assert run_log.duration(seconds) == text
 
 
 def test_a_line_shows_what_there_is_and_nothing_else():
     figures = {"top1": 12.345, "total_loss": 2.5, "unknown": 3, "seconds_left": 61}
-    assert logging.line("train", 10, 0.5, figures) == (
+    assert run_log.line("train", 10, 0.5, figures) == (
         "train  step     10  epoch   0.50  loss 2.5000  top1 12.35%  left 1m01s"
     )
 
 
 def test_a_bar_alone_shows_few_lines_where_nobody_watches_and_records_all(tmp_path, capsys):
-    logger = logging.Logger(tmp_path, steps=100, start=0, active=True, terminal="bar")
+    logger = run_log.Logger(tmp_path, steps=100, start=0, active=True, terminal="bar")
     for step in range(1, 101):
         logger.report("train", step, 0.1, {"top1": 12.0, "gate_loss": 1.0})
     logger.report("eval", 100, 1.0, {"top1": 50.0})
@@ -34,11 +34,11 @@ def test_a_bar_alone_shows_few_lines_where_nobody_watches_and_records_all(tmp_pa
     assert "gate" not in said[0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 101
     with pytest.raises(UserError, match="neither 'lines' nor 'bar'"):
-        logging.Logger(tmp_path, steps=1, start=0, active=True, terminal="none")
+        run_log.Logger(tmp_path, steps=1, start=0, active=True, terminal="none")
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
-    logger = logging.Logger(tmp_path / "run", steps=3, start=0, active=False)
+    logger = run_log.Logger(tmp_path / "run", steps=3, start=0, active=False)
     logger.say("x")
     logger.advance()
     logger.report("train", 1, 0.1, {"top1": 1.0})
@@ -52,7 +52,7 @@ def test_merge_maps_are_drawn_with_and_without_a_gate(tmp_path, monkeypatch):
     merged = np.zeros((2, 3, 4, 4), np.int32)
     merged[:, 2, 0, :2] = (0, 1)
     coarse = np.ones((2, 4), np.float32)
-    logger = logging.Logger(tmp_path, steps=3, start=0, active=True)
+    logger = run_log.Logger(tmp_path, steps=3, start=0, active=True)
     drawn = {}
     keep = lambda name, picture, step, **_: drawn.update({name: picture})  # noqa: E731
     monkeypatch.setattr(logger._board, "add_image", keep)
@@ -71,7 +71,7 @@ def test_merge_maps_are_drawn_with_and_without_a_gate(tmp_path, monkeypatch):
 
 
 def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
-    logger = logging.Logger(tmp_path, steps=3, start=0, active=True)
+    logger = run_log.Logger(tmp_path, steps=3, start=0, active=True)
     logger.report("train", 1, 0.1, {"bad": object()})
     with pytest.raises(TypeError):
         logger.close()
