@@ -16,7 +16,9 @@ from msvit_jax.config import sibling
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "cifar10_vit.py")
     config.model = {
-        "name": "dvt_deit_small",
+        "name": "dvt",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
         "grid_sizes": (4, 6, 8),
         "width": 192,
         "heads": 3,

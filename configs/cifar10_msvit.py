@@ -15,7 +15,7 @@ from msvit_jax.config import sibling
 
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "cifar10_vit.py")
-    config.model.name = "msvit_tiny_patch16_224"
+    config.model.name = "msvit"
     config.epochs = 20.0
     config.eval_every_epochs = 1.0
     config.optimizer.learning_rate = 1e-4

@@ -15,7 +15,9 @@ from msvit_jax.config import base
 def get_config() -> config_dict.ConfigDict:
     config = base()
     config.model = {
-        "name": "vit_tiny_patch16_224",
+        "name": "vit",
+        "width": 192,
+        "heads": 3,
         "patch_size": 4,
         "depth": 9,
         "drop_path": 0.1,

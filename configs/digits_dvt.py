@@ -18,7 +18,9 @@ from msvit_jax.config import sibling
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "digits_vit.py")
     config.model = {
-        "name": "dvt_deit_small",
+        "name": "dvt",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
         "image_size": 64,
         "grid_sizes": (5, 8),
         "width": 64,

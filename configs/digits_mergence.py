@@ -18,7 +18,7 @@ from msvit_jax.config import sibling
 
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "digits_vit.py")
-    config.model.name = "mergence_tiny_patch16_224"
+    config.model.name = "mergence"
     config.model.scales = (4, 8)
     config.model.reducer = "mergence"
     config.model.keep = 0.51

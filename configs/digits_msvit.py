@@ -17,7 +17,7 @@ from msvit_jax.config import base
 def get_config() -> config_dict.ConfigDict:
     config = base()
     config.model = {
-        "name": "msvit_tiny_patch16_224",
+        "name": "msvit",
         "image_size": 64,
         "patch_size": 8,
         "width": 64,

@@ -15,7 +15,7 @@ from msvit_jax.config import base
 def get_config() -> config_dict.ConfigDict:
     config = base()
     config.model = {
-        "name": "vit_tiny_patch16_224",
+        "name": "vit",
         "image_size": 64,
         "patch_size": 8,
         "width": 64,

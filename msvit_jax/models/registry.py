@@ -43,6 +43,7 @@ def _backbones() -> dict[str, dict[str, Any]]:
         if size != "tiny":
             table[f"vit_{size}_patch14_dinov2"] = {**shape, **_DINOV2}
             table[f"vit_{size}_patch14_reg4_dinov2"] = {**shape, **_DINOV2_REGISTERS}
+    table["vit"] = _AUGREG  # of any size: give width, depth, heads and patch_size
     for depth, shape in _T2T_SIZES.items():
         table[f"t2t_vit_{depth}"] = {"depth": depth, **shape, **_T2T}
     return table
@@ -51,7 +52,7 @@ def _backbones() -> dict[str, dict[str, Any]]:
 BACKBONES = _backbones()
 T2T = {name for name in BACKBONES if name.startswith("t2t_")}
 # Our names: the mixed-scale model over the AugReg backbone, and over DeiT's.
-MIXED_SCALE = {
+MIXED_SCALE = {"msvit": "vit"} | {
     name: backbone
     for size in _SIZES
     for name, backbone in (
@@ -63,6 +64,7 @@ MIXED_SCALE = {
 MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
 # Cascades, and the model of each of their stages.
 CASCADES = {
+    "dvt": "vit",
     "dvt_deit_small": "deit_small_patch16_224",
     "dvt_t2t_vit_12": "t2t_vit_12",
     "dvt_t2t_vit_14": "t2t_vit_14",
