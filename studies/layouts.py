@@ -51,12 +51,12 @@ def arms(study: digits.Study, dense: str) -> dict[str, digits.Figures]:
         "slots, frozen gate": study.arm("frozen_slots", "digits_msvit", **frozen),
         "rows, frozen gate": study.arm("frozen_rows", "digits_msvit", **{**frozen, **ROWS}),
     }
-    found["trimmed"] |= budgets(pathlib.Path(study.workdir("trimmed")))
+    found["trimmed"] |= capacities(pathlib.Path(study.workdir("trimmed")))
     found["rows, frozen gate"] |= overflow(pathlib.Path(study.workdir("frozen_rows")))
     return found
 
 
-def budgets(workdir: pathlib.Path) -> digits.Figures:
+def capacities(workdir: pathlib.Path) -> digits.Figures:
     """What the schedule of a run did, from its log and metrics."""
     log = workdir.with_suffix(".out").read_text()
     changes = re.findall(

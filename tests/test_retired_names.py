@@ -6,6 +6,7 @@ Old config keys are the exception, and live in one table: msvit_jax/config_alias
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -21,20 +22,46 @@ IDENTIFIERS = {
     "Fall",  # KeepRateSchedule
     "Handed",  # StageCarry
     "Marks",  # BiasFactors
+    "Plan",  # RunLength
+    "Program",  # TrainProgram, CompiledFn
+    "Programs",  # ExecutableCache
     "Side",  # Case
+    "Source",  # ImageSource, ExportBundle, LoadedWeights
     "Trim",  # CapacitySchedule
+    "budget",  # token_capacity, gmacs_budget
+    "budgets",
     "by_luck",
+    "cell",  # effective_patch_size
+    "decide",  # decide_batches, run_gate, threshold_decisions
     "embed_norms",  # embed_norm_elements
+    "gate_grid",  # region_grid
+    "grids",  # grid_sizes
+    "hosts",  # merge_targets
+    "hosts_to_map",  # targets_to_map
     "in_slots",  # with_dense_layout
     "luck",  # random_score
     "luck_of",
+    "most_places",  # max_capacity
+    "pieces",  # microbatches
+    "places",  # capacity, positions, indices, subpatches
     "shelves",  # length_buckets
     "shelves_apart",
     "shelves_together",
     "take_turns",  # time_interleaved
     "takes_threshold",  # has_threshold
+    "unfit",  # overflow
     "who_asks",  # importance_query
 }
+
+
+# Names of fields and options, written as code in pages: with a dot before or an equals sign behind.
+ATTRIBUTES = r"\b[Oo]utput\.(exits|fits|merged|hosts)\b|\bbudget=|\bgrids?="
+BRITISH = re.compile(
+    r"(?i)centre|colour|grey|behaviour|favour|neighbour|judgement|labelled|modelled|programme\b"
+    r"|(normal|optim|token|initial|random|real|summar|recogn|general|serial|organ)is(e|ed|es|er|ation)\b"
+)
+# They read configs of before.
+SPELLED_AS_BEFORE = {"config_aliases.py", "test_config.py", "test_retired_names.py"}
 
 
 def defined(path):
@@ -58,7 +85,26 @@ def test_no_definition_has_one():
 
 @pytest.mark.parametrize("path", [*PAGES, *CONFIGS], ids=lambda path: path.name)
 def test_no_page_or_config_has_one(path):
-    words = sorted(IDENTIFIERS - {"Side", "Fall", "Trim", "Marks", "Carried", "Handed", "luck"})
+    words = sorted(name for name in IDENTIFIERS if "_" in name or name in ("Backboned", "shelves"))
     keys = [re.escape(key) for key in config_aliases.RENAMED]
     pattern = rf"(?<![\w.])(config\.)?({'|'.join(keys)})\b|\b({'|'.join(words)})\b"
     assert not re.search(pattern, path.read_text())
+    assert not re.search(ATTRIBUTES, path.read_text())
+
+
+def test_spelling_is_american():
+    files = [*PAGES, *CONFIGS, *ROOT.glob("notebooks/*.ipynb"), ROOT / "CHANGELOG.md"]
+    for folder in ("msvit_jax", "studies", "benchmarks", "tools", "tests"):
+        files += ROOT.glob(f"{folder}/**/*.py")
+    found = {
+        (path.name, word.group())
+        for path in files
+        if path.name not in SPELLED_AS_BEFORE
+        for word in BRITISH.finditer(path.read_text())
+    }
+    assert not found
+
+
+def test_no_module_shadows_the_standard_library():
+    names = {path.stem for path in ROOT.glob("msvit_jax/*.py")}
+    assert not names & sys.stdlib_module_names

@@ -39,20 +39,20 @@ class ScaleFeatures(nn.Module):
 
     width: int
     patch_size: int
-    cell: int
+    stride: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """Computes the features: [B, H, W, 3] -> [B, H / cell, W / cell, D]."""
+        """Computes the features: [B, H, W, 3] -> [B, H / stride, W / stride, D]."""
         embed = PatchEmbed(self.width, self.patch_size, self.dtype, name="embed")
-        parts = max(1, self.cell // self.patch_size)
+        parts = max(1, self.stride // self.patch_size)
         # One offset within the cells at a time, so that no map of all small patches is in memory.
         features = [gelu(embed(part)) for part in grid.subpatches(images, self.patch_size, parts)]
         x = functools.reduce(operator.add, features) / parts**2
         zeros = nn.initializers.zeros
         x = nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="proj")(x)
-        times = max(1, self.patch_size // self.cell)
+        times = max(1, self.patch_size // self.stride)
         return jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
@@ -79,16 +79,16 @@ class Mergence(BackboneMixin, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for scales that do not fit the image or its patches."""
-        cell = self.patch_size
+        stride = self.patch_size
         for size in self.scales:
             if size < 1 or self.image_size % size:
                 raise ValueError(
                     f"scales={self.scales}: patches of {size} px do not divide an image of "
                     f"{self.image_size} px; use sizes that do, or another image_size."
                 )
-            if size % cell and cell % size:
+            if size % stride and stride % size:
                 raise ValueError(
-                    f"scales={self.scales}: {size} px neither divides patch_size={cell} nor is a "
+                    f"scales={self.scales}: {size} px neither divides patch_size={stride} nor is a "
                     "multiple of it; use sizes that fit the backbone's grid."
                 )
 
