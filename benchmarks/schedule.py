@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _counts(rng: np.random.Generator, model: Any, images: int) -> np.ndarray:
     """Token counts that a gate can give: regions + 3 x fine regions."""
-    regions = int(np.prod(model.region_grid))
+    regions = model.num_regions
     fine = (rng.normal(_TOKENS.value, _SPREAD.value, images) - regions) / 3
     return regions + 3 * np.clip(np.rint(fine), 0, regions).astype(int)
 

@@ -17,13 +17,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.experimental import multihost_utils
 
 from msvit_jax import config as configs
 from msvit_jax import extras, paths
 from msvit_jax.errors import UserError, describe
-from msvit_jax.models.layout import with_dense_layout
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.train.state import TrainState
 
 with extras.needed("train"):
@@ -43,7 +42,7 @@ class Run(NamedTuple):
     """A trained run: config, model, variables for `model.apply`, and names of its classes."""
 
     config: config_dict.ConfigDict
-    model: nn.Module
+    model: ImageModel
     variables: dict[str, Any]
     class_names: tuple[str, ...] = ()
 
@@ -310,7 +309,7 @@ def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
     config = read_config(workdir)
     step = str(find_step(workdir, which))  # once: a running run may get a better one
     params = load_params(workdir, step)
-    model = with_dense_layout(configs.build_model(config))
+    model = configs.build_model(config).with_dense_layout()
     names = tuple(read_about(workdir, step).get("class_names") or ())
     return Run(config, model, {"params": jax.tree.map(jax.numpy.asarray, params)}, names)
 

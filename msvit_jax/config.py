@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from msvit_jax import config_aliases, config_rules, extras, labels, paths
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.interface import ImageModel
 
 with extras.needed("train"):
     from ml_collections import config_dict
@@ -244,7 +245,7 @@ def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
     return attributes
 
 
-def build_model(config: config_dict.ConfigDict) -> nn.Module:
+def build_model(config: config_dict.ConfigDict) -> ImageModel:
     """Builds the config's model at the size of the config's images.
 
     Raises:
@@ -260,11 +261,11 @@ def build_model(config: config_dict.ConfigDict) -> nn.Module:
         raise UserError(f"Model {config.model.name!r} cannot be built: {error}") from error
 
 
-def build_gate_loss(config: config_dict.ConfigDict, model: nn.Module) -> nn.Module:
+def build_gate_loss(config: config_dict.ConfigDict, model: ImageModel) -> nn.Module:
     """Builds the config's `losses.GateLoss` for the model's regions."""
     options = {k: v for k, v in config.loss.gate.items() if k not in ("weight", "correction")}
     losses = importlib.import_module("msvit_jax.losses")
-    return losses.GateLoss(**options, region_grid=getattr(model, "region_grid", (1, 1)))
+    return losses.GateLoss(**options, region_grid=model.region_grid or (1, 1))
 
 
 def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.ConfigDict:

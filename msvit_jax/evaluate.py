@@ -6,7 +6,6 @@ are means over examples.
 
 import csv
 import dataclasses
-import inspect
 import io
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
@@ -34,13 +32,11 @@ from msvit_jax import (
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.inference import budget_curve
-from msvit_jax.models.backbone_mixin import backbone_of
-from msvit_jax.models.layout import with_dense_layout
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import GateOutput
-from msvit_jax.models.reduction import reductions_of
 from msvit_jax.pixels import normalize
 from msvit_jax.train import init_from
-from msvit_jax.train.step import max_tokens, smooth
+from msvit_jax.train.step import smooth
 
 with extras.needed("train"):
     from ml_collections import config_dict
@@ -100,7 +96,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ImageModel,
         data_config: config_dict.ConfigDict,
         *,
         batch_size: int,
@@ -118,17 +114,17 @@ class Evaluator:
           split: Split to evaluate; None for the config's `eval_split`.
           samples: Number of images to keep for pictures.
         """
-        model = with_dense_layout(model)  # the layout in which every image has an answer
+        model = model.with_dense_layout()  # the layout in which every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
         size = -(-batch_size // mesh.size) * mesh.size
         labels.check_count(model.num_classes, len(data.class_names(data_config)))
         self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(
             data_config, batch_size=size, split=split
         )
-        counts = np.arange(max_tokens(model) + 1)
+        counts = np.arange(model.max_tokens + 1)
         self._macs = flops.macs_per_image(model, counts)
         self._layer_tokens = _layer_tokens(model, counts)
-        self.has_threshold = "threshold" in inspect.signature(type(model).__call__).parameters
+        self.has_threshold = model.has_threshold
         whole = sharding.replicated(mesh)
         self._step = jax.jit(self._sums, out_shardings=(whole, sharding.batch_sharding(mesh)))
 
@@ -144,11 +140,11 @@ class Evaluator:
             output,
             batch["label"],
             losses.cross_entropy(output.logits, targets),
-            max_tokens=max_tokens(model),
+            max_tokens=model.max_tokens,
             valid=batch["valid"],
             mask=batch.get("segmentation_mask"),
         )
-        side = model.image_size // model.patch_size
+        side = model.grid_size
         return sums, (output.gate, output.merge_maps((side, side)))
 
     def __call__(self, params: Any, threshold: float | None = None) -> Evaluation:
@@ -180,9 +176,9 @@ class Evaluator:
         return Evaluation(figures, metrics.coarse_rates(total), samples)
 
 
-def _layer_tokens(model: nn.Module, counts: np.ndarray) -> np.ndarray | None:
+def _layer_tokens(model: ImageModel, counts: np.ndarray) -> np.ndarray | None:
     """Patch tokens into each layer's MLP, by initial number of tokens; None if none reduces."""
-    return backbone_of(model).layer_tokens(counts) if reductions_of(model) else None
+    return model.backbone.layer_tokens(counts) if model.reductions else None
 
 
 def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
@@ -216,7 +212,7 @@ def _local_rows(x: Array, count: int) -> np.ndarray:
 
 
 def evaluate(
-    model: nn.Module,
+    model: ImageModel,
     params: Any,
     data_config: config_dict.ConfigDict,
     *,
@@ -339,7 +335,7 @@ def evaluate_weights(
 
 
 def _in_order_of_data(
-    model: nn.Module,
+    model: ImageModel,
     params: Any,
     answers: Sequence[str],
     data_config: config_dict.ConfigDict,
@@ -365,7 +361,7 @@ def _in_order_of_data(
     return labels.in_order(params, labels.order(answers, theirs, data_config.match_classes, of=of))
 
 
-def _print_figures(figures: dict[str, Any], model: Any) -> None:
+def _print_figures(figures: dict[str, Any], model: ImageModel) -> None:
     _print([figures], COLUMNS)
     if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
         print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
@@ -379,7 +375,7 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **texts}
 
 
-def _exits(figures: dict[str, Any], model: Any) -> list[dict[str, Any]]:
+def _exits(figures: dict[str, Any], model: ImageModel) -> list[dict[str, Any]]:
     """Makes a row for each exit of a cascade, as if all images left there."""
     columns = zip(model.exit_tokens, figures["exits_top1"], figures["exits_gmacs"], strict=True)
     return [
@@ -397,7 +393,9 @@ def _sweep(
 ) -> list[dict[str, Any]]:
     """Runs, prints and writes the curve over thresholds."""
     if not evaluator.has_threshold:
-        raise UserError(f"{title!r} has no gate, so there is no threshold to sweep.")
+        raise UserError(
+            f"{title!r} has no gate that decides by a threshold, so there is none to sweep."
+        )
     rows = [{"threshold": float(t), **evaluator(params, t).figures} for t in thresholds]
     _print(rows, ("threshold", *COLUMNS))
     if jax.process_index() == 0:

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models import registry
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.layout import LAYOUTS
 from msvit_jax.tokens import packing
 from msvit_jax.train.capacity_schedule import CapacitySchedule, StepCapacity
@@ -116,8 +117,8 @@ def variant(
 
 def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Variant:
     """One of the two kinds of training steps of a run, with settled capacities."""
-    rows, columns = configs.build_model(config).region_grid
-    schedule = CapacitySchedule.start(config.capacity, regions=rows * columns, images=1)
+    regions = configs.build_model(config).num_regions
+    schedule = CapacitySchedule.start(config.capacity, regions=regions, images=1)
     schedule.capacities = (sizes.tokens,)
     every = config.capacity.alternatives_every
     capacity = schedule.at(0 if name == ALTERNATIVES else 1)
@@ -173,10 +174,9 @@ def _forget_layout(config: config_dict.ConfigDict) -> None:
         del config.model[key]
 
 
-def draw_counts(model: registry.MSViT, images: int, sizes: Sizes) -> np.ndarray:
+def draw_counts(model: ImageModel, images: int, sizes: Sizes) -> np.ndarray:
     """Active patch tokens of a batch of images, in ascending order: normal quantiles."""
-    rows, columns = model.region_grid
-    regions = rows * columns
+    regions = model.num_regions
     normal = statistics.NormalDist(sizes.tokens, max(sizes.spread, 1e-9))
     drawn = [normal.inv_cdf((i + 0.5) / images) for i in range(images)]
     fine = np.clip(np.round((np.asarray(drawn) - regions) / 3), 0, regions)

@@ -26,6 +26,7 @@ from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, run
 from msvit_jax.inference import Predictor, exit_thresholds
 from msvit_jax.models import registry
+from msvit_jax.models.interface import ImageModel
 
 SIDES = ("exits", "last exit", "dense")
 COLUMNS = (
@@ -110,11 +111,11 @@ def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[st
     return {**speedup, "mac_ratio": ratio, "realized": speedup["speedup"] / ratio}
 
 
-def _shape(model: Any) -> tuple[int, int, int]:
+def _shape(model: ImageModel) -> tuple[int, int, int]:
     return (model.image_size, model.image_size, 3)
 
 
-def _random(model: Any, seed: int) -> Any:
+def _random(model: ImageModel, seed: int) -> Any:
     zeros = jnp.zeros((1, *_shape(model)))
     return jax.jit(model.init)(jax.random.key(seed), zeros)
 

@@ -16,6 +16,7 @@ from msvit_jax.benchmark.options import DENSE, Options, build
 from msvit_jax.benchmark.sizes import Sizes, size_layout
 from msvit_jax.benchmark.turns import Timed
 from msvit_jax.errors import UserError
+from msvit_jax.models.interface import ImageModel
 
 SINGLES = 16  # images that are run one after the other at batch 1
 
@@ -73,7 +74,7 @@ class Work:
       coarse: [n, B, R] float32, decisions, 1 = coarse; None without a gate.
     """
 
-    model: nn.Module
+    model: ImageModel
     dense: nn.Module
     counts: np.ndarray
     coarse: np.ndarray | None
@@ -85,7 +86,7 @@ def draw(options: Options, batch: int) -> Work:
     number = SINGLES if batch == 1 and not options.train else 1
     if not options.gated:
         return Work(model, dense, np.full((number, batch), dense.grid_size**2), None)
-    regions = model.region_grid[0] * model.region_grid[1]
+    regions = model.num_regions
     counts = forced.token_counts(
         number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
     ).reshape(number, batch)
@@ -165,7 +166,7 @@ def _forward_side(
     return make_side(layout, options, work, calls, list(programs.values()), sizes)
 
 
-def forward(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
+def forward(model: ImageModel) -> Callable[..., dict[str, jax.Array]]:
     """Returns a function of variables, images and, unless the model is dense, forced decisions.
 
     The gate's decisions are not used then, but its logits are returned, so that it still runs.

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import linen as nn
 from ml_collections import config_dict
 
 from msvit_jax import flops
 from msvit_jax.benchmark import forced
 from msvit_jax.benchmark.options import DENSE, REDUCED, Options
 from msvit_jax.errors import UserError
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.tokens import grid, plan
 from msvit_jax.train import capacity_schedule
 
@@ -37,7 +37,7 @@ class Sizes:
     active: int
 
 
-def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Options) -> Sizes:
+def size_layout(layout: str, model: ImageModel, counts: np.ndarray, options: Options) -> Sizes:
     """Chooses a layout's sizes; sizes in the options take precedence.
 
     "budget" and "rows" are just large enough for the counts. "trimmed" gets the trainer's sizes,
@@ -55,7 +55,7 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     batch, active = counts.size, int(counts.sum())
     if layout == REDUCED:
         return Sizes({}, active, active)
-    most = (model.image_size // model.patch_size) ** 2
+    most = model.max_tokens
     if layout == DENSE:
         return Sizes({}, batch * most, batch * most)
     if layout == "slots":
@@ -87,9 +87,9 @@ def size_layout(layout: str, model: nn.Module, counts: np.ndarray, options: Opti
     )
 
 
-def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedule.CapacitySchedule:
+def schedule(model: ImageModel, batch: int, options: Options) -> capacity_schedule.CapacitySchedule:
     """The trainer's capacity schedule after it has adapted to counts of this distribution."""
-    most = (model.image_size // model.patch_size) ** 2
+    most = model.max_tokens
     regions = most // grid.REGION**2
     seen = forced.token_counts(
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
@@ -102,7 +102,7 @@ def schedule(model: nn.Module, batch: int, options: Options) -> capacity_schedul
     return made
 
 
-def _rows(model: nn.Module, counts: np.ndarray, options: Options) -> plan.RowPlan:
+def _rows(model: ImageModel, counts: np.ndarray, options: Options) -> plan.RowPlan:
     vit = model.backbone
     least = vit.grid_size**2 + vit.prefix_length
     if options.row_width is None:

@@ -28,10 +28,8 @@ from msvit_jax.export import run as runner
 from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.inference import exit_thresholds
 from msvit_jax.inference.budget_curve import fitted_thresholds
-from msvit_jax.inference.predictor import is_cascade
-from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import StageCarry
-from msvit_jax.models.layout import with_dense_layout
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize
 from msvit_jax.weights import ours
 
@@ -173,20 +171,16 @@ def command(bundle: ExportBundle, format_name: str, options: Options) -> str:
     return shlex.join(words)
 
 
-def portable(model: Any) -> Any:
+def portable(model: ImageModel) -> ImageModel:
     """The model in the slots layout, with an attention implementation that every platform has."""
-    if hasattr(model, "backbone"):
-        model = model.clone(backbone=model.backbone.clone(attention_impl="xla"))
-    else:
-        model = model.clone(attention_impl="xla")
-    return with_dense_layout(model)
+    return model.with_backbone(attention_impl="xla").with_dense_layout()
 
 
-def resolve_settings(model: Any, bundle: ExportBundle, options: Options) -> dict[str, Any]:
+def resolve_settings(model: ImageModel, bundle: ExportBundle, options: Options) -> dict[str, Any]:
     """Checks the options and returns the settings that run.py needs besides the functions."""
     if options.pixels not in PIXELS:
         raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
-    gated, cascade = has_gate(model), is_cascade(model)
+    gated, cascade = model.has_gate, model.is_cascade
     if not gated and (options.layout, options.threshold) != (None, None):
         given = "threshold" if options.layout is None else "layout"
         raise UserError(f"{given} is for models with a gate; {bundle.name!r} has none.")
@@ -203,7 +197,7 @@ def resolve_settings(model: Any, bundle: ExportBundle, options: Options) -> dict
     return {"kind": "plain"}
 
 
-def _gate_settings(model: Any, options: Options) -> dict[str, Any]:
+def _gate_settings(model: ImageModel, options: Options) -> dict[str, Any]:
     layout = options.layout or "slots"
     if layout == "rows":
         raise UserError(
@@ -217,7 +211,7 @@ def _gate_settings(model: Any, options: Options) -> dict[str, Any]:
             "layout='budget' needs token_capacity=, patch tokens per image; only this "
             "layout takes it."
         )
-    adjustable = model.fine_share is None
+    adjustable = model.has_threshold
     if options.threshold is not None and not adjustable:
         raise UserError("fine_share is given: the gate decides by rank and has no threshold.")
     if layout == "budget":
@@ -230,7 +224,7 @@ def _gate_settings(model: Any, options: Options) -> dict[str, Any]:
     }
 
 
-def _with_capacity(model: Any, token_capacity: int | None) -> Any:
+def _with_capacity(model: ImageModel, token_capacity: int | None) -> ImageModel:
     if not isinstance(token_capacity, int):
         raise UserError(f"token_capacity={token_capacity} is not a whole number of patch tokens.")
     made = model.clone(layout="budget", token_capacity=token_capacity)
@@ -241,7 +235,7 @@ def _with_capacity(model: Any, token_capacity: int | None) -> Any:
     return made
 
 
-def _exit_thresholds(model: Any, bundle: ExportBundle, options: Options) -> list[float]:
+def _exit_thresholds(model: ImageModel, bundle: ExportBundle, options: Options) -> list[float]:
     stages = len(model.exit_tokens)
     if options.gmacs_budget is None:
         given = options.thresholds
@@ -256,17 +250,17 @@ def _exit_thresholds(model: Any, bundle: ExportBundle, options: Options) -> list
     return list(fitted_thresholds(bundle.workdir, options.gmacs_budget))
 
 
-def functions(model: Any, bundle: ExportBundle, options: Options) -> list[Function]:
+def functions(model: ImageModel, bundle: ExportBundle, options: Options) -> list[Function]:
     """All functions of a model; the one to try first comes first."""
     (batch,) = export.symbolic_shape(_BATCH)
     side = model.image_size
     images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.dtype(options.pixels))
-    if is_cascade(model):
+    if model.is_cascade:
         return _stages(model, bundle, images)
     inputs: dict[str, Any] = {"images": images}
-    if not has_gate(model):
+    if not model.has_gate:
         return [Function("forward", _forward(model), _wanted(bundle), inputs)]
-    if model.fine_share is None:
+    if model.has_threshold:
         inputs["threshold"] = jax.ShapeDtypeStruct((), jnp.float32)
     # Images that exceed the capacity run in the slots layout, which fits any image.
     made = [Function("slots", _forward(model), _wanted(bundle), inputs)]
@@ -284,25 +278,25 @@ def _wanted(bundle: ExportBundle, prefixes: tuple[str, ...] = ("",)) -> dict[str
     }
 
 
-def _forward(model: Any) -> Callable[..., dict[str, Array]]:
-    side = model.image_size // model.patch_size
+def _forward(model: ImageModel) -> Callable[..., dict[str, Array]]:
+    side = model.grid_size
 
     def forward(params: Any, images: Array, *threshold: Array) -> dict[str, Array]:
         own: Any = model
-        if getattr(model, "layout", None) == "budget":
+        if model.layout == "budget":
             # One group per image: the layout of larger groups would depend on the batch size.
             own = model.clone(row_groups=images.shape[0])
         given = {"threshold": threshold[0]} if threshold else {}
         images = normalize(images, model.mean, model.std)
         output = own.apply(_variables(params), images, train=False, **given)
         answers = {"logits": output.logits}
-        if output.gate is not None:
-            regions = lambda x: x.reshape(-1, *model.region_grid)  # noqa: E731
+        if model.region_grid is not None:
+            shape = (-1, *model.region_grid)
             answers |= {
                 "tokens": output.tokens,
                 "within_capacity": output.answered,
-                "coarse": regions(output.gate.coarse > 0.5),
-                "coarse_probability": regions(jax.nn.sigmoid(output.gate.logits)),
+                "coarse": (output.gate.coarse > 0.5).reshape(shape),
+                "coarse_probability": jax.nn.sigmoid(output.gate.logits).reshape(shape),
             }
         merge_maps = output.merge_maps((side, side))
         if merge_maps is not None:
@@ -312,7 +306,7 @@ def _forward(model: Any) -> Callable[..., dict[str, Array]]:
     return forward
 
 
-def _stages(model: Any, bundle: ExportBundle, images: Any) -> list[Function]:
+def _stages(model: ImageModel, bundle: ExportBundle, images: Any) -> list[Function]:
     made: list[Function] = []
     handed: Any = None
     for stage in range(len(model.exit_tokens)):
@@ -324,7 +318,7 @@ def _stages(model: Any, bundle: ExportBundle, images: Any) -> list[Function]:
     return made
 
 
-def _stage(model: Any, stage: int) -> Callable[..., dict[str, Any]]:
+def _stage(model: ImageModel, stage: int) -> Callable[..., dict[str, Any]]:
     def run_stage(params: Any, images: Array, handed: Any = None) -> dict[str, Any]:
         images = normalize(images, model.mean, model.std)
         before = None if stage == 0 else StageCarry(**handed)

@@ -24,6 +24,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.export import compiled, plain_jaxpr
 from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.export.compiled import Function, Options
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.weights import formats
 
 SUFFIX = ".onnx"
@@ -219,11 +220,9 @@ def _single_layers(bundle: ExportBundle) -> ExportBundle:
     return dataclasses.replace(bundle, options=options, params=formats.unstack(bundle.params))
 
 
-def _in_float32(model: Any) -> Any:
+def _in_float32(model: ImageModel) -> ImageModel:
     """The model in float32 throughout, because CPU runtimes lack bfloat16."""
-    if hasattr(model, "backbone"):
-        return model.clone(backbone=model.backbone.clone(dtype=jnp.float32))
-    return model.clone(dtype=jnp.float32)
+    return model.with_backbone(dtype=jnp.float32)
 
 
 def _check_operations(function: Function, flat: Any) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from msvit_jax import checkpoint, data, extras, labels, paths, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.inference import exit_thresholds
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize
 
 CSV_FILE, PLOT_FILE, FITTED_FILE = "budget_curve.csv", "budget_curve.png", "thresholds.json"
@@ -45,7 +45,7 @@ class Logits:
 
 
 def collect(
-    model: nn.Module,
+    model: ImageModel,
     params: Any,
     data_config: config_dict.ConfigDict,
     *,
@@ -207,7 +207,7 @@ def fitted_thresholds(workdir: str | pathlib.Path, gmacs_budget: float) -> tuple
 
 
 def curve_of_run(
-    model: Any,
+    model: ImageModel,
     params: Any,
     workdir: pathlib.Path,
     *,
@@ -240,7 +240,7 @@ def curve_of_run(
     if data_config is not None:
         config.data = data_config
     name = config.model.name
-    if not hasattr(model, "exit_macs"):
+    if not model.is_cascade:
         raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
     for gmacs_budget in gmacs_budgets:
         exit_thresholds.check_budget(gmacs_budget * 1e9, model.exit_macs())

@@ -8,15 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
 from msvit_jax import sharding
 from msvit_jax.inference.schedule import Shape
-from msvit_jax.inference.shapes import has_gate
 from msvit_jax.models.dvt import Exit
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Features
 from msvit_jax.pixels import normalize
 
@@ -60,7 +59,7 @@ class ExecutableCache:
     Methods do not wait for the devices: they return while results are still being computed.
     """
 
-    def __init__(self, model: nn.Module, variables: Any, batch: int, mesh: Mesh) -> None:
+    def __init__(self, model: ImageModel, variables: Any, batch: int, mesh: Mesh) -> None:
         """Puts the variables on every device.
 
         Args:
@@ -75,7 +74,7 @@ class ExecutableCache:
           gated: Whether the model has a gate.
         """
         self._model, self._mesh = model, mesh
-        self.gated = has_gate(model)
+        self.gated = model.has_gate
         self._split, self._whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._variables = jax.device_put(variables, self._whole)
         self.batch, self.classes = batch, model.num_classes
@@ -144,7 +143,7 @@ class ExecutableCache:
           coarse: [B, R] float32, the gate's decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)
-        side = model.image_size // model.patch_size
+        side = model.grid_size
 
         def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
             decided = {} if coarse is None else {"coarse": coarse}
@@ -221,7 +220,7 @@ def carry_name(stage: int) -> str:
     return f"carry to stage {stage + 1}"
 
 
-def in_shape(model: Any, shape: Shape) -> Any:
+def in_shape(model: ImageModel, shape: Shape) -> ImageModel:
     """The same model, for the same variables, in the layout of a shape."""
     if shape.layout == "dense":
         return model

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from msvit_jax import checkpoint, sharding, weights
@@ -23,7 +22,7 @@ from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.executables import ExecutableCache, carry_name, stage_name
 from msvit_jax.inference.images import Images, ImageSource, Reading, open_images
 from msvit_jax.inference.job import Job, decide_batches
-from msvit_jax.models.layout import with_dense_layout
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Features
 from msvit_jax.train.init_from import Report
 
@@ -136,7 +135,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ImageModel,
         variables: Any,
         *,
         batch_size: int = 32,
@@ -182,9 +181,8 @@ class Predictor:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}; at least 1 is needed.")
         self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
-        gated = shapes.has_gate(model)
-        self.model: Any = with_dense_layout(model)
-        self._threshold = model.threshold if gated and model.fine_share is None else None
+        self.model: ImageModel = model.with_dense_layout()
+        self._threshold = model.threshold if model.has_threshold else None
         if threshold is not None:
             self.threshold = threshold
         self._policy = shapes.make_policy(
@@ -198,7 +196,7 @@ class Predictor:
         )
         self._executables = ExecutableCache(self.model, variables, self._batch, self._mesh)
         self._exit_thresholds: tuple[float, ...] | None = None
-        if is_cascade(model):
+        if model.is_cascade:
             stages = len(model.exit_tokens)
             self._exit_thresholds = (
                 *[exit_thresholds.NEVER] * (stages - 1),
@@ -216,7 +214,7 @@ class Predictor:
         path: str | pathlib.Path,
         which: str = "best",
         *,
-        model: str | nn.Module | None = None,
+        model: str | ImageModel | None = None,
         gmacs_budget: float | None = None,
         **options: Any,
     ) -> "Predictor":
@@ -263,7 +261,7 @@ class Predictor:
     def _load_file(
         cls,
         path: str | pathlib.Path,
-        model: Any,
+        model: str | ImageModel | None,
         gmacs_budget: float | None,
         options: dict[str, Any],
     ) -> "Predictor":
@@ -312,7 +310,7 @@ class Predictor:
     @property
     def programs(self) -> tuple[str, ...]:
         """Names of all programs that may be compiled, at most `max_programs`."""
-        if is_cascade(self.model):
+        if self.model.is_cascade:
             stages = range(len(self.model.exit_tokens))
             carries = [carry_name(stage) for stage in stages[1:]]
             return (_PREPARATION[0], *map(stage_name, stages), *carries)
@@ -330,7 +328,7 @@ class Predictor:
         Programs are compiled in parallel, one thread per CPU core.
         """
         side = self.model.image_size
-        if is_cascade(self.model):
+        if self.model.is_cascade:
             # No exit is ever certain enough: every stage runs and passes all images to the next.
             pixels = np.zeros((1, side, side, 3), np.uint8)
             self._cascade(
@@ -406,9 +404,10 @@ class Predictor:
         made = Predictions(
             job.logits[part], job.tokens[part], merge_maps=merge_maps, features=features, **known
         )
-        if job.coarse is None or job.probability is None:
+        regions = self.model.region_grid
+        if regions is None or job.coarse is None or job.probability is None:
             return made
-        shape = (len(made), *self.model.region_grid)
+        shape = (len(made), *regions)
         return dataclasses.replace(
             made,
             coarse=job.coarse[part].reshape(shape) > 0.5,
@@ -507,13 +506,8 @@ class Predictor:
         return calibration
 
 
-def is_cascade(model: Any) -> bool:
-    """Whether a model has several exits."""
-    return hasattr(model, "exit_tokens")
-
-
-def _check_cascade(model: Any) -> None:
-    if not is_cascade(model):
+def _check_cascade(model: ImageModel) -> None:
+    if not model.is_cascade:
         raise UserError("This model is no cascade: it has one exit, so there are no thresholds.")
 
 

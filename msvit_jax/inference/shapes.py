@@ -2,27 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from msvit_jax.errors import UserError
 from msvit_jax.inference.schedule import Buckets, Cheapest, Policy, Rows, Shape
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.tokens import grid
-from msvit_jax.train.step import max_tokens
 
 LAYOUTS = ("auto", "slots", "budget", "rows")
 _BUCKETS = 10  # approximate number of capacities, from all coarse to all fine
 _LANES = 128  # columns that accelerators compute at a time
 
 
-def has_gate(model: Any) -> bool:
-    """Whether a model has a gate, so that its images differ in their number of tokens."""
-    return getattr(model, "region_grid", None) is not None
-
-
 def make_policy(
-    model: Any,
+    model: ImageModel,
     *,
     layout: str,
     batch: int,
@@ -48,8 +42,8 @@ def make_policy(
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
-    if not has_gate(model) or layout == "slots":
-        kind, whole = ("slots" if has_gate(model) else "dense"), max_tokens(model)
+    if not model.has_gate or layout == "slots":
+        kind, whole = ("slots" if model.has_gate else "dense"), model.max_tokens
         return Buckets([Shape(kind, batch, whole, batch * float(model.macs(whole)))])
     by_budget: list[Shape] = []
     if layout != "rows":
@@ -68,7 +62,7 @@ def make_policy(
 
 
 def _budget_shapes(
-    model: Any, batch: int, groups: int, buckets: Sequence[int] | None
+    model: ImageModel, batch: int, groups: int, buckets: Sequence[int] | None
 ) -> list[Shape]:
     least, most = _token_range(model)
     sizes = default_buckets(least, most, model.backbone.prefix_length)
@@ -102,7 +96,7 @@ def default_buckets(least: int, most: int, prefix: int = 0) -> list[int]:
 
 
 def _row_shapes(
-    model: Any, batch: int, groups: int, row_width: int | None, count: int
+    model: ImageModel, batch: int, groups: int, row_width: int | None, count: int
 ) -> list[Shape]:
     """At most `count` shapes, from one row per device up to enough rows for any batch."""
     vit, most = model.backbone, _token_range(model)[1]
@@ -138,7 +132,6 @@ def _row_shapes(
     ]
 
 
-def _token_range(model: Any) -> tuple[int, int]:
+def _token_range(model: ImageModel) -> tuple[int, int]:
     """Active patch tokens of an image with only coarse, and with only fine regions."""
-    rows, columns = model.region_grid
-    return rows * columns, grid.REGION**2 * rows * columns
+    return model.num_regions, grid.REGION**2 * model.num_regions

@@ -1,16 +1,26 @@
 """The attributes that models around a plain transformer share."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from msvit_jax.models.interface import ModelDefaults
 
 if TYPE_CHECKING:
+    from msvit_jax.models.reduction import ReductionSpec
     from msvit_jax.models.vit import ViT
 
 
-class BackboneMixin:
+class BackboneMixin(ModelDefaults):
     """Passes on attributes of a model's `backbone` that every model has."""
 
     if TYPE_CHECKING:
         backbone: ViT
+
+        def clone(self, **changes: Any) -> Self:
+            """Returns a copy with changed attributes."""
 
     @property
     def image_size(self) -> int:
@@ -21,6 +31,11 @@ class BackboneMixin:
     def patch_size(self) -> int:
         """Side of the backbone's patches in px, the finest of the model."""
         return self.backbone.patch_size
+
+    @property
+    def grid_size(self) -> int:
+        """Number of the backbone's patches along one side of a training image."""
+        return self.backbone.grid_size
 
     @property
     def num_classes(self) -> int:
@@ -37,7 +52,15 @@ class BackboneMixin:
         """Standard deviation that images are normalized with."""
         return self.backbone.std
 
+    @property
+    def reductions(self) -> Mapping[int, "ReductionSpec"]:
+        """Layers of the backbone that reduce tokens, counted from 0."""
+        return self.backbone.reductions
 
-def backbone_of(model: Any) -> Any:
-    """Returns the plain transformer of a model: its backbone, or the model itself."""
-    return getattr(model, "backbone", model)
+    def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
+        """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
+        return self.backbone.layer_tokens(tokens)
+
+    def with_backbone(self, **changes: Any) -> Self:
+        """Returns a copy, for the same parameters, with changed attributes of the backbone."""
+        return self.clone(backbone=self.backbone.clone(**changes))

@@ -257,6 +257,11 @@ class DVT(BackboneMixin, nn.Module):
         return self.grid_sizes[-1]
 
     @property
+    def is_cascade(self) -> bool:
+        """Whether images can leave at several exits."""
+        return True
+
+    @property
     def exit_tokens(self) -> np.ndarray:
         """Number of patch tokens of each stage: [stages]."""
         return np.asarray(self.grid_sizes) ** 2

@@ -16,7 +16,6 @@ The same model with the same parameters gives the same logits in each, up to rou
 import dataclasses
 
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import struct
 from jax import Array
 
@@ -89,11 +88,6 @@ class Layout:
             )
         if self.rows % self.groups:
             raise ValueError(f"rows={self.rows} cannot be cut into row_groups={self.groups}.")
-
-
-def with_dense_layout(model: nn.Module) -> nn.Module:
-    """Returns the model with room for every image; a model without layouts as it is."""
-    return model.clone(layout="slots") if hasattr(model, "layout") else model
 
 
 @struct.dataclass

@@ -23,7 +23,6 @@ from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Output, also_empty
-from msvit_jax.models.reduction import ReductionSpec
 from msvit_jax.models.vit import ViT, check_images
 from msvit_jax.tokens import grid
 
@@ -95,15 +94,6 @@ class Mergence(BackboneMixin, nn.Module):
     @property
     def _others(self) -> list[int]:
         return sorted(set(self.scales) - {self.patch_size})
-
-    @property
-    def reductions(self) -> dict[int, ReductionSpec]:
-        """The backbone's layers that reduce tokens, counted from 0."""
-        return self.backbone.reductions
-
-    def layer_tokens(self, tokens: ArrayLike) -> np.ndarray:
-        """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
-        return self.backbone.layer_tokens(tokens)
 
     def macs(self, tokens: ArrayLike) -> np.ndarray:
         """Counts multiply-accumulates for images with the given numbers of patch tokens."""

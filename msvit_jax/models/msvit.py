@@ -6,7 +6,7 @@ reconstruction. Where the paper leaves a choice open, the attribute's docstring 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +128,7 @@ class MSViT(BackboneMixin, nn.Module):
 
     def check_layout(self) -> None:
         """Raises ValueError for a layout whose sizes do not fit the model."""
-        regions = self.region_grid[0] * self.region_grid[1]
+        regions = self.num_regions
         most = self.max_capacity if self.layout == "trimmed" else grid.REGION**2 * regions
         self.packing_layout.check(
             num_slots=most, smallest=regions, prefix=self.backbone.prefix_length
@@ -151,7 +151,7 @@ class MSViT(BackboneMixin, nn.Module):
     @property
     def max_capacity(self) -> int:
         """Number of patch tokens of both scales together, the most that training a gate can use."""
-        regions = self.region_grid[0] * self.region_grid[1]
+        regions = self.num_regions
         return (grid.REGION**2 + 1) * regions
 
     @property
@@ -166,6 +166,15 @@ class MSViT(BackboneMixin, nn.Module):
         return side, side
 
     @property
+    def has_threshold(self) -> bool:
+        """Whether the gate decides by a threshold instead of a fixed share."""
+        return self.fine_share is None
+
+    def with_dense_layout(self) -> Self:
+        """Returns a copy whose layout has room for every image."""
+        return self.clone(layout="slots")
+
+    @property
     def _gate_hidden(self) -> int:
         return self.gate_hidden or self.backbone.width
 
@@ -176,7 +185,7 @@ class MSViT(BackboneMixin, nn.Module):
         tokens. This is what the layouts "budget" and "rows" compute, apart from padding.
         """
         vit = self.backbone
-        regions = self.region_grid[0] * self.region_grid[1]
+        regions = self.num_regions
         pixels = 3 * self.patch_size**2
         if self.coarse_embedding == "separate":
             pixels = 3 * self.coarse_size**2
@@ -382,7 +391,7 @@ class MSViT(BackboneMixin, nn.Module):
             extra = jnp.repeat(carried > 0, grid.REGION**2 + 1, axis=1)
             extra = jnp.pad(extra, ((0, 0), (prefix, 0))) & ~active
             gated = {"weights": weights, "extra": extra}
-        shortest = prefix + self.region_grid[0] * self.region_grid[1]
+        shortest = prefix + self.num_regions
         packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
         encoded = self.backbone.forward_features(packed.tokens, train=train, mask=packed.mask)
         needed = None if self._all_tokens else prefix

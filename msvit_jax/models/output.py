@@ -116,9 +116,9 @@ def also_empty(call: Callable[..., Any]) -> Callable[..., Any]:
     def answered(self: Any, images: Array, **options: Any) -> Any:
         if images.ndim != 4 or images.shape[0] != 0:
             return call(self, images, **options)
-        capacity = getattr(self, "token_capacity", None)
+        capacity = self.token_capacity
         parts = len(capacity) if isinstance(capacity, tuple) else 1
-        count = parts * getattr(self, "row_groups", 1)
+        count = parts * self.row_groups
         some = {
             name: jnp.zeros((count, *x.shape[1:]), x.dtype) if getattr(x, "ndim", 0) else x
             for name, x in {"images": images, **options}.items()

@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike
 from msvit_jax import reducers
 from msvit_jax.errors import nearest
 from msvit_jax.models.attention import Mask, join_buckets, split_buckets
-from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.reducers import base
 from msvit_jax.tokens.packing import NOBODY
 
@@ -193,11 +192,6 @@ def _check_numbers(made: dict[int, ReductionSpec], patches: int) -> None:
                 "left there, and half of them can be merged. Use less, or fewer reduce_layers."
             )
         left = int(reducer.keep_table(left).kept[left])
-
-
-def reductions_of(model: Any) -> dict[int, ReductionSpec]:
-    """Returns the reducing layers of any model, counted from 0; empty if none reduces tokens."""
-    return getattr(backbone_of(model), "reductions", {})
 
 
 def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike) -> np.ndarray:

@@ -6,7 +6,7 @@ ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021) with its distillation 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,7 @@ from msvit_jax.models.embedding import (
     sequence_positions,
     sincos_positions,
 )
+from msvit_jax.models.interface import ModelDefaults
 from msvit_jax.models.output import Features, Output, also_empty
 from msvit_jax.models.reduction import ReductionSpec, ReductionState
 from msvit_jax.reducers import base as reducing
@@ -62,7 +63,7 @@ class Encoded:
         return None if self.state is None else self.state.position >= 0
 
 
-class ViT(nn.Module):
+class ViT(ModelDefaults, nn.Module):
     """A vision transformer for classification.
 
     Attributes:
@@ -252,6 +253,15 @@ class ViT(nn.Module):
                 f"patches of {self.effective_patch_size} px reach {sum(self.padding)} px beyond "
                 "it, so that some see nothing of it. Take another grid or another image size."
             )
+
+    @property
+    def backbone(self) -> "ViT":
+        """The model itself, which is a plain transformer."""
+        return self
+
+    def with_backbone(self, **changes: Any) -> Self:
+        """Returns a copy, for the same parameters, with changed attributes."""
+        return self.clone(**changes)
 
     @property
     def reductions(self) -> dict[int, ReductionSpec]:

@@ -18,11 +18,11 @@ logits is the right step for both.
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
 from jax.scipy.special import logit
 from ml_collections import config_dict
 
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import GateOutput
 from msvit_jax.train.optimizer import frozen
 from msvit_jax.tree import map_names
@@ -30,16 +30,16 @@ from msvit_jax.tree import map_names
 BIAS = "model/gate_mlp/fc4/bias"
 
 
-def learns(model: nn.Module, config: config_dict.ConfigDict) -> bool:
+def learns(model: ImageModel, config: config_dict.ConfigDict) -> bool:
     """Tells whether a run has a gate that learns how many regions are fine."""
     return (
-        getattr(model, "gate", None) == "mlp"
-        and model.fine_share is None
+        model.gate == "mlp"
+        and model.has_threshold
         and not frozen(BIAS, tuple(config.optimizer.freeze))
     )
 
 
-def applies(model: nn.Module, config: config_dict.ConfigDict) -> bool:
+def applies(model: ImageModel, config: config_dict.ConfigDict) -> bool:
     """Tells whether a run has a gate that learns and a target to hold it to."""
     gate = config.loss.gate
     its_own = gate.kind == "bas" and gate.prior == "beta"  # the prior's mean replaces the target

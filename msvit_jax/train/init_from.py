@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.tokens import grid
 from msvit_jax.tree import flat_names, map_names
 
@@ -115,7 +115,7 @@ def adapt_weights(
     return taken, report
 
 
-def model_shapes(model: nn.Module) -> Any:
+def model_shapes(model: ImageModel) -> Any:
     """Returns the shapes of a model's parameters.
 
     Raises:
@@ -128,7 +128,7 @@ def model_shapes(model: nn.Module) -> Any:
         raise UserError(f"The model cannot be built: {error}") from error
 
 
-def params_for(model: nn.Module, weights: Any, *, pos_resize: str = "timm") -> tuple[Any, Report]:
+def params_for(model: ImageModel, weights: Any, *, pos_resize: str = "timm") -> tuple[Any, Report]:
     """Fits a tree or flat dict of weights, which must hold all of a model's parameters, to it.
 
     Returns:

@@ -10,11 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from msvit_jax.errors import UserError
-from msvit_jax.models.backbone_mixin import backbone_of
-from msvit_jax.models.reduction import reductions_of
+from msvit_jax.models.interface import ImageModel
 
 Rates = tuple[float, ...]
 
@@ -46,7 +43,7 @@ class KeepRateSchedule:
 
     @classmethod
     def from_config(
-        cls, options: Mapping[str, Any], model: nn.Module, steps_per_epoch: float
+        cls, options: Mapping[str, Any], model: ImageModel, steps_per_epoch: float
     ) -> "KeepRateSchedule | None":
         """Makes the schedule that a config asks for; None if it asks for none.
 
@@ -55,7 +52,7 @@ class KeepRateSchedule:
         """
         if not options["epochs"] and not options["hold_epochs"]:
             return None
-        specs = reductions_of(model)
+        specs = model.reductions
         if not specs or any(spec.make().remove for spec in specs.values()):
             raise UserError(
                 "keep_rate.epochs is for models that keep a share of their tokens (model.reducer "
@@ -84,7 +81,6 @@ class KeepRateSchedule:
         return tuple(round(rate + (1 - rate) * left, 6) for rate in self.target)
 
 
-def with_rates(model: nn.Module, rates: Rates) -> nn.Module:
+def with_rates(model: ImageModel, rates: Rates) -> ImageModel:
     """Returns the same model, for the same parameters, with other keep rates."""
-    changed = backbone_of(model).clone(keep=rates)
-    return model.clone(backbone=changed) if hasattr(model, "backbone") else changed
+    return model.with_backbone(keep=rates)

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
@@ -25,6 +24,7 @@ from msvit_jax import checkpoint, data, flops, labels, metrics, paths, sharding,
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.layout import images_per_group
 from msvit_jax.run_log import Logger
 from msvit_jax.train import optimizer, owner
@@ -33,7 +33,7 @@ from msvit_jax.train.health import Health
 from msvit_jax.train.keep_rate_schedule import KeepRateSchedule
 from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.state import TrainState, count_parameters
-from msvit_jax.train.step import StepMetrics, Teacher, max_tokens
+from msvit_jax.train.step import StepMetrics, Teacher
 from msvit_jax.weights.declared import UNSEEN
 
 LAG = 2
@@ -110,8 +110,7 @@ class _Run:
             config.optimizer, self.run_length.schedule_steps, self.run_length.steps_per_epoch
         )
         self.program = TrainProgram.from_config(config, self.mesh, self.schedule)
-        self.model: nn.Module = self.program.model
-        self.region_grid: tuple[int, int] | None = getattr(self.model, "region_grid", None)
+        self.model: ImageModel = self.program.model
         self.capacity = self._capacity_schedule()
         self.keep_rate = KeepRateSchedule.from_config(
             config.keep_rate, self.model, self.run_length.steps_per_epoch
@@ -136,12 +135,11 @@ class _Run:
     def _capacity_schedule(self) -> CapacitySchedule | None:
         """Makes the trimmed layout's schedule, unless the config itself sets the capacities."""
         model, config = self.model, self.config
-        if getattr(model, "layout", None) != "trimmed" or model.token_capacity is not None:
+        if model.layout != "trimmed" or model.token_capacity is not None:
             return None
         batch = config.batch_size // config.optimizer.accum_steps
         images = images_per_group(batch, model.packing_layout)
-        rows, columns = model.region_grid
-        return CapacitySchedule.start(config.capacity, regions=rows * columns, images=images)
+        return CapacitySchedule.start(config.capacity, regions=model.num_regions, images=images)
 
     def start_state(self) -> TrainState:
         """Returns the newest checkpoint's state, or a fresh one."""
@@ -255,7 +253,9 @@ class _Run:
             if evaluating:
                 result = evaluate(_weights(state))
                 figures = result.figures
-                logger.evaluation(step, step / run_length.steps_per_epoch, result, self.region_grid)
+                logger.evaluation(
+                    step, step / run_length.steps_per_epoch, result, self.model.region_grid
+                )
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
                 extra = {} if self.capacity is None else {"capacity": self.capacity.to_json()}
@@ -293,7 +293,7 @@ class _Run:
     def describe(self) -> list[str]:
         """Describes the model, the data and the devices."""
         model, config = self.model, self.config
-        num_slots = max_tokens(model)
+        num_slots = model.max_tokens
         count = count_parameters(self.program.params["model"])
         frozen = tuple(config.optimizer.freeze)
         learned = sum(
@@ -303,9 +303,9 @@ class _Run:
         )
         most = float(flops.macs_per_image(model, np.asarray([num_slots]))[0]) / 1e9
         tokens = f"{num_slots} tokens"
-        if self.region_grid is not None:
+        if model.has_gate:
             tokens = f"{num_slots // 4} to {num_slots} tokens"
-        elif hasattr(model, "exit_tokens"):
+        elif model.is_cascade:
             tokens = f"{' or '.join(map(str, model.exit_tokens))} tokens"
         devices = f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
@@ -334,7 +334,7 @@ class Reporter:
     def __init__(self, run: _Run, logger: Logger, start: int) -> None:
         self._run, self._logger = run, logger
         self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self._macs = flops.macs_per_image(run.model, np.arange(max_tokens(run.model) + 1))
+        self._macs = flops.macs_per_image(run.model, np.arange(run.model.max_tokens + 1))
         self._sums: metrics.Sums | None = None
         self._scalars: list[dict[str, float]] = []
         half_epoch = max(1, round(run.run_length.steps_per_epoch / 2))

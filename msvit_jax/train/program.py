@@ -18,6 +18,7 @@ from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.keep_rate_schedule import Rates, with_rates
@@ -42,7 +43,7 @@ class TrainProgram:
 
     config: config_dict.ConfigDict
     mesh: Mesh
-    model: nn.Module
+    model: ImageModel
     gate_loss: nn.Module
     params: Params
     optimizer: optax.GradientTransformation
@@ -106,13 +107,13 @@ class TrainProgram:
         )
 
 
-def _grouped(model: nn.Module, config: config_dict.ConfigDict, mesh: Mesh) -> nn.Module:
+def _grouped(model: ImageModel, config: config_dict.ConfigDict, mesh: Mesh) -> ImageModel:
     """Returns the model with a layout, if it has one, that packs each device's images apart.
 
     Raises:
       UserError: The layout cannot train this model, or the batch cannot be cut for it.
     """
-    kind = getattr(model, "layout", "slots")
+    kind = model.layout
     if kind == "slots":
         return model
     if kind != "trimmed" and model.gate == "mlp" and not _gate_frozen(config):

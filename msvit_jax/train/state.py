@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 
 from msvit_jax.errors import UserError
-from msvit_jax.models.layout import with_dense_layout
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.tree import map_names
 
 Params = Any
@@ -34,7 +34,7 @@ class TrainState:
     ema: Params | None = None
 
 
-def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
+def init_params(model: ImageModel, gate_loss: nn.Module, key: Array) -> Params:
     """Initializes parameters of a model and of its gate's loss.
 
     Args:
@@ -49,7 +49,7 @@ def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
     keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
     images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
     try:
-        output, variables = with_dense_layout(model).init_with_output(keys, images, train=False)
+        output, variables = model.with_dense_layout().init_with_output(keys, images, train=False)
     except ValueError as error:
         raise UserError(f"The model cannot be built: {error}") from error
     params = {"model": variables["params"], "gate_loss": {}}
@@ -60,7 +60,7 @@ def init_params(model: nn.Module, gate_loss: nn.Module, key: Array) -> Params:
 
 
 def state_maker(
-    model: nn.Module,
+    model: ImageModel,
     gate_loss: nn.Module,
     optimizer: optax.GradientTransformation,
     *,

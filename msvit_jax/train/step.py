@@ -19,6 +19,7 @@ from ml_collections import config_dict
 
 from msvit_jax import losses, metrics, pixels
 from msvit_jax.data import mix
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Output
 from msvit_jax.train import gate_target
 from msvit_jax.train.optimizer import group_norms, stop_frozen, update_ema
@@ -44,18 +45,12 @@ class StepMetrics:
 class Teacher:
     """A dense model to distill from; `variables` are an argument of the step, never a constant."""
 
-    model: nn.Module = struct.field(pytree_node=False)
+    model: ImageModel = struct.field(pytree_node=False)
     variables: Any
 
 
-def max_tokens(model: nn.Module) -> int:
-    """Number of patch tokens of a training image on the fine grid."""
-    side = getattr(model, "grid_size", model.image_size // model.patch_size)
-    return side**2
-
-
 def make_train_step(
-    model: nn.Module,
+    model: ImageModel,
     gate_loss: nn.Module,
     optimizer: optax.GradientTransformation,
     config: config_dict.ConfigDict,
@@ -139,7 +134,7 @@ def _accumulate(
 
 
 def _make_objective(
-    model: nn.Module, gate_loss: nn.Module, config: config_dict.ConfigDict
+    model: ImageModel, gate_loss: nn.Module, config: config_dict.ConfigDict
 ) -> Callable[..., tuple[Array, StepMetrics]]:
     """Builds objective(params, batch, key, teacher) -> (total loss, metrics)."""
     watched = gate_target.learns(model, config)
@@ -181,7 +176,7 @@ def _make_objective(
                 scalars |= gate_target.measure(
                     output.gate, model.threshold, config.loss.gate.target
                 )
-        sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=max_tokens(model))
+        sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=model.max_tokens)
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
 
     return objective

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from msvit_jax import checkpoint, errors, paths
-from msvit_jax.inference.predictor import is_cascade
 from msvit_jax.visualize import examples, exits
 
 _WORKDIR = flags.DEFINE_string(
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
         run.config.data.data_dir = _DATA_DIR.value
     out = _OUT.value or paths.parse(_WORKDIR.value) / "pictures"
     files, count = argv[1:], _EXAMPLES.value
-    if is_cascade(run.model):
+    if run.model.is_cascade:
         drawn = exits.draw_run(
             run,
             out,

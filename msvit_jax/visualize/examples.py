@@ -13,8 +13,7 @@ from msvit_jax.data import decode, pipeline, sources
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
-from msvit_jax.inference.shapes import has_gate
-from msvit_jax.models.reduction import reductions_of
+from msvit_jax.models.interface import ImageModel
 from msvit_jax.tokens.grid import REGION
 from msvit_jax.visualize.maps import (
     GATE_COLUMNS,
@@ -123,7 +122,7 @@ def from_dataset(config: ConfigDict, count: int) -> list[Example]:
 
 
 def predict(
-    model: Any, variables: Any, examples: Sequence[Example], class_names: Sequence[str] = ()
+    model: ImageModel, variables: Any, examples: Sequence[Example], class_names: Sequence[str] = ()
 ) -> Predictions:
     """Runs a model with a gate or token reduction on examples.
 
@@ -147,7 +146,7 @@ def predict(
     return predictor(np.stack([example.image for example in examples]))
 
 
-def check_pictures(model: Any) -> None:
+def check_pictures(model: ImageModel) -> None:
     """Raises UserError for a model without anything to draw, see `has_pictures`."""
     if not has_pictures(model):
         raise UserError(
@@ -157,14 +156,14 @@ def check_pictures(model: Any) -> None:
         )
 
 
-def has_pictures(model: Any) -> bool:
+def has_pictures(model: ImageModel) -> bool:
     """Whether a model has anything to draw: a gate, or layers that reduce tokens."""
-    return has_gate(model) or bool(reducing_layers(model))
+    return model.has_gate or bool(reducing_layers(model))
 
 
-def reducing_layers(model: Any) -> tuple[int, ...]:
+def reducing_layers(model: ImageModel) -> tuple[int, ...]:
     """The layers that reduce tokens, counted from 1."""
-    return tuple(layer + 1 for layer in reductions_of(model))
+    return tuple(layer + 1 for layer in model.reductions)
 
 
 def strips(examples: Sequence[Example], predictions: Predictions) -> list[Strip]:

@@ -14,7 +14,6 @@ import numpy as np
 
 from msvit_jax import config_rules, paths
 from msvit_jax.errors import UserError
-from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.registry import BACKBONES, create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.weights import files, ours
@@ -118,7 +117,7 @@ class Declared:
 
     def differences(self, model: Any, keys: Sequence[str] = UNSEEN) -> dict[str, Any]:
         """Stated attributes, among `keys`, that differ from a model's."""
-        trunk = backbone_of(model)
+        trunk = model.backbone
         return {
             key: self.model[key]
             for key in keys
@@ -178,7 +177,7 @@ def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
 
 
 def _say_all(found: Declared, model: Any, where: str) -> None:
-    trunk = backbone_of(model)
+    trunk = model.backbone
     found.say(where, **{key: getattr(trunk, key) for key in UNSEEN})
 
 

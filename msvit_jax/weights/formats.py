@@ -14,7 +14,6 @@ import numpy as np
 
 from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
-from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.train import init_from
@@ -150,7 +149,7 @@ class _Opened:
         wrong = {} if model is None else self.declared.differences(model, keys)
         if not wrong:
             return
-        trunk = backbone_of(model)
+        trunk = model.backbone
         where = self.declared.where
         told = "; ".join(
             f"{where[key]} says {key}={value!r}, the model has {getattr(trunk, key)!r}"
@@ -257,11 +256,11 @@ def load_model(source: str | pathlib.Path, model: Any = None) -> Loaded:
         model = create_model(model, **followed, num_classes=classes)
     else:
         wrong = opened.declared.differences(model)
-        trunk = backbone_of(model)
+        trunk = model.backbone
         followed = {k: x for k, x in wrong.items() if same(getattr(trunk, k), _DEFAULTS[k])}
         model = _changed(model, followed)
     found = opened.source_for(model, UNSEEN)
-    if backbone_of(model).pos_resize != found.pos_resize:
+    if model.backbone.pos_resize != found.pos_resize:
         model = _changed(model, {"pos_resize": found.pos_resize})
     params, report = _params(opened.path, found, model)
     report.notes.extend(
@@ -306,11 +305,7 @@ def _params(path: str, found: LoadedWeights, model: Any) -> tuple[Any, init_from
 
 def _changed(model: Any, options: Mapping[str, Any]) -> Any:
     """A copy of a model with changed attributes of its trunk."""
-    if not options:
-        return model
-    if hasattr(model, "backbone"):
-        return model.clone(backbone=model.backbone.clone(**options))
-    return model.clone(**options)
+    return model.with_backbone(**options) if options else model
 
 
 def _described(opened: _Opened) -> Any:
@@ -518,17 +513,17 @@ def trunk_of(model: Any, format_name: str) -> tuple[Any, str]:
     Raises:
       UserError: The model is a cascade and the format is for plain models, or the reverse.
     """
-    cascade = hasattr(model, "exit_tokens")
+    cascade = model.is_cascade
     if cascade != (format_name == dvt.NAME):
         what = "a cascade" if cascade else "no cascade"
         raise UserError(f"The format {format_name} does not fit: this model is {what}.")
-    if cascade or not hasattr(model, "backbone"):
+    if cascade or model.backbone is model:
         return model, ""
     return model.backbone, BACKBONE
 
 
 def _scanned(trunk: Any) -> bool:
-    return getattr(trunk, "scan_layers", False)
+    return trunk.backbone.scan_layers
 
 
 def _stack(flat: Flat, depth: int) -> Flat:

@@ -6,7 +6,6 @@ import pytest
 
 import msvit_jax
 from msvit_jax.errors import UserError
-from msvit_jax.models.backbone_mixin import backbone_of
 from msvit_jax.train.keep_rate_schedule import KeepRateSchedule, with_rates
 from msvit_jax.train.loop import train
 from tests import tiny_run
@@ -38,7 +37,7 @@ def test_other_rates_are_the_same_model_for_the_same_parameters():
     for name in ("mergence_tiny_patch16_224", "vit_tiny_patch16_224", "msvit_tiny_patch16_224"):
         model = msvit_jax.create_model(name, **TINY, reducer="mergence")
         changed = with_rates(model, (1.0, 0.5, 0.25))
-        assert backbone_of(changed).keep == (1.0, 0.5, 0.25)
+        assert changed.backbone.keep == (1.0, 0.5, 0.25)
         assert type(changed) is type(model)
 
 
