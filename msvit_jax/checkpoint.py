@@ -23,7 +23,7 @@ from msvit_jax import config as configs
 from msvit_jax import extras, paths
 from msvit_jax.errors import UserError, describe
 from msvit_jax.models.interface import ImageModel
-from msvit_jax.train.state import TrainState
+from msvit_jax.train_state import TrainState
 
 with extras.needed("train"):
     import orbax.checkpoint as ocp

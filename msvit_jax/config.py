@@ -6,7 +6,6 @@ it needs and states in its docstring how to run it, what that costs and what to 
 
 import ast
 import dataclasses
-import importlib
 import json
 import pathlib
 import runpy
@@ -17,8 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from msvit_jax import config_aliases, config_rules, extras, labels, paths
+from msvit_jax import config_aliases, config_rules, extras, labels, losses, paths
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models import registry
 from msvit_jax.models.interface import ImageModel
 
 with extras.needed("train"):
@@ -55,14 +55,40 @@ def packaged_folder() -> pathlib.Path:
 
 def base() -> config_dict.ConfigDict:
     """Returns every key with its default; the units are in the comments."""
-    data = importlib.import_module("msvit_jax.data")
     optional = config_dict.placeholder
     config = config_dict.ConfigDict()
     config.seed = 0
     # name: one of msvit_jax.list_models(); every other key overrides an attribute of that model.
     config.model = {"name": "vit_tiny_patch16_224"}
     config.dtype = "float32"  # dtype of the computation; parameters are always float32
-    config.data = data.default_config()
+    config.data = {
+        "name": "scattered_digits",  # TFDS name[/config][:version]
+        "data_dir": "",  # empty: TFDS_DATA_DIR, or ~/tensorflow_datasets
+        "train_split": "train",
+        "eval_split": "validation",
+        # how class names of the data and of a model must match: "exactly" (else an error),
+        # "by_name" (same names in any order, mapped by name), "by_number" (names are ignored)
+        "match_classes": "exactly",
+        "image_size": 64,
+        "crop_scale": None,  # (least, greatest) share of the area; None: center crop
+        "crop_ratio": (3 / 4, 4 / 3),
+        "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
+        # Rotate upright, as viewers do; False: as stored, as in published ImageNet pipelines.
+        "exif_orientation": True,
+        "flip": False,
+        "pad_shift": 0,  # pixels
+        "randaugment": {"num_ops": 0, "magnitude": 9.0, "std": 0.5},
+        "color_jitter": 0.0,
+        "erasing": 0.0,  # probability
+        "eval_crop": 1.0,  # share of the short side
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "mix_prob": 1.0,
+        "mix_switch_prob": 0.5,
+        "workers": 0,  # decoding processes; 0: threads of this process
+        "prefetch": 4,  # batches made in advance
+        "cache": False,  # keep decoded images in memory
+    }
     config.batch_size = 128  # global, images per optimizer step
     config.eval_batch_size = optional(int)  # None: batch_size
     config.epochs = 10.0
@@ -88,11 +114,21 @@ def base() -> config_dict.ConfigDict:
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
     # for the model's layout "trimmed", where model.token_capacity is not given
-    config.capacity = importlib.import_module("msvit_jax.train.capacity_schedule").default_config()
+    config.capacity = {
+        "num_buckets": 8,  # length buckets of a device's share of the batch, each with a capacity
+        "alternatives": 0.25,  # capacity for regions' alternatives, as a share of the grid's tokens
+        "alternatives_every": 4,  # steps, one of which carries alternatives, with their gradient
+        "every_steps": 200,  # steps between changes to smaller capacities; to larger ones, 1/8
+        "min_saving": 0.08,  # least share of capacity that new ones must save to be compiled
+        "max_overflow": 0.02,  # share of images that do not fit above which capacities grow
+        "max_recompiles": 8,  # changes of capacities in a run, each a compilation; then all tokens
+    }
     # for the keep rate of models that reduce tokens, in training from scratch
-    config.keep_rate = importlib.import_module(
-        "msvit_jax.train.keep_rate_schedule"
-    ).default_config()
+    config.keep_rate = {
+        "hold_epochs": 0.0,  # epochs with all tokens
+        "epochs": 0.0,  # epochs in which the keep rate then falls to the model's; 0: no schedule
+        "num_rates": 5,  # different rates on the way, each a compilation
+    }
     config.loss = {
         "label_smoothing": 0.0,
         # correction: share of the way that the gate's bias moves, every step, to the value at which
@@ -116,7 +152,7 @@ def base() -> config_dict.ConfigDict:
 
 def _gate_loss_defaults() -> dict[str, Any]:
     """Returns attributes of `losses.GateLoss` with defaults; the loss is off by default."""
-    fields = dataclasses.fields(importlib.import_module("msvit_jax.losses").GateLoss)
+    fields = dataclasses.fields(losses.GateLoss)
     ours = ("parent", "name", "region_grid")  # the grid is the model's
     defaults = {f.name: f.default for f in fields if f.name not in ours}
     return {**defaults, "kind": "none"}
@@ -158,7 +194,7 @@ def check(config: config_dict.ConfigDict) -> None:
 
 def _check_values(config: config_dict.ConfigDict, prefix: str) -> None:
     """Checks the values of the keys that begin with `prefix`."""
-    types = importlib.import_module("msvit_jax.models.registry").model_types(config.model.name)
+    types = registry.model_types(config.model.name)
     for key, value in flatten(config).items():
         if key.startswith(prefix):
             config_rules.check(key, value, types.get(key.removeprefix("model.")))
@@ -251,7 +287,6 @@ def build_model(config: config_dict.ConfigDict) -> ImageModel:
     Raises:
       UserError: The model is unknown, it lacks an attribute, or sizes do not fit.
     """
-    registry = importlib.import_module("msvit_jax.models.registry")
     attributes = model_attributes(config)
     try:
         return registry.create_model(config.model.name, **attributes)
@@ -264,7 +299,6 @@ def build_model(config: config_dict.ConfigDict) -> ImageModel:
 def build_gate_loss(config: config_dict.ConfigDict, model: ImageModel) -> nn.Module:
     """Builds the config's `losses.GateLoss` for the model's regions."""
     options = {k: v for k, v in config.loss.gate.items() if k not in ("weight", "correction")}
-    losses = importlib.import_module("msvit_jax.losses")
     return losses.GateLoss(**options, region_grid=model.region_grid or (1, 1))
 
 
@@ -405,7 +439,7 @@ def _check_keys(config: config_dict.ConfigDict, known: config_dict.ConfigDict, p
 
 def _check_names(config: config_dict.ConfigDict) -> None:
     """Checks the model's name and its overrides."""
-    options = importlib.import_module("msvit_jax.models.registry").model_options(config.model.name)
+    options = registry.model_options(config.model.name)
     for key in config.model:
         if key != "name" and key not in options:
             names = [f"model.{option}" for option in sorted(options)]

@@ -11,7 +11,6 @@ import types
 import typing
 from typing import Any
 
-from msvit_jax import labels
 from msvit_jax.errors import UserError
 
 Rule = typing.Union["Number", "OneOf", "Text", "Flag", "Numbers", "Texts"]
@@ -184,7 +183,7 @@ RULES: dict[str, Rule] = {
     "data.data_dir": Text(),
     "data.train_split": _NAME,
     "data.eval_split": _NAME,
-    "data.match_classes": OneOf(labels.CHOICES),
+    "data.match_classes": OneOf(("exactly", "by_name", "by_number")),
     "data.image_size": _COUNT,
     "data.crop_scale": Numbers(_SOME_SHARE, rising=True, optional=True),
     "data.crop_ratio": Numbers(_POSITIVE, rising=True),

@@ -35,8 +35,7 @@ from msvit_jax.inference import budget_curve
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import GateOutput
 from msvit_jax.pixels import normalize
-from msvit_jax.train import init_from
-from msvit_jax.train.step import smooth
+from msvit_jax.weights import adapt
 
 with extras.needed("train"):
     from ml_collections import config_dict
@@ -135,7 +134,7 @@ class Evaluator:
         images = normalize(batch["image"], model.mean, model.std)
         extra = {} if threshold is None else {"threshold": threshold}
         output = model.apply({"params": params}, images, train=False, **extra)
-        targets = smooth(batch["label"], model.num_classes, 0.0)
+        targets = losses.smooth(batch["label"], model.num_classes, 0.0)
         sums = metrics.batch_sums(
             output,
             batch["label"],
@@ -271,7 +270,7 @@ def evaluate_run(
     model = configs.build_model(config)
     step = checkpoint.find_step(workdir, which)
     mesh = sharding.make_mesh()
-    params, _ = init_from.params_for(model, checkpoint.load_params(workdir, str(step)))
+    params, _ = adapt.params_for(model, checkpoint.load_params(workdir, str(step)))
     names = checkpoint.read_about(workdir, str(step)).get("class_names") or ()
     params = _in_order_of_data(model, params, names, config.data, f"The run in {str(workdir)!r}")
     params = jax.device_put(params, sharding.replicated(mesh))

@@ -15,7 +15,6 @@ from msvit_jax.errors import UserError
 from msvit_jax.tree import map_names
 
 EXACTLY, BY_NAME, BY_NUMBER = "exactly", "by_name", "by_number"
-CHOICES = (EXACTLY, BY_NAME, BY_NUMBER)
 _HEAD = re.compile(r"(^|/)(head|head_dist)/(kernel|bias)$")
 # Names that transformers writes for classes without names.
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -49,7 +48,7 @@ def order(
     Args:
       answers: Names of the model's classes; empty if not known.
       data: Names of the data set's classes; empty if not known.
-      how: Way of matching, one of `CHOICES`.
+      how: Way of matching, "exactly", "by_name" or "by_number".
       of: Name of the answering thing, for messages.
 
     Returns:

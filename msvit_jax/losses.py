@@ -6,6 +6,8 @@ Shaping (Ehteshami Bejnordi et al. 2020); where the papers leave a choice open, 
 marked so.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +18,22 @@ from jax import Array, lax
 from jax.scipy.special import betainc, logit
 from jax.scipy.stats import norm
 
-from msvit_jax.models.gate import center_distance
-from msvit_jax.models.output import GateOutput
+from msvit_jax.tokens.grid import center_distance
+
+if TYPE_CHECKING:
+    from msvit_jax.models.output import GateOutput
+
 
 _EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's CDF
+
+
+def smooth(labels: Array, classes: int, amount: float) -> Array:
+    """Makes one-hot targets [B, classes], with `amount` of them spread evenly over all classes.
+
+    NaN for a label outside the classes, because a loss of zero would look like success.
+    """
+    targets = jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
+    return jnp.where(((labels >= 0) & (labels < classes))[:, None], targets, jnp.nan)
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -170,7 +184,7 @@ class GateLoss(nn.Module):
     region_grid: tuple[int, int] = (7, 7)
 
     @nn.compact
-    def __call__(self, gate: GateOutput, *, axis_name: str | None = None) -> GateLossOutput:
+    def __call__(self, gate: "GateOutput", *, axis_name: str | None = None) -> GateLossOutput:
         """Computes the loss of the decisions on one batch; gate.logits is [B, R]."""
         if not 0 < self.target < 1:
             raise ValueError(f"The gate's target share is {self.target}; it lies between 0 and 1.")

@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from msvit_jax import event_files, paths
 from msvit_jax.errors import UserError
-from msvit_jax.evaluate import Evaluation, Samples
+
+if TYPE_CHECKING:
+    from msvit_jax.evaluate import Evaluation, Samples
 
 # Figures in a line on the terminal, in this order, with their formats.
 SHOWN = {
@@ -124,7 +126,7 @@ class Logger:
             self.say(line(kind, step, epoch, brief))
 
     def evaluation(
-        self, step: int, epoch: float, result: Evaluation, region_grid: tuple[int, int] | None
+        self, step: int, epoch: float, result: "Evaluation", region_grid: tuple[int, int] | None
     ) -> None:
         """Reports an evaluation, with gate rates, token maps and merge maps as pictures.
 
@@ -160,7 +162,7 @@ class Logger:
         picture = np.kron((1 - rates)[None], np.ones((1, 16, 16)))
         self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
 
-    def _maps(self, step: int, samples: Samples, region_grid: tuple[int, int] | None) -> None:
+    def _maps(self, step: int, samples: "Samples", region_grid: tuple[int, int] | None) -> None:
         from msvit_jax import visualize  # brings matplotlib, which not every run needs
 
         for index, image in enumerate(samples.images):

@@ -8,7 +8,7 @@ from absl import logging
 
 from msvit_jax import checkpoint
 from msvit_jax.errors import UserError
-from msvit_jax.train.state import TrainState
+from msvit_jax.train_state import TrainState
 from tests import tiny_run
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from msvit_jax import create_model, labels
 from msvit_jax.errors import UserError
-from msvit_jax.train.step import smooth
+from msvit_jax.losses import smooth
 from msvit_jax.tree import flat_names
 from tests import jitted
 from tests.export import made

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from ml_collections import config_dict
 
+from msvit_jax import config as configs
 from msvit_jax import flops
 from msvit_jax.benchmark import forced
 from msvit_jax.benchmark.options import DENSE, REDUCED, Options
 from msvit_jax.errors import UserError
 from msvit_jax.models.interface import ImageModel
-from msvit_jax.tokens import grid, plan
+from msvit_jax.tokens import grid, layout_sizes
 from msvit_jax.train import capacity_schedule
 
 _CAPACITIES = 8  # most capacities in a batch
@@ -72,8 +72,8 @@ def size_layout(layout: str, model: ImageModel, counts: np.ndarray, options: Opt
         token_capacity = token_capacity or schedule(model, batch, options).capacities
     elif not token_capacity:
         multiple = _BUCKET if batch == 1 else _MULTIPLE
-        token_capacity = plan.fitting_capacities(
-            counts, plan.largest_part(batch, _CAPACITIES), multiple, most
+        token_capacity = layout_sizes.fitting_capacities(
+            counts, layout_sizes.largest_part(batch, _CAPACITIES), multiple, most
         )
     if batch % len(token_capacity):
         raise UserError(
@@ -95,19 +95,19 @@ def schedule(model: ImageModel, batch: int, options: Options) -> capacity_schedu
         _SEEN, regions, tokens=options.tokens, spread=options.spread, seed=options.seed + 1
     )
     histogram = np.bincount(seen, minlength=most + 1)
-    defaults = config_dict.ConfigDict(capacity_schedule.default_config())
+    defaults = configs.base().capacity
     made = capacity_schedule.CapacitySchedule.start(defaults, regions=regions, images=batch)
     made.observe(histogram, overflow=0)
     made.look(defaults.every_steps)
     return made
 
 
-def _rows(model: ImageModel, counts: np.ndarray, options: Options) -> plan.RowPlan:
+def _rows(model: ImageModel, counts: np.ndarray, options: Options) -> layout_sizes.RowSizes:
     vit = model.backbone
     least = vit.grid_size**2 + vit.prefix_length
     if options.row_width is None:
         mean = counts.mean() + vit.prefix_length
-        tried = {plan.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}
+        tried = {layout_sizes.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}
         widths = {least, *(width for width in tried if width > least)}
     elif options.row_width < least:
         raise UserError(
@@ -119,9 +119,9 @@ def _rows(model: ImageModel, counts: np.ndarray, options: Options) -> plan.RowPl
     if options.rows is not None:
         if options.row_width is None:
             raise UserError("--rows goes with --row_width.")
-        return plan.RowPlan(options.rows, options.row_width)
+        return layout_sizes.RowSizes(options.rows, options.row_width)
 
     def cost(width: int) -> float:
         return float(flops.block(width, vit.width, vit.mlp_hidden))
 
-    return plan.cheapest_rows(counts, vit.prefix_length, widths, cost)
+    return layout_sizes.cheapest_rows(counts, vit.prefix_length, widths, cost)

@@ -19,7 +19,7 @@ from msvit_jax.benchmark.turns import Timed
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import TrainProgram
-from msvit_jax.train.state import TrainState
+from msvit_jax.train_state import TrainState
 
 # Of the learning rate's schedule; they do not affect the timing.
 _STEPS, _STEPS_PER_EPOCH = 1000, 100.0

@@ -6,7 +6,6 @@ with extras.needed("data"):
     from msvit_jax.data.pipeline import (
         class_names,
         dataset_info,
-        default_config,
         device_batches,
         eval_batches,
         train_iterator,
@@ -17,7 +16,6 @@ __all__ = [
     "DatasetInfo",
     "class_names",
     "dataset_info",
-    "default_config",
     "device_batches",
     "eval_batches",
     "open_dataset",

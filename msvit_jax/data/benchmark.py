@@ -22,6 +22,7 @@ from absl import flags
 from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
+from msvit_jax import config as configs
 from msvit_jax import errors
 from msvit_jax.data import pipeline
 
@@ -60,7 +61,7 @@ def photo_jpegs(count: int, seed: int = 0) -> list[bytes]:
 
 def our_batches(jpegs: Sequence[bytes], resize: str = "pillow") -> Iterator[Any]:
     """The library's own training pipeline over JPEGs in memory, without prefetching."""
-    config = pipeline.default_config()
+    config = configs.base().data
     config.update(image_size=SIZE, crop_scale=(0.08, 1.0), flip=True, resize=resize, prefetch=0)
     examples = [{"image": jpeg, "label": 0, "name": "a benchmark image"} for jpeg in jpegs]
     examples *= 100  # Grain's shuffle of very few examples would cost more than decoding

@@ -24,40 +24,6 @@ Batch = dict[str, np.ndarray]
 EPOCHS = 2**31  # practically infinite; Grain's own infinity overflows with one example per batch
 
 
-def default_config() -> ConfigDict:
-    """Returns the `data` section of a configuration with its defaults."""
-    return ConfigDict(
-        {
-            "name": "scattered_digits",  # TFDS name[/config][:version]
-            "data_dir": "",  # empty: TFDS_DATA_DIR, or ~/tensorflow_datasets
-            "train_split": "train",
-            "eval_split": "validation",
-            # how class names of the data and of a model must match: "exactly" (else an error),
-            # "by_name" (same names in any order, mapped by name), "by_number" (names are ignored)
-            "match_classes": "exactly",
-            "image_size": 64,
-            "crop_scale": None,  # (least, greatest) share of the area; None: center crop
-            "crop_ratio": (3 / 4, 4 / 3),
-            "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
-            # Rotate upright, as viewers do; False: as stored, as in published ImageNet pipelines.
-            "exif_orientation": True,
-            "flip": False,
-            "pad_shift": 0,  # pixels
-            "randaugment": {"num_ops": 0, "magnitude": 9.0, "std": 0.5},
-            "color_jitter": 0.0,
-            "erasing": 0.0,  # probability
-            "eval_crop": 1.0,  # share of the short side
-            "mixup": 0.0,
-            "cutmix": 0.0,
-            "mix_prob": 1.0,
-            "mix_switch_prob": 0.5,
-            "workers": 0,  # decoding processes; 0: threads of this process
-            "prefetch": 4,  # batches made in advance
-            "cache": False,  # keep decoded images in memory
-        }
-    )
-
-
 def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
     """Opens (and for scattered_digits prepares) a config's data set and describes it."""
     builder = sources.open_dataset(config.name, config.data_dir)

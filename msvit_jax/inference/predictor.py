@@ -24,7 +24,7 @@ from msvit_jax.inference.images import Images, ImageSource, Reading, open_images
 from msvit_jax.inference.job import Job, decide_batches
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Features
-from msvit_jax.train.init_from import Report
+from msvit_jax.weights.adapt import Report
 
 _PREPARATION = ("normalize", "gate")  # programs in addition to those of the shapes
 

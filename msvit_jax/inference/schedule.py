@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from msvit_jax.tokens.plan import first_fit
+from msvit_jax.tokens.layout_sizes import first_fit
 
 PADDING = -1
 

@@ -83,7 +83,7 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
         sign = 1.0 if kind == "coarse" else -1.0
         return jnp.full((batch, rows * columns), sign * _CERTAIN, jnp.float32)
     if kind == "center":
-        probability = jnp.asarray(center_distance((rows, columns)), jnp.float32)
+        probability = jnp.asarray(grid.center_distance((rows, columns)), jnp.float32)
         probability = jnp.broadcast_to(probability[None], (batch, rows * columns))
     elif kind == "random":
         probability = _random_probability(pixels)
@@ -93,13 +93,6 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
         raise ValueError(f"gate={kind!r} is none of {', '.join(GATES)}.")
     edge = 1e-6
     return jax.scipy.special.logit(jnp.clip(probability, edge, 1 - edge))
-
-
-def center_distance(size: tuple[int, int]) -> np.ndarray:
-    """Distance of each region from the image's center, 1 in the corners: [rows * columns]."""
-    rows, columns = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in size)
-    distance = np.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2).reshape(-1)
-    return distance / max(distance.max(), 1e-9)
 
 
 def _random_probability(pixels: Array) -> Array:

@@ -161,6 +161,13 @@ def targets_to_map(targets: Array, is_coarse: Array, size: tuple[int, int]) -> A
     return slots_to_map(slots, is_coarse, (size[0] // REGION, size[1] // REGION))[..., 0]
 
 
+def center_distance(size: tuple[int, int]) -> np.ndarray:
+    """Distance of each region from the image's center, 1 in the corners: [rows * columns]."""
+    rows, columns = (np.linspace(-1.0, 1.0, n) if n > 1 else np.zeros(1) for n in size)
+    distance = np.sqrt(rows[:, None] ** 2 + columns[None, :] ** 2).reshape(-1)
+    return distance / max(distance.max(), 1e-9)
+
+
 def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
     """Sines and cosines of every cell's row and column: [side**2, width] float64.
 

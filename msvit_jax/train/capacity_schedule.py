@@ -14,25 +14,12 @@ import numpy as np
 from ml_collections import config_dict
 
 from msvit_jax.tokens.grid import REGION
-from msvit_jax.tokens.plan import round_up
+from msvit_jax.tokens.layout_sizes import round_up
 
 # A bucket's capacity also covers images that exceed its share by this many standard deviations,
 # because batches differ.
 _DEVIATIONS = 1.0
 _STEP = 8  # capacities are multiples of this, or the whole grid
-
-
-def default_config() -> dict[str, Any]:
-    """Returns the defaults of the config's `capacity` section."""
-    return {
-        "num_buckets": 8,  # length buckets of a device's share of the batch, each with a capacity
-        "alternatives": 0.25,  # capacity for regions' alternatives, as a share of the grid's tokens
-        "alternatives_every": 4,  # steps, one of which carries alternatives, with their gradient
-        "every_steps": 200,  # steps between changes to smaller capacities; to larger ones, 1/8
-        "min_saving": 0.08,  # least share of capacity that new ones must save to be compiled
-        "max_overflow": 0.02,  # share of images that do not fit above which capacities grow
-        "max_recompiles": 8,  # changes of capacities in a run, each a compilation; then all tokens
-    }
 
 
 def bucket_capacities(
@@ -82,7 +69,7 @@ class CapacitySchedule:
     """Capacities of a run, and the counts that decide on the next ones.
 
     Attributes:
-      options: Section of the config, see `default_config`.
+      options: Section `capacity` of the config.
       regions: Number of regions of an image, which has at least as many tokens.
       images: Number of images of a batch that is packed together.
       parts: Number of length buckets of those images, each with its own capacity.
@@ -108,7 +95,7 @@ class CapacitySchedule:
         """Starts with capacity for all tokens of both scales.
 
         Args:
-          options: Section of the config, see `default_config`.
+          options: Section `capacity` of the config.
           regions: Number of regions of an image.
           images: Number of images of a batch that is packed together.
         """

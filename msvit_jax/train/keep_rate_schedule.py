@@ -16,15 +16,6 @@ from msvit_jax.models.interface import ImageModel
 Rates = tuple[float, ...]
 
 
-def default_config() -> dict[str, Any]:
-    """Returns the defaults of the config's `keep_rate` section."""
-    return {
-        "hold_epochs": 0.0,  # epochs with all tokens
-        "epochs": 0.0,  # epochs in which the keep rate then falls to the model's; 0: no schedule
-        "num_rates": 5,  # different rates on the way, each a compilation
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class KeepRateSchedule:
     """Keep rates by training step.

@@ -32,8 +32,8 @@ from msvit_jax.train.capacity_schedule import CapacitySchedule
 from msvit_jax.train.health import Health
 from msvit_jax.train.keep_rate_schedule import KeepRateSchedule
 from msvit_jax.train.program import TrainProgram
-from msvit_jax.train.state import TrainState, count_parameters
 from msvit_jax.train.step import StepMetrics, Teacher
+from msvit_jax.train_state import TrainState, count_parameters
 from msvit_jax.weights.declared import UNSEEN
 
 LAG = 2
@@ -156,7 +156,7 @@ class _Run:
         if self.config.init_from:
             source = weights.load(self.config.init_from, self.model)
             source = dataclasses.replace(source, flat=self._with_our_classes(source.flat))
-            taken, report = source.adapt(self.program.params["model"])
+            taken, report = source.adapt_to(self.program.params["model"])
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)

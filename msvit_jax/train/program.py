@@ -22,8 +22,8 @@ from msvit_jax.models.interface import ImageModel
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.keep_rate_schedule import Rates, with_rates
-from msvit_jax.train.state import Params, TrainState, state_maker
 from msvit_jax.train.step import make_train_step
+from msvit_jax.train_state import Params, TrainState, state_maker
 
 
 @dataclasses.dataclass(frozen=True)

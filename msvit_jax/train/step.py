@@ -23,7 +23,7 @@ from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Output
 from msvit_jax.train import gate_target
 from msvit_jax.train.optimizer import group_norms, stop_frozen, update_ema
-from msvit_jax.train.state import TrainState
+from msvit_jax.train_state import TrainState
 
 Batch = dict[str, Array]
 
@@ -144,7 +144,7 @@ def _make_objective(
     ) -> tuple[Array, StepMetrics]:
         mix_key, gate_key, dropout_key = jax.random.split(key, 3)
         images = pixels.normalize(batch["image"], model.mean, model.std)
-        targets = smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
+        targets = losses.smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
         images, targets = _mixed(mix_key, images, targets, config.data)
         rngs = {"gate": gate_key, "dropout": dropout_key}
         rngs["reducer"] = jax.random.fold_in(dropout_key, 1)
@@ -188,15 +188,6 @@ def _mean(values: Array, answered: Array | None) -> Array:
         return values.mean()
     total = jnp.where(answered, values, 0.0).sum()
     return total / jnp.maximum(answered.sum(), 1).astype(values.dtype)
-
-
-def smooth(labels: Array, classes: int, amount: float) -> Array:
-    """Makes one-hot targets [B, classes], with `amount` of them spread evenly over all classes.
-
-    NaN for a label outside the classes, because a loss of zero would look like success.
-    """
-    targets = jax.nn.one_hot(labels, classes) * (1 - amount) + amount / classes
-    return jnp.where(((labels >= 0) & (labels < classes))[:, None], targets, jnp.nan)
 
 
 def _mixed(

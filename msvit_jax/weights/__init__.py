@@ -1,6 +1,5 @@
 """Reads and writes weights: other projects' formats, converted key by key, and our own."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ _OURS = ("build_model", "describe", "save")
 def __getattr__(name: str) -> Any:
     # Imported on first use: reading runs needs Orbax, and some modules here are also commands.
     if name in __all__:
-        module = "ours" if name in _OURS else "formats"
-        return getattr(importlib.import_module(f"msvit_jax.weights.{module}"), name)
+        from msvit_jax.weights import formats, ours
+
+        return getattr(ours if name in _OURS else formats, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

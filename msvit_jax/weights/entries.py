@@ -12,7 +12,7 @@ from msvit_jax.errors import UserError, nearest
 State = Mapping[str, np.ndarray]
 Flat = dict[str, np.ndarray]
 
-# Parameters that may have another shape in the source: `init_from.adapt_weights` resizes or
+# Parameters that may have another shape in the source: `adapt.adapt_weights` resizes or
 # replaces them.
 ADAPTABLE = re.compile(r"(^|/)(pos_embed|patch_embed/proj/kernel|head(_dist)?/(kernel|bias))$")
 _HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")

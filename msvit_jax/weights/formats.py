@@ -16,9 +16,9 @@ from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names
 from msvit_jax.weights import (
+    adapt,
     big_vision,
     declared,
     dvt,
@@ -81,17 +81,17 @@ class LoadedWeights:
     notes: tuple[str, ...] = ()
     pos_resize: str = "timm"
 
-    def adapt(self, params: Any) -> tuple[Flat, init_from.Report]:
-        """Fits the weights to a model's parameters; see `init_from.adapt_weights`."""
-        taken, report = init_from.adapt_weights(self.flat, params, pos_resize=self.pos_resize)
+    def adapt_to(self, params: Any) -> tuple[Flat, adapt.Report]:
+        """Fits the weights to a model's parameters; see `adapt.adapt_weights`."""
+        taken, report = adapt.adapt_weights(self.flat, params, pos_resize=self.pos_resize)
         return taken, self._completed(report)
 
-    def params_for(self, model: Any) -> tuple[Any, init_from.Report]:
-        """Returns all parameters of a model; see `init_from.params_for`."""
-        params, report = init_from.params_for(model, self.flat, pos_resize=self.pos_resize)
+    def params_for(self, model: Any) -> tuple[Any, adapt.Report]:
+        """Returns all parameters of a model; see `adapt.params_for`."""
+        params, report = adapt.params_for(model, self.flat, pos_resize=self.pos_resize)
         return params, self._completed(report)
 
-    def _completed(self, report: init_from.Report) -> init_from.Report:
+    def _completed(self, report: adapt.Report) -> adapt.Report:
         report.unused.extend(self.unused)
         report.notes.extend(self.notes)
         return report
@@ -113,7 +113,7 @@ class Loaded:
 
     model: Any
     params: Any
-    report: init_from.Report
+    report: adapt.Report
     class_names: tuple[str, ...] = ()
     crop: float | None = None
     exif_orientation: bool | None = None
@@ -214,7 +214,7 @@ def load(source: str | pathlib.Path, model: Any) -> LoadedWeights:
     return _open(source).source_for(model)
 
 
-def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.Report]:
+def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, adapt.Report]:
     """Reads all parameters of a model, fitted to it, with a report on how each was used.
 
     Args:
@@ -222,7 +222,7 @@ def load_params(source: str | pathlib.Path, model: Any) -> tuple[Any, init_from.
       model: Model that the weights are for.
 
     Raises:
-      UserError: The weights cannot be loaded or do not fit, see `load` and `init_from.params_for`.
+      UserError: The weights cannot be loaded or do not fit, see `load` and `adapt.params_for`.
     """
     return _params(str(source), load(source, model), model)
 
@@ -296,7 +296,7 @@ def declared_options(
     return {key: x for key, x in said.differences(model).items() if key not in given}
 
 
-def _params(path: str, found: LoadedWeights, model: Any) -> tuple[Any, init_from.Report]:
+def _params(path: str, found: LoadedWeights, model: Any) -> tuple[Any, adapt.Report]:
     try:
         return found.params_for(model)
     except UserError as error:
@@ -441,7 +441,7 @@ def _foreign(state: State, model: Any, name: str) -> LoadedWeights:
     # The table needs a head to recognize the source's.
     plain = trunk.clone(num_classes=1) if headless else trunk
     plain = plain.clone(scan_layers=False) if _scanned(plain) else plain
-    shapes = flat_names(init_from.model_shapes(plain))
+    shapes = flat_names(adapt.model_shapes(plain))
     table = form.table(plain)
     named, unused = form.canonical(state, plain)
     named, extras = _parameters(named, table)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from msvit_jax import config as configs
 from msvit_jax import data
 
 
@@ -14,6 +15,6 @@ def digits_dir(tmp_path_factory):
 
 @pytest.fixture
 def config(digits_dir):
-    made = data.default_config()
+    made = configs.base().data
     made.update(name="scattered_digits/tiny", data_dir=digits_dir, image_size=64)
     return made

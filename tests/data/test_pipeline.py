@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msvit_jax import config as configs
 from msvit_jax import data
 from msvit_jax.data import pipeline, sources
 from msvit_jax.errors import UserError
@@ -102,7 +103,7 @@ class Numbered:
 @settings(max_examples=15)
 @given(st.integers(1, 40), st.integers(1, 7), st.sampled_from([1, 2, 3]))
 def test_evaluation_covers_each_example_once(examples, local, count):
-    config = data.default_config()
+    config = configs.base().data
     config.update(image_size=8, prefetch=0)
     parts = [
         pipeline.EvalBatches(config, Numbered(examples), pipeline.Rows(local, p, count))

@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from msvit_jax import config as configs
 from msvit_jax import data
 from msvit_jax.data import image_files, prepare, sources
 from msvit_jax.errors import UserError
@@ -72,7 +73,7 @@ def test_keeps_the_original_bytes_and_names(folder, files, tmp_path):
 
 def test_is_used_by_its_name(folder, tmp_path):
     prepare.prepare([str(folder)], name="pets", data_dir=str(tmp_path))
-    config = data.default_config()
+    config = configs.base().data
     config.update(name="pets", data_dir=str(tmp_path), image_size=8, crop_scale=(0.3, 1.0))
     assert data.dataset_info(config).class_names == ("cat", "dog")
     batch = next(data.train_iterator(config, batch_size=4, seed=0))
@@ -470,7 +471,7 @@ def test_a_damaged_record_is_named_by_its_file(folder, tmp_path, monkeypatch):
     jpeg.write_bytes(jpeg.read_bytes()[:-60])
     monkeypatch.setattr(prepare, "find_unreadable", lambda files, workers: [])
     prepare.prepare([str(folder)], name="pets", data_dir=str(tmp_path))
-    config = data.default_config()
+    config = configs.base().data
     config.update(name="pets", data_dir=str(tmp_path), image_size=8)
     with pytest.raises(UserError, match=r"'pets/1\.0\.0'.*'train/cat/0\.jpg'.*truncated.*prepare"):
         next(data.train_iterator(config, batch_size=6, seed=0))

@@ -14,7 +14,7 @@ from msvit_jax import checkpoint, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.export import ExportBundle, Options, write
-from msvit_jax.train.state import TrainState
+from msvit_jax.train_state import TrainState
 from tests.export import made
 
 

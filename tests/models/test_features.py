@@ -8,9 +8,8 @@ import pytest
 
 from msvit_jax import Predictor, create_model
 from msvit_jax.errors import UserError
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import formats
+from msvit_jax.weights import adapt, formats
 from tests import jitted
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 0, "image_size": 16, "patch_size": 4}
@@ -92,7 +91,7 @@ def test_a_predictor_returns_features_in_the_order_of_the_images():
 
 def test_a_head_is_left_out_where_the_model_has_none():
     with_head = create_model("deit_tiny_patch16_224", **{**OPTIONS, "num_classes": 3})
-    shapes = flat_names(init_from.model_shapes(with_head))
+    shapes = flat_names(adapt.model_shapes(with_head))
     flat = {name: np.ones(s.shape, np.float32) for name, s in shapes.items()}
     headless = with_head.clone(num_classes=0)
     for form in ("timm", "huggingface", "big_vision"):

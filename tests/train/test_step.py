@@ -12,7 +12,7 @@ from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import TrainProgram
-from msvit_jax.train.step import Teacher, smooth
+from msvit_jax.train.step import Teacher
 from tests import jitted, tiny_run
 
 BATCH = 16
@@ -198,7 +198,9 @@ def test_distillation_by_hand(kind):
         for m, v in ((setup.model, params), (other, theirs))
     )
     distance = losses.distillation(ours, wanted, temperature=2.0, kind=kind).mean()
-    labels = losses.cross_entropy(ours, smooth(jnp.asarray(_batch()["label"]), 3, 0.0)).mean()
+    labels = losses.cross_entropy(
+        ours, losses.smooth(jnp.asarray(_batch()["label"]), 3, 0.0)
+    ).mean()
     _, reports = setup.run(1, Teacher(model=other, variables=theirs))
     expected = 0.75 * labels + 0.25 * distance
     assert reports[0].scalars["total_loss"] == pytest.approx(float(expected), rel=1e-4)
@@ -219,7 +221,7 @@ def test_a_cascade_learns_the_sum_of_its_exits(weight):
     images = normalize(jnp.asarray(batch["image"]), setup.model.mean, setup.model.std)
     output = jitted.apply(setup.model, {"params": state.params["model"]}, images, train=True)
     log_p = np.asarray(jax.nn.log_softmax(output.exit_logits), np.float64)
-    targets = np.asarray(smooth(jnp.asarray(batch["label"]), 3, 0.1))
+    targets = np.asarray(losses.smooth(jnp.asarray(batch["label"]), 3, 0.1))
     first, last = (-(targets * log_p[:, exit]).sum(1).mean() for exit in (0, 1))
     divergence = (np.exp(log_p[:, 1]) * (log_p[:, 1] - log_p[:, 0])).sum(1).mean()
     expected = last + (1 - weight) * first + weight * divergence

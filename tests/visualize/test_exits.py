@@ -7,9 +7,9 @@ from msvit_jax import checkpoint
 from msvit_jax import config as configs
 from msvit_jax.inference import Predictions, exit_thresholds
 from msvit_jax.inference.budget_curve import FITTED_FILE
-from msvit_jax.train.init_from import model_shapes
 from msvit_jax.visualize import enlarge, exits
 from msvit_jax.visualize.examples import Example
+from msvit_jax.weights.adapt import model_shapes
 from tests import tiny_run
 from tests.models.test_vit import rough
 

@@ -2,12 +2,12 @@ import functools
 
 import pytest
 
-from msvit_jax.train import init_from
+from msvit_jax.weights import adapt
 
-_shapes = functools.cache(init_from.model_shapes)
+_shapes = functools.cache(adapt.model_shapes)
 
 
 @pytest.fixture(autouse=True)
 def _models_traced_once(monkeypatch):
     """Every reading asks for the shapes of a model; these tests read the same few many times."""
-    monkeypatch.setattr(init_from, "model_shapes", _shapes)
+    monkeypatch.setattr(adapt, "model_shapes", _shapes)

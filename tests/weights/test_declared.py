@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
 from msvit_jax.models import registry
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names
+from msvit_jax.weights import adapt
 from tests.weights.saved import namespace, torch_save
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3, "image_size": 16, "patch_size": 4}
@@ -49,7 +49,7 @@ def model(**changes):
 
 def flat(made):
     rng = np.random.default_rng(0)
-    shapes = flat_names(init_from.model_shapes(made))
+    shapes = flat_names(adapt.model_shapes(made))
     return {name: rng.standard_normal(s.shape, np.float32) for name, s in shapes.items()}
 
 

@@ -10,9 +10,9 @@ import pytest
 import msvit_jax
 from msvit_jax.errors import UserError
 from msvit_jax.tokens import grid
-from msvit_jax.train.init_from import model_shapes
 from msvit_jax.tree import flat_names
 from msvit_jax.weights import dvt, entries
+from msvit_jax.weights.adapt import model_shapes
 
 NAMES = ("dvt_deit_small", "dvt_t2t_vit_12", "dvt_t2t_vit_14")
 

@@ -12,9 +12,8 @@ from msvit_jax import Predictor, create_model, list_models, weights
 from msvit_jax.errors import UserError
 from msvit_jax.models.registry import CASCADES
 from msvit_jax.tokens import grid
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import formats
+from msvit_jax.weights import adapt, formats
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 TINY = {**SMALL, "image_size": 16, "patch_size": 4}
@@ -28,7 +27,7 @@ def different_models():
 
 
 def shapes_of(trunk):
-    return flat_names(init_from.model_shapes(trunk))
+    return flat_names(adapt.model_shapes(trunk))
 
 
 def random_like(shapes, seed=0):
@@ -241,7 +240,7 @@ def test_what_was_adapted_is_reported(tmp_path):
         "pos_embed (17, 16) -> (65, 16)",
     ]
     source = weights.load(tmp_path / "w.safetensors", tiny(num_classes=5))
-    _, report = init_from.adapt_weights(source.flat, init_from.model_shapes(tiny(num_classes=5)))
+    _, report = adapt.adapt_weights(source.flat, adapt.model_shapes(tiny(num_classes=5)))
     assert "head/bias (3 classes in the source, 5 here)" in report.fresh
 
 
@@ -284,7 +283,7 @@ def test_a_predictor_of_another_projects_weights(tmp_path):
     save_file(timm_state(tiny()), file)
     images = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
     found = Predictor.load(file, model=tiny(), batch_size=2)(images).logits
-    params = init_from.params_for(tiny(), flat)[0]
+    params = adapt.params_for(tiny(), flat)[0]
     expected = jax.jit(tiny().apply)({"params": params}, images).logits
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="does not name its model; give it with model="):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from msvit_jax import create_model, weights
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names, map_names
-from msvit_jax.weights import files
+from msvit_jax.weights import adapt, files
 
 GOLDEN = pathlib.Path(__file__).with_name("golden")
 CASES = json.loads((GOLDEN / "golden.json").read_text())["cases"]
@@ -44,8 +43,8 @@ def compiled(model):
 
 def logits(model, flat):
     """Of the golden images; a head that the weights lack copies the class token."""
-    shapes = init_from.model_shapes(model)
-    taken, _ = init_from.adapt_weights(flat, shapes)
+    shapes = adapt.model_shapes(model)
+    taken, _ = adapt.adapt_weights(flat, shapes)
     if "head/kernel" not in taken:
         size = model.num_classes
         taken |= {"head/kernel": np.eye(size), "head/bias": np.zeros(size)}
@@ -137,5 +136,5 @@ def test_a_token_gets_a_position_of_zeros_where_the_source_has_none():
 
 def test_files_name_no_other_parameters_than_the_model():
     for name in CASES:
-        wanted = flat_names(init_from.model_shapes(made(name)))
+        wanted = flat_names(adapt.model_shapes(made(name)))
         assert weights.read(path(name), made(name)).keys() <= wanted.keys()

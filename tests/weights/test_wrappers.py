@@ -9,9 +9,8 @@ from safetensors.numpy import save_file
 
 from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
-from msvit_jax.train import init_from
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import formats, wrappers
+from msvit_jax.weights import adapt, formats, wrappers
 from tests.weights.saved import namespace, torch_save
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3, "image_size": 16, "patch_size": 4}
@@ -24,7 +23,7 @@ def model(**changes):
 
 def flat(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = flat_names(init_from.model_shapes(model()))
+    shapes = flat_names(adapt.model_shapes(model()))
     return {name: rng.standard_normal(s.shape, np.float32) for name, s in shapes.items()}
 
 
@@ -87,7 +86,7 @@ def test_prefixes_in_every_format(form, prefix):
 def test_our_own_names(prefix):
     equal(formats.convert(prefixed(flat(), prefix), model()).flat, flat())
     mixed = create_model("msvit_tiny_patch16_224", **OPTIONS)
-    shapes = flat_names(init_from.model_shapes(mixed))
+    shapes = flat_names(adapt.model_shapes(mixed))
     ours = {name: np.ones(s.shape, np.float32) for name, s in shapes.items()}
     equal(formats.convert(prefixed(ours, prefix), mixed).flat, ours)
 

@@ -9,8 +9,8 @@ from msvit_jax import config as configs
 from msvit_jax import create_model
 from msvit_jax import weights as files
 from msvit_jax.errors import UserError
-from msvit_jax.train import init_from, loop
 from msvit_jax.tree import flat_names
+from msvit_jax.weights import adapt, loop
 from tests import tiny_run
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
@@ -25,12 +25,12 @@ def _model(name="vit_tiny_patch16_224", **changes):
 
 def _weights(model, seed=1):
     rng = np.random.default_rng(seed)
-    shapes = flat_names(init_from.model_shapes(model))
+    shapes = flat_names(adapt.model_shapes(model))
     return {n: rng.normal(size=s.shape).astype(np.float32) for n, s in shapes.items()}
 
 
 def _fit(weights, model):
-    return init_from.adapt_weights(weights, init_from.model_shapes(model))
+    return adapt.adapt_weights(weights, adapt.model_shapes(model))
 
 
 def test_same_model_takes_everything():
@@ -63,10 +63,10 @@ def test_every_stage_of_a_cascade_starts_from_a_dense_model():
         "stage_0/patch_embed/proj/kernel",
         "stage_0/pos_embed",
     ]
-    params, _ = init_from.params_for(cascade, taken)
+    params, _ = adapt.params_for(cascade, taken)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     exits = cascade.apply({"params": params}, images).exit_logits
-    whole, _ = init_from.params_for(dense, weights)
+    whole, _ = adapt.params_for(dense, weights)
     expected = dense.apply({"params": whole}, images).logits
     np.testing.assert_array_equal(exits[:, 1], expected)
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
-class RowPlan:
+class RowSizes:
     """Sizes of the "rows" layout.
 
     Attributes:
@@ -88,7 +88,7 @@ def first_fit(lengths: ArrayLike, width: int) -> np.ndarray:
     return row
 
 
-def row_plan(counts: ArrayLike, prefix: int, width: int) -> RowPlan:
+def row_sizes(counts: ArrayLike, prefix: int, width: int) -> RowSizes:
     """Plans the fewest rows of a width that first-fit packs the images into.
 
     Args:
@@ -96,12 +96,12 @@ def row_plan(counts: ArrayLike, prefix: int, width: int) -> RowPlan:
       prefix: Number of prefix tokens of each image.
       width: Capacity of a row in tokens.
     """
-    return RowPlan(int(first_fit(np.asarray(counts) + prefix, width).max()) + 1, width)
+    return RowSizes(int(first_fit(np.asarray(counts) + prefix, width).max()) + 1, width)
 
 
 def cheapest_rows(
     counts: ArrayLike, prefix: int, widths: Iterable[int], cost: Callable[[int], float]
-) -> RowPlan:
+) -> RowSizes:
     """Chooses the cheapest of the row plans for several widths; the narrowest of equals.
 
     Args:
@@ -110,5 +110,5 @@ def cheapest_rows(
       widths: Widths of rows to try.
       cost: Function that gives the cost of a row by its width, e.g. multiply-accumulates.
     """
-    plans = [row_plan(counts, prefix, width) for width in sorted(widths)]
-    return min(plans, key=lambda plan: plan.rows * cost(plan.width))
+    tried = [row_sizes(counts, prefix, width) for width in sorted(widths)]
+    return min(tried, key=lambda sizes: sizes.rows * cost(sizes.width))
