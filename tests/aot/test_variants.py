@@ -73,12 +73,12 @@ def test_rows_and_ladders_hold_the_batch_and_no_more_than_needed():
     rows = _variant("rows", sizes=sizes).config.model.rows // 4
     lengths = jnp.asarray(counts + 1)[None]
     packed = jax.jit(packing.rows, static_argnums=(1, 2))
-    assert packed(lengths, rows, 512).fits.all()
-    assert not packed(lengths, rows - 1, 512).fits.all()
+    assert packed(lengths, rows, 512).within_capacity.all()
+    assert not packed(lengths, rows - 1, 512).within_capacity.all()
     assert _variant("rows", sizes=Sizes(128, 30.0)).config.model.row_width == 256
     ladder = _variant("ladder", sizes=sizes).config.model.token_capacity
     widths = tuple(b + 1 for b in ladder)
-    assert jax.jit(packing.assign_buckets, static_argnums=1)(lengths, widths).fits.all()
+    assert jax.jit(packing.assign_buckets, static_argnums=1)(lengths, widths).within_capacity.all()
     assert max(ladder) == counts.max()
 
 

@@ -40,7 +40,7 @@ def test_rows_hold_all_images_on_the_device_and_one_row_less_does_not(counts):
     assert placed.within_capacity.all()
     np.testing.assert_array_equal(layout_sizes.first_fit(lengths[0], 30), placed.start[0] // 30)
     if rows.rows > 1:
-        assert not pack_rows(lengths, rows.rows - 1, 30).fits.all()
+        assert not pack_rows(lengths, rows.rows - 1, 30).within_capacity.all()
 
 
 @given(counts_of, st.sets(st.integers(18, 60), min_size=1))
