@@ -28,7 +28,8 @@ _WHAT = flags.DEFINE_enum("what", "train", compiling.WHAT, "Training step, or fo
 _LAYOUTS = flags.DEFINE_list(
     "layouts",
     None,
-    "Of dense, slots, budget, trimmed, alternatives, rows, ladder; the first is compared with.",
+    "Of dense, reduced, cascade, slots, budget, trimmed, alternatives, rows, ladder; the first is "
+    "compared with.",
 )
 _TOKENS = flags.DEFINE_integer("tokens", 128, "Mean active patch tokens that layouts are made for.")
 _SPREAD = flags.DEFINE_float("spread", 30.0, "Their standard deviation, for rows and ladder.")

@@ -19,9 +19,10 @@ from msvit_jax.train.capacity_schedule import CapacitySchedule, StepCapacity
 DENSE = "dense"
 LADDER = "ladder"
 REDUCED = "reduced"
+CASCADE = "cascade"
 ALTERNATIVES = "alternatives"
 _SCHEDULED = ("trimmed", ALTERNATIVES)  # two kinds of steps of one run
-KNOWN = (DENSE, REDUCED, *LAYOUTS, ALTERNATIVES, LADDER)
+KNOWN = (DENSE, REDUCED, CASCADE, *LAYOUTS, ALTERNATIVES, LADDER)
 _STEPS = 8  # most bucket capacities of the variant "ladder"
 _TILE = 128  # lanes of a TPU's registers
 _SIZES = ("layout", "token_capacity", "rows", "row_width", "row_groups")
@@ -63,8 +64,11 @@ class Variant:
 
 def default_names(config: config_dict.ConfigDict) -> list[str]:
     """Names of the default variants: dense, and what the config describes."""
-    if config.model.name not in registry.MIXED_SCALE:
-        return [DENSE, REDUCED] if configs.build_model(config).reductions else [DENSE]
+    model = configs.build_model(config)
+    if model.is_cascade:
+        return [DENSE, CASCADE]
+    if not model.has_gate:
+        return [DENSE, REDUCED] if model.reductions else [DENSE]
     return [DENSE, config.model.get("layout", "slots")]
 
 
@@ -75,10 +79,10 @@ def variant(
 
     Args:
       config: Resolved config.
-      name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens), one
-        of `LAYOUTS`, 'ladder' (several bucket capacities), or 'alternatives' (the training step of
-        the trimmed layout that computes what the gate learns from; 'trimmed' is one of the other
-        steps).
+      name: 'dense' (the plain model), 'reduced' (a model without a gate that reduces tokens),
+        'cascade' (all exits of one), one of `LAYOUTS`, 'ladder' (several bucket capacities), or
+        'alternatives' (the training step of the trimmed layout that computes what the gate learns
+        from; 'trimmed' is one of the other steps).
       batch_size: Global batch size.
       chips: Number of chips that the batch is spread over.
       sizes: Numbers of tokens to size the layouts for.
@@ -90,13 +94,16 @@ def variant(
         raise UserError(
             f"Unknown layout {name!r}.{nearest(name, KNOWN)} There is {', '.join(KNOWN)}."
         )
-    mixed = config.model.name in registry.MIXED_SCALE
-    if name == REDUCED and not mixed and configs.build_model(config).reductions:
+    model = configs.build_model(config)
+    if name == CASCADE and model.is_cascade:
+        return Variant(name, " and ".join(map(str, model.exit_tokens)), config)
+    if name == REDUCED and not model.has_gate and model.reductions:
         return Variant(name, "layer by layer fewer", config)
-    if not mixed and name != DENSE:
+    if not model.has_gate and name != DENSE:
         raise UserError(
-            f"{config.model.name} is dense and has no layout {name!r}; give a config of a "
-            "mixed-scale model, e.g. configs/imagenet/msvit_deit_small.py, or --layouts=dense."
+            f"{config.model.name} has no gate and so no layout {name!r}; give a config of a "
+            "mixed-scale model, e.g. configs/imagenet/msvit_deit_small.py, or "
+            f"--layouts={','.join(default_names(config))}."
         )
     made = config.copy_and_resolve_references()
     with made.unlocked():
@@ -138,10 +145,13 @@ def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
 
 def _to_dense(config: config_dict.ConfigDict) -> str:
     """Turns a config into that of the dense model; returns a description of its tokens."""
+    model = configs.build_model(config)
     taken = {"name"} | registry.dense_options(config.model.name)
     config.model.name = registry.dense_model(config.model.name)
     for key in set(config.model) - taken:
         del config.model[key]
+    if model.is_cascade and model.image_size % model.grid_size == 0:
+        config.model.patch_size = model.image_size // model.grid_size  # the last stage's tokens
     return "whole grid"
 
 

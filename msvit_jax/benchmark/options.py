@@ -65,6 +65,11 @@ class Options:
 
     def __post_init__(self) -> None:
         model_options(self.model)
+        if self.model in registry.CASCADES:
+            raise UserError(
+                f"{self.model!r} is a cascade; python -m msvit_jax.benchmark.exits "
+                f"--model={self.model} measures it."
+            )
         if not self.gated and not build(self).reductions:
             raise UserError(
                 f"{self.model!r} is dense: nothing to compare. Give a model with a gate or with "

@@ -1,10 +1,12 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from msvit_jax import config as configs
-from msvit_jax.aot import variants
+from msvit_jax.aot import compiling, variants
 from msvit_jax.aot.variants import Sizes
 from msvit_jax.errors import UserError
 from msvit_jax.tokens import packing
@@ -22,7 +24,7 @@ def _variant(name, config=None, images=64, chips=4, sizes=None):
     return variants.variant(config or _config(), name, batch_size=images, chips=chips, sizes=sizes)
 
 
-@pytest.mark.parametrize("name", [n for n in variants.KNOWN if n != "reduced"])
+@pytest.mark.parametrize("name", [n for n in variants.KNOWN if n not in ("reduced", "cascade")])
 def test_every_variant_builds_and_runs_its_layout(name):
     made = _variant(name)
     model = configs.build_model(made.config)
@@ -88,7 +90,7 @@ def test_unknown_layout():
 
 
 def test_a_dense_model_has_no_layouts():
-    with pytest.raises(UserError, match=r"deit_tiny_patch16_224 is dense .*--layouts=dense"):
+    with pytest.raises(UserError, match=r"deit_tiny_patch16_224 has no gate .*--layouts=dense"):
         _variant("rows", _config("deit_tiny_patch16_224"))
 
 
@@ -105,3 +107,30 @@ def test_a_model_that_merges_is_compiled_beside_its_plain_model():
 def test_a_dense_model_has_no_reduced_variant():
     with pytest.raises(UserError, match="no layout 'reduced'"):
         _variant("reduced", _config("vit_tiny_patch16_224"))
+
+
+CASCADE = {"grid_sizes": (2, 4), "width": 16, "depth": 2, "heads": 2}
+
+
+def test_a_cascade_is_compiled_beside_a_plain_model_of_its_last_stages_tokens():
+    config = _config("dvt_deit_small", **CASCADE)
+    assert variants.default_names(config) == ["dense", "cascade"]
+    assert (made := _variant("cascade", config)).config is config
+    assert made.tokens == "4 and 16"
+    dense = configs.build_model(_variant("dense", config).config)
+    assert (dense.grid_size, dense.width, dense.is_cascade) == (4, 16, False)
+    with pytest.raises(UserError, match=r"no layout 'slots'.*--layouts=dense,cascade"):
+        _variant("slots", config)
+
+
+@pytest.mark.parametrize("what", compiling.WHAT)
+def test_both_programs_of_a_cascade_are_lowered(what):
+    config = _config("dvt_deit_small", **CASCADE)
+    config.batch_size = 4
+    made = _variant("cascade", config)
+    chips = types.SimpleNamespace(devices=jax.devices()[:1])
+    first, *_ = compiling.lower(made, what, chips).out_info
+    if what == compiling.PREDICT:
+        assert first.shape == (4, 10)  # the last exit's logits
+    else:
+        assert set(first.params["model"]) == {"stage_0", "stage_1", "reuse_1"}

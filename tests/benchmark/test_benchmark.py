@@ -151,6 +151,7 @@ def test_sides_take_turns():
         ({"layouts": ("slot",)}, "Unknown layout 'slot' of forward.*Did you mean 'slots'"),
         ({"layouts": ("trimmed",)}, "Unknown layout 'trimmed' of forward"),
         ({"model": DENSE}, rf"'{DENSE}' is dense: nothing to compare. Give a model with a gate"),
+        ({"model": "dvt_deit_small"}, "msvit_jax.benchmark.exits --model=dvt_deit_small"),
         ({"model": "msvit_tiny"}, "There is no model 'msvit_tiny'"),
         ({"dtype": "float64"}, "dtype='float64' is none of"),
         ({"batches": (0,)}, "batch and rounds must be 1 or more"),
