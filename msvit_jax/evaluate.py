@@ -31,7 +31,7 @@ from msvit_jax import (
 )
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.inference import budget_curve
+from msvit_jax.exits import budget_curve
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import GateOutput
 from msvit_jax.pixels import normalize

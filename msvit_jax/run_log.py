@@ -163,16 +163,16 @@ class Logger:
         self._board.add_image("gate/fine_rate", picture.astype(np.float32), step)
 
     def _maps(self, step: int, samples: "Samples", region_grid: tuple[int, int] | None) -> None:
-        from msvit_jax import visualize  # brings matplotlib, which not every run needs
+        from msvit_jax import pictures  # brings matplotlib, which not every run needs
 
         for index, image in enumerate(samples.images):
             coarse = None
             if samples.coarse is not None and region_grid is not None:
                 coarse = samples.coarse[index].reshape(region_grid)
-                picture = visualize.token_map(image, samples.coarse[index], region_grid)
+                picture = pictures.token_map(image, samples.coarse[index], region_grid)
                 self._board.add_image(f"tokens/{index}", picture, step, dataformats="HWC")
             if samples.merge_maps is not None:  # after the last reduction
-                picture = visualize.merge_map(image, samples.merge_maps[index, -1], coarse=coarse)
+                picture = pictures.merge_map(image, samples.merge_maps[index, -1], coarse=coarse)
                 self._board.add_image(f"merged/{index}", picture, step, dataformats="HWC")
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from msvit_jax import checkpoint, data, evaluate, flops, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
-from msvit_jax.inference import budget_curve
+from msvit_jax.exits import budget_curve
 from msvit_jax.pixels import normalize
 from msvit_jax.train import loop
 from msvit_jax.tree import flat_names

@@ -169,7 +169,7 @@ def test_calibrating_exits_on_other_classes_is_refused(sets, run):
     config = checkpoint.read_config(run).data
     config.name, config.data_dir = "five", sets
     from msvit_jax import sharding
-    from msvit_jax.inference import budget_curve
+    from msvit_jax.exits import budget_curve
 
     with pytest.raises(UserError, match="3 classes, the data set 5"):
         budget_curve.curve_of_run(

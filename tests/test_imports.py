@@ -11,7 +11,7 @@ import msvit_jax
 ROOT = pathlib.Path(msvit_jax.__file__).parents[1]
 # Most imports on the way from a package (a folder of msvit_jax, or a module of its top level) to
 # one that imports nothing.
-DEEPEST = 10
+DEEPEST = 8
 
 
 def modules():

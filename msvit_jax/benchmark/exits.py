@@ -24,7 +24,8 @@ from msvit_jax import evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, run
-from msvit_jax.inference import Predictor, exit_thresholds
+from msvit_jax.exits import exit_thresholds
+from msvit_jax.inference import Predictor
 from msvit_jax.models import registry
 from msvit_jax.models.interface import ImageModel
 

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config, errors, evaluate, launch
-from msvit_jax.inference.exit_thresholds import CRITERIA
+from msvit_jax.exits.exit_thresholds import CRITERIA
 
 
 def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:

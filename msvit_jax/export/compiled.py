@@ -24,10 +24,10 @@ from jax import Array, export
 
 from msvit_jax.data import image_files
 from msvit_jax.errors import UserError
+from msvit_jax.exits import exit_thresholds
+from msvit_jax.exits.budget_curve import fitted_thresholds
 from msvit_jax.export import run as runner
 from msvit_jax.export.bundle import ExportBundle
-from msvit_jax.inference import exit_thresholds
-from msvit_jax.inference.budget_curve import fitted_thresholds
 from msvit_jax.models.dvt import StageCarry
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from msvit_jax.inference import exit_thresholds
+from msvit_jax.exits import exit_thresholds
 from msvit_jax.inference.executables import ExecutableCache
 from msvit_jax.inference.images import ImageSource
 from msvit_jax.models.dvt import Exit

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from msvit_jax import checkpoint, sharding, weights
 from msvit_jax.errors import UserError
-from msvit_jax.inference import exit_thresholds, shapes
-from msvit_jax.inference.budget_curve import fitted_thresholds
+from msvit_jax.exits import exit_thresholds
+from msvit_jax.exits.budget_curve import fitted_thresholds
+from msvit_jax.inference import shapes
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.executables import ExecutableCache, carry_name, stage_name

@@ -3,7 +3,7 @@
 Wang et al. 2021, "Not All Images are Worth 16x16 Words" (arXiv 2105.15075). Every stage is a whole
 transformer over the same image on a finer grid; a later one reuses what the one before computed:
 its last features (section 3.2) and the scores of its attention (section 3.3). Each stage has an
-exit of its own. Which exit answers an image is not decided here: see `inference.exit_thresholds`.
+exit of its own. Which exit answers an image is not decided here: see `exits.exit_thresholds`.
 """
 
 from collections.abc import Callable

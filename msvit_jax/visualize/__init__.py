@@ -3,7 +3,7 @@
 from msvit_jax import extras
 
 with extras.needed("plots"):
-    from msvit_jax.visualize.maps import (
+    from msvit_jax.pictures.maps import (
         GATE_COLUMNS,
         MERGE_LEGEND,
         count_tokens,
@@ -13,7 +13,7 @@ with extras.needed("plots"):
         merge_map,
         token_map,
     )
-    from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
+    from msvit_jax.pictures.sheet import Column, Picture, Strip, panel, save
 
 __all__ = [
     "GATE_COLUMNS",

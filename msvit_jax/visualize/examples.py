@@ -14,8 +14,7 @@ from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.models.interface import ImageModel
-from msvit_jax.tokens.grid import REGION
-from msvit_jax.visualize.maps import (
+from msvit_jax.pictures.maps import (
     GATE_COLUMNS,
     MERGE_LEGEND,
     count_tokens,
@@ -23,7 +22,8 @@ from msvit_jax.visualize.maps import (
     gate_strip,
     merge_map,
 )
-from msvit_jax.visualize.sheet import Column, Picture, Strip, panel, save
+from msvit_jax.pictures.sheet import Column, Picture, Strip, panel, save
+from msvit_jax.tokens.grid import REGION
 
 BATCH = 32  # images run at once
 ON_SHEET = 64  # most strips on a sheet; viewers cannot open much larger pictures

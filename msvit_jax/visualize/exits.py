@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from msvit_jax import checkpoint, paths
+from msvit_jax.exits.budget_curve import fitted_thresholds
 from msvit_jax.inference import Predictions, Predictor
-from msvit_jax.inference.budget_curve import fitted_thresholds
+from msvit_jax.pictures.maps import enlarge
+from msvit_jax.pictures.sheet import Strip, panel, save
 from msvit_jax.visualize.examples import (
     BATCH,
     SHEET,
@@ -17,8 +19,6 @@ from msvit_jax.visualize.examples import (
     from_dataset,
     from_files,
 )
-from msvit_jax.visualize.maps import enlarge
-from msvit_jax.visualize.sheet import Strip, panel, save
 
 LOOKED_AT = 25  # images of a split that are run for each picture in a strip
 

@@ -19,10 +19,11 @@ from PIL import ExifTags, Image
 from msvit_jax import sharding
 from msvit_jax.data import decode
 from msvit_jax.errors import UserError
+from msvit_jax.exits import exit_thresholds
 from msvit_jax.export import Options, compiled, write
 from msvit_jax.export import run as runner
 from msvit_jax.export.run import Model
-from msvit_jax.inference import Predictor, exit_thresholds
+from msvit_jax.inference import Predictor
 from tests.export import made
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

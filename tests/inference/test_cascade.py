@@ -10,7 +10,8 @@ import pytest
 import msvit_jax
 from msvit_jax import sharding
 from msvit_jax.errors import UserError
-from msvit_jax.inference import Predictor, exit_thresholds
+from msvit_jax.exits import exit_thresholds
+from msvit_jax.inference import Predictor
 from msvit_jax.pixels import normalize
 from tests.models.test_vit import rough
 

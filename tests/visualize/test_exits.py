@@ -5,8 +5,9 @@ import pytest
 
 from msvit_jax import checkpoint
 from msvit_jax import config as configs
-from msvit_jax.inference import Predictions, exit_thresholds
-from msvit_jax.inference.budget_curve import FITTED_FILE
+from msvit_jax.exits import exit_thresholds
+from msvit_jax.exits.budget_curve import FITTED_FILE
+from msvit_jax.inference import Predictions
 from msvit_jax.visualize import enlarge, exits
 from msvit_jax.visualize.examples import Example
 from msvit_jax.weights.adapt import model_shapes

@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 from msvit_jax import checkpoint, data, extras, labels, paths, sharding
 from msvit_jax.errors import UserError
-from msvit_jax.inference import exit_thresholds
+from msvit_jax.exits import exit_thresholds
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize
 

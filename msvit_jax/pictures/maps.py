@@ -8,8 +8,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from msvit_jax.pictures.sheet import HEAT_OPACITY, Column, Picture, Strip, heat
 from msvit_jax.tokens.grid import REGION
-from msvit_jax.visualize.sheet import HEAT_OPACITY, Column, Picture, Strip, heat
 
 MIN_SIDE = 256  # small images are enlarged to this, so that cells and captions are legible
 GATE_COLUMNS = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msvit_jax.errors import UserError
-from msvit_jax.inference import exit_thresholds
+from msvit_jax.exits import exit_thresholds
 
 MACS = np.asarray([1e9, 2.5e9, 6e9])
 
