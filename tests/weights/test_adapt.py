@@ -9,8 +9,9 @@ from msvit_jax import config as configs
 from msvit_jax import create_model
 from msvit_jax import weights as files
 from msvit_jax.errors import UserError
+from msvit_jax.train import loop
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import adapt, loop
+from msvit_jax.weights import adapt
 from tests import tiny_run
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
