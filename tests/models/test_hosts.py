@@ -15,7 +15,7 @@ SIDE, GRID = 32, 64
 SIZES = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 3}
 REDUCED = {"reduce_layers": (1, 3), "keep": 0.6}
 LAYOUTS = {
-    "token_capacity": {"token_capacity": (64, 44)},
+    "budget": {"token_capacity": (64, 44)},
     "budget, one": {"token_capacity": 64},
     "trimmed": {"token_capacity": (64, 64)},
     "rows": {"rows": 8, "row_width": 70},
