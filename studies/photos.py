@@ -8,7 +8,7 @@ DINOV2 is a pretrained ViT-S/14 in any format that the library reads, DATA a fol
 all from the same dense model (photos/vit_small.py), for equally many steps:
 
 * longer, lower_98, lower_84, lower_70: the dense model, at 112 px and at lower resolutions
-* msvit, msvit_24, gate_frozen: learned gates, evaluated at several thresholds
+* msvit, msvit_24, msvit_narrow, gate_frozen: learned gates, evaluated at several thresholds
 * entropy, random, center, entropy_24: gates that learn nothing, at equal tokens
 * mergence, tome, topk, evit: at two thirds of dense's MACs; mergence_half, tome_half: at half
 * both: mixed scale, then merged, at half
@@ -101,6 +101,7 @@ def reduced(reducer: str, **options: Any) -> Arm:
 
 
 SHARE = 0.375  # 34 tokens: the next above 32 that a fixed share of 16 regions can give
+NARROW = 96  # channels of a gate of half a megabyte
 ARMS = {
     "msvit": Arm("msvit_small"),
     "longer": Arm("vit_small_longer"),
@@ -121,7 +122,8 @@ ARMS = {
     "dvt_2": Arm("dvt_small", {"model.grids": (5, 8)}),
     "lower_98": Arm("vit_small_longer", {"data.image_size": 98}),
     "lower_70": Arm("vit_small_longer", {"data.image_size": 70}),
-    "gate_frozen": Arm("msvit_small_gate"),
+    "msvit_narrow": Arm("msvit_small", {"model.gate_hidden": NARROW}),
+    "gate_frozen": Arm("msvit_small_gate", {"model.gate_hidden": NARROW}),
 }
 UNTRAINED = "untrained"
 
@@ -131,13 +133,17 @@ UNTRAINED = "untrained"
 
 def make_config(arm: Arm, seed: int, start: str, **overrides: Any) -> Any:
     """The config of an arm at the study's scale."""
-    config = configs.load(str(CONFIGS / f"{arm.config}.py"))
-    scale = SCALES[_SCALE.value]
-    for rate in ("learning_rate", "gate_learning_rate"):
-        if (value := config.optimizer[rate]) is not None:
-            configs.set_key(config, f"optimizer.{rate}", value * RATE[_SCALE.value])
+    file = str(CONFIGS / f"{arm.config}.py")
+    optimizer, scale = configs.load(file).optimizer, SCALES[_SCALE.value]
+    rates = ("learning_rate", "gate_learning_rate")
+    faster = {
+        f"optimizer.{rate}": optimizer[rate] * RATE[_SCALE.value]
+        for rate in rates
+        if optimizer[rate]
+    }
     given = {
         **scale,
+        **faster,
         "eval_every_epochs": scale["epochs"],
         "checkpoint.keep_latest": 1,
         "log_images": 0,
@@ -145,11 +151,10 @@ def make_config(arm: Arm, seed: int, start: str, **overrides: Any) -> Any:
         "seed": seed,
         "init_from": start,
         **arm.overrides,
+        **dict(map(configs.split_override, _SET.value)),
         **overrides,
     }
-    for key, value in [*given.items(), *map(configs.split_override, _SET.value)]:
-        configs.set_key(config, key, value)
-    return config
+    return configs.load(file, given)
 
 
 def probabilities(model: Any, params: Any, config: Any) -> np.ndarray:
@@ -200,7 +205,7 @@ def train_arm(name: str, arm: Arm, seed: int) -> Figures:
         model = configs.build_model(configs.resolve(config, 10))
         found = probabilities(model, {}, config)
         fitted = calibrate.threshold_for(found, arm.tokens).threshold
-        configs.set_key(config, "model.threshold", fitted)
+        config = make_config(arm, seed, start, **overrides, **{"model.threshold": fitted})
     return {"figures": loop.train(config, workdir(name, seed))}
 
 
@@ -226,20 +231,24 @@ def after_training(name: str, arm: Arm, seed: int) -> Figures:
             budgets=[macs / saved for saved in SAVED],
             fit_examples=FITTED,
         )
+    elif name == "dense":
+        save_half(f"dense_{seed}.npz", params)
     elif "gate_mlp" in params:
-        gate = tree.flat_names(params["gate_mlp"])
-        np.savez(
-            out() / f"gate_{name}_{seed}.npz",
-            **{k: np.asarray(v, np.float16) for k, v in gate.items()},
-        )
+        save_half(f"gate_{name}_{seed}.npz", params["gate_mlp"])
         figures["at_tokens"] = Judge(model, params, config).at_tokens(TARGETS)
     return figures
+
+
+def save_half(file: str, params: Any) -> None:
+    """Saves parameters in float16, to be used elsewhere."""
+    flat = tree.flat_names(params)
+    np.savez(out() / file, **{name: np.asarray(x, np.float16) for name, x in flat.items()})
 
 
 def judge_untrained(seed: int) -> Figures:
     """Evaluates dense's weights in mixed scale, merged, and at lower resolutions."""
     folder = workdir("dense", seed)
-    source = checkpoint.load_params(folder, "latest")
+    source = tree.flat_names(checkpoint.load_params(folder, "latest"))
     found: Figures = {}
 
     def judged(arm: Arm) -> Judge:

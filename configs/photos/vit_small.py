@@ -16,11 +16,7 @@ from msvit_jax.config import base
 
 def get_config() -> config_dict.ConfigDict:
     config = base()
-    config.model = {
-        "name": "vit_small_patch14_dinov2",
-        "image_size": 112,
-        "drop_path": 0.1,
-    }
+    config.model = {"name": "vit_small_patch14_dinov2", "drop_path": 0.1}
     config.data.name = "photos"
     config.data.eval_split = "val"
     config.data.image_size = 112
