@@ -145,6 +145,8 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
         return _auto(query, key, value, mask)
+    if implementation == "pallas" and jax.default_backend() == "gpu":
+        raise ValueError("attention_impl='pallas' is a kernel for TPUs; use 'auto' or 'fused'.")
     if implementation == "pallas" and mask.bias is not None:
         raise ValueError(
             "attention_impl='pallas' adds nothing to the scores, as relation_reuse wants; use "
@@ -161,9 +163,22 @@ def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Chooses the faster implementation for the platform that the program is compiled for."""
-    if query.shape[1] < _PALLAS_FROM or mask.sizes is not None or mask.bias is not None:
+    if mask.sizes is not None or mask.bias is not None:
         return _xla(query, key, value, mask)
-    return lax.platform_dependent(query, key, value, mask, default=_xla, tpu=_pallas)
+    others: dict[str, Any] = {}
+    if query.shape[1] >= _PALLAS_FROM:
+        others["tpu"] = _pallas
+    # Only where there is a GPU: cuDNN's version is asked for while the call is traced.
+    if _has_cudnn(query.dtype) and (mask.segments is None or mask.single_segment):
+        others["cuda"] = _fused
+    if not others:
+        return _xla(query, key, value, mask)
+    return lax.platform_dependent(query, key, value, mask, default=_xla, **others)
+
+
+def _has_cudnn(dtype: Any) -> bool:
+    """Tells whether JAX's default device has cuDNN's attention for a dtype."""
+    return jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
@@ -342,7 +357,7 @@ def _fused(
     cuDNN's backward pass with a bias needs an even length; `even` pads an odd one by one position,
     by default where cuDNN is used.
     """
-    cudnn = jax.default_backend() == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16)
+    cudnn = _has_cudnn(query.dtype)
     length = query.shape[1]
     bias, visible, lengths = mask.bias, None, None
     if mask.sizes is not None:
@@ -365,6 +380,8 @@ def _fused(
         if bias is not None:
             last = [(0, int(n == length)) for n in bias.shape[2:]]
             bias = jnp.pad(bias, ((0, 0), (0, 0), *last))
+    if cudnn and bias is not None:  # which takes no bias that is the same for all queries
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], *[query.shape[1]] * 2))
     mixed = jax.nn.dot_product_attention(
         query,
         key,

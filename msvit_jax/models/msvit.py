@@ -24,6 +24,8 @@ from msvit_jax.models.output import Features, GateOutput, Output, also_empty
 from msvit_jax.models.vit import ViT, check_images, patch_positions, patch_targets
 from msvit_jax.tokens import alternatives, grid, packing
 
+COARSE_EMBEDDINGS = ("shared", "mean", "separate")
+
 
 class CoarseResidual(nn.Module):
     """APT's residual: a zero-initialized projection of a 2x2 convolution of the fine tokens."""
@@ -57,8 +59,9 @@ class MSViT(BackboneMixin, nn.Module):
       fine_share: Share of each image's regions that is fine, in training and evaluation; None if
         the gate decides it.
       coarse_embedding: Embedding of coarse tokens: "shared" (the patch embedding of the 2x-pooled
-        image, as in the paper) or "separate" (an embedding of its own for the full-resolution
-        coarse patch).
+        image, as in the paper), "mean" (the mean of the region's fine embeddings; our addition) or
+        "separate" (an embedding of its own for the full-resolution coarse patch, which starts equal
+        to "shared" where a model starts from a dense one).
       scale_embedding: Whether a learned embedding of the scale is added, starting at zero.
       coarse_residual: Whether APT's zero-initialized residual of the region's fine tokens is added.
       layout: Layout of tokens in memory, "slots", "budget", "trimmed" or "rows": the same logits at
@@ -113,9 +116,10 @@ class MSViT(BackboneMixin, nn.Module):
         """Raises ValueError for attributes that do not fit together."""
         if self.gate not in gates.GATES:
             raise ValueError(f"gate={self.gate!r} is none of {', '.join(gates.GATES)}.")
-        if self.coarse_embedding not in ("shared", "separate"):
+        if self.coarse_embedding not in COARSE_EMBEDDINGS:
             raise ValueError(
-                f"coarse_embedding={self.coarse_embedding!r} is neither 'shared' nor 'separate'."
+                f"coarse_embedding={self.coarse_embedding!r} is none of "
+                f"{', '.join(COARSE_EMBEDDINGS)}."
             )
         if self.fine_share is not None and not 0 <= self.fine_share <= 1:
             raise ValueError(f"fine_share={self.fine_share} is not between 0 and 1.")
@@ -189,6 +193,8 @@ class MSViT(BackboneMixin, nn.Module):
         pixels = 3 * self.patch_size**2
         if self.coarse_embedding == "separate":
             pixels = 3 * self.coarse_size**2
+        elif self.coarse_embedding == "mean":
+            pixels = 0
         extra = float(flops.dense(regions, pixels, vit.width))
         if self.gate == "mlp":
             extra += gates.mlp_macs(regions, self.coarse_size, self._gate_hidden)
@@ -224,6 +230,8 @@ class MSViT(BackboneMixin, nn.Module):
         positions = vit.positions((fine.shape[1], fine.shape[2])).astype(fine.dtype)
         if self.coarse_embedding == "shared":
             coarse = vit.patch_embed(grid.pool(images))
+        elif self.coarse_embedding == "mean":
+            coarse = grid.pool(fine)
         else:
             coarse = self.coarse_embed(images)
         fine = grid.to_regions(fine + positions[None])

@@ -51,15 +51,15 @@ def _backbones() -> dict[str, dict[str, Any]]:
 
 BACKBONES = _backbones()
 T2T = {name for name in BACKBONES if name.startswith("t2t_")}
-# Our names: the mixed-scale model over the AugReg backbone, and over DeiT's.
-MIXED_SCALE = {"msvit": "vit"} | {
-    name: backbone
-    for size in _SIZES
-    for name, backbone in (
-        (f"msvit_{size}_patch16_224", f"vit_{size}_patch16_224"),
-        (f"msvit_deit_{size}_patch16_224", f"deit_{size}_patch16_224"),
-    )
-}
+
+
+def _over_vits() -> dict[str, str]:
+    """Returns the name of a mixed-scale model over each ViT: 'vit_' becomes 'msvit_'."""
+    names = (name for name in BACKBONES if name not in T2T)
+    return {f"ms{name}" if name.startswith("vit") else f"msvit_{name}": name for name in names}
+
+
+MIXED_SCALE = _over_vits()
 # Multi-scale features, and tokens merged after each quarter of the layers.
 MERGENCE = {name.replace("msvit", "mergence"): dense for name, dense in MIXED_SCALE.items()}
 # Cascades, and the model of each of their stages.
@@ -68,6 +68,14 @@ CASCADES = {
     "dvt_deit_small": "deit_small_patch16_224",
     "dvt_t2t_vit_12": "t2t_vit_12",
     "dvt_t2t_vit_14": "t2t_vit_14",
+    "dvt_small_dinov2": "vit_small_patch14_dinov2",
+}
+# Where the usual defaults do not fit: a side that coarse patches divide, scales that divide the
+# side, and a last grid of about the pretrained patches.
+_OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    **{name: {"image_size": 504} for name in MIXED_SCALE if "patch14" in name},
+    **{name: {"scales": (7, 14)} for name in MERGENCE if "patch14" in name},
+    "dvt_small_dinov2": {"image_size": 224, "grid_sizes": (7, 11, 16)},
 }
 _NOT_OPTIONS = {"parent", "name", "backbone", "reducer_options", "hold_level", "gate_gradient"}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", *reducers.option_types()}
@@ -138,8 +146,9 @@ def create_model(name: str, **overrides: Any) -> Any:
             renamed = config_aliases.current_key(f"model.{key}").removeprefix("model.")
             hint = f" It is {renamed!r} now." if renamed in options else nearest(key, options)
             raise UserError(f"Model {name!r} has no option {key!r}.{hint}")
-    inner = {key: value for key, value in overrides.items() if key in _attributes(ViT)}
-    outer = {key: value for key, value in overrides.items() if key not in inner}
+    given = {**_OWN_DEFAULTS.get(name, {}), **overrides}
+    inner = {key: value for key, value in given.items() if key in _attributes(ViT)}
+    outer = {key: value for key, value in given.items() if key not in inner}
     shape = BACKBONES[dense_model(name)]
     if name in MERGENCE:
         shape = {**shape, "reducer": "mergence"}

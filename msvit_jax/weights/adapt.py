@@ -77,6 +77,7 @@ def adapt_weights(
     """
     wanted = flat_names(params)
     weights = _for_stages(_below_backbone(weights, wanted), wanted)
+    weights = _with_coarse_embedding(weights, wanted)
     taken: Flat = {}
     report = Report([], [], [], [], [n for n in weights if n not in wanted])
     misfits: list[str] = []
@@ -165,6 +166,25 @@ def _for_stages(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[s
     if not stages or any(name.startswith("stage_") for name in weights):
         return dict(weights)
     return {f"{stage}/{name}": value for stage in stages for name, value in weights.items()}
+
+
+def _with_coarse_embedding(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives MSViT's separate embedding of coarse patches the weights that equal the shared one.
+
+    The patch embedding of the image pooled over 2x2 pixels is that of the whole image with each
+    weight spread over the four pixels.
+    """
+    ours, theirs = "coarse_embed/proj/", "backbone/patch_embed/proj/"
+    found = dict(weights)
+    if ours + "kernel" in wanted and ours + "kernel" not in found and theirs + "kernel" in found:
+        kernel = np.asarray(found[theirs + "kernel"])
+        side = wanted[ours + "kernel"].shape[0] // grid.REGION
+        if kernel.shape[0] != side:
+            kernel = grid.resize_kernel(kernel.astype(np.float64), side)
+        spread = np.repeat(np.repeat(kernel, grid.REGION, axis=0), grid.REGION, axis=1)
+        found[ours + "kernel"] = (spread / grid.REGION**2).astype(np.float32)
+        found[ours + "bias"] = np.asarray(found[theirs + "bias"])
+    return found
 
 
 def _squares(value: Any, leaf: Any) -> bool:
