@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from tables import markdown, with_spread
 
 from msvit_jax import config as configs
 from msvit_jax import errors, process_tuning
@@ -265,18 +266,6 @@ def write(name: str, text: str, results: dict[int, dict[str, Figures]]) -> None:
     out(f"{name}.md").write_text(text)
     out(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {out(name)}.md, {out(name)}.json")
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def with_spread(values: Sequence[float] | np.ndarray) -> str:
-    """Mean and standard deviation."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
 
 
 def main(argv: Sequence[str]) -> None:

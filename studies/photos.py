@@ -17,7 +17,7 @@ all from the same dense model (photos/vit_small.py), for equally many steps:
 
 Thresholds are fitted on training images. Everything is judged after its last step, on the whole
 validation split. Each arm is a process of its own; what is done already is not done again, so the
-study can be interrupted. Writes photos.json after every arm, docs/results/photos.md at the end.
+study can be interrupted. Writes photos.json after every arm, photos.md and photos.png at the end.
 
 Cost: --scale=laptop trains for 178 steps of 32 images, some 6 minutes an arm on two CPU cores;
 --scale=gpu for two epochs in batches of 128, a minute or two an arm, most of it compilation.
@@ -36,6 +36,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from matplotlib import pyplot
+from tables import markdown, with_spread
 
 from msvit_jax import checkpoint, data, errors, evaluate, sharding, tree
 from msvit_jax import config as configs
@@ -361,6 +363,112 @@ class Runner:
         )
 
 
+# --- the page -------------------------------------------------------------------------------------
+
+
+def points(results: Mapping[str, Mapping[str, Figures]]) -> dict[str, list[tuple[float, ...]]]:
+    """(tokens, GMACs, top-1 of each seed ...) of each arm as it was trained."""
+    found = {}
+    for name, by_seed in results.items():
+        rows = [f["figures"] for f in by_seed.values() if "top1" in f["figures"]]
+        if rows:
+            tokens, macs = (
+                float(np.mean([r[k] for r in rows])) for k in ("tokens_mean", "gmacs_mean")
+            )
+            found[name] = [(tokens, macs, *(r["top1"] for r in rows))]
+    return found
+
+
+def write_page(results: Mapping[str, Mapping[str, Figures]]) -> None:
+    """Writes photos.md and photos.png from the figures of all arms."""
+    trained = points(results)
+    dense = trained["dense"][0][1]
+    rows = [
+        [name, f"{tokens:.1f}", f"{macs / dense:.3f}", with_spread(top1), str(len(top1))]
+        for name, ((tokens, macs, *top1),) in trained.items()
+    ]
+    head = ["arm", "tokens", "MACs over dense's", "top-1 (%)", "seeds"]
+    parts = [HEADER, markdown(head, rows)]
+    if learned := [n for n, f in results.items() if any("at_tokens" in x for x in f.values())]:
+        head = ["tokens asked for", *learned]
+        cells = [[f"{target:g}", *(_at(results[n], target) for n in learned)] for target in TARGETS]
+        parts += [THRESHOLDS, markdown(head, cells)]
+    if cascades := [n for n, f in results.items() if any("curve" in x for x in f.values())]:
+        parts += [EXITS, markdown(["cascade", "", "GMACs", "top-1 (%)"], _exits(results, cascades))]
+    if found := results.get(UNTRAINED):
+        figures = next(iter(found.values()))["figures"]
+        cells = [
+            [name, f"{r['tokens_mean']:.1f}", f"{r['gmacs_mean'] / dense:.3f}", f"{r['top1']:.2f}"]
+            for name, judged in figures.items()
+            for r in judged
+        ]
+        parts += [
+            AS_IT_IS,
+            markdown(["dense's weights", "tokens", "MACs over dense's", "top-1 (%)"], cells),
+        ]
+    (out() / "photos.md").write_text("\n\n".join(parts) + "\n")
+    draw(trained, dense)
+
+
+def _at(by_seed: Mapping[str, Figures], target: float) -> str:
+    rows = [r for f in by_seed.values() for r in f.get("at_tokens", []) if r["asked"] == target]
+    if not rows:
+        return ""
+    tokens = np.mean([r["tokens_mean"] for r in rows])
+    return f"{with_spread([r['top1'] for r in rows])} at {tokens:.1f}"
+
+
+def _exits(results: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -> list[list[str]]:
+    rows = []
+    for name in names:
+        curves = [f["curve"] for f in results[name].values() if "curve" in f]
+        for row in curves[0]:
+            if row["kind"] != "geometric":
+                kind = row["kind"] if row["budget"] is None else f"at most {row['budget']:.3f}"
+                same = [
+                    r
+                    for c in curves
+                    for r in c
+                    if (r["kind"], r["budget"]) == (row["kind"], row["budget"])
+                ]
+                macs = np.mean([r["gmacs_mean"] for r in same])
+                rows.append([name, kind, f"{macs:.3f}", with_spread([r["top1"] for r in same])])
+    return rows
+
+
+def draw(trained: Mapping[str, list[tuple[float, ...]]], dense: float) -> None:
+    """Draws top-1 over MACs."""
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), constrained_layout=True)
+    for name, ((_, macs, *top1),) in trained.items():
+        kind = "o" if "msvit" in name or name == "both" else "s"
+        axes.plot(macs / dense, np.mean(top1), kind)
+        axes.annotate(
+            name,
+            (macs / dense, np.mean(top1)),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set(xlabel="MACs of an image, over the dense model's", ylabel="top-1 (%)")
+    axes.grid(alpha=0.3)
+    figure.savefig(out() / "photos.png", dpi=120)
+    pyplot.close(figure)
+
+
+HEADER = """# Photographs
+
+Made by `python studies/photos.py`, whose docstring says what each arm is: mean and standard
+deviation over seeds, the whole validation split, every model after its last step; tokens and MACs
+are means over images."""
+THRESHOLDS = """## One gate at several thresholds
+
+Top-1 and tokens, with thresholds fitted to a mean number of tokens on training images."""
+EXITS = """## Cascades
+
+Every exit alone, and exits chosen per image by thresholds fitted on training images."""
+AS_IT_IS = """## Without training"""
+
+
 def run_all() -> None:
     """Runs the dense models, then the arms, seed by seed."""
     names = _ARMS.value or [*ARMS, UNTRAINED]
@@ -376,7 +484,9 @@ def run_all() -> None:
             if dense[seed].result():
                 waited += [pool.submit(runner.run, name, seed) for name in names]
         concurrent.futures.wait(waited)
-    print(f"written: {out() / 'photos.json'}")
+    if "dense" in runner.results:
+        write_page(runner.results)
+    print(f"written: {out() / 'photos.json'}, photos.md, photos.png")
 
 
 def main(argv: Sequence[str]) -> None:
