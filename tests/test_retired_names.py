@@ -55,7 +55,9 @@ IDENTIFIERS = {
 
 
 # Names of fields and options, written as code in pages: with a dot before or an equals sign behind.
-ATTRIBUTES = r"\b[Oo]utput\.(exits|fits|merged|hosts)\b|\bbudget=|\bgrids?="
+ATTRIBUTES = (
+    r"\b[Oo]utput\.(exits|fits|merged|hosts)\b|`(fits|unfit|merged|hosts)`|\bbudget=|\bgrids?="
+)
 BRITISH = re.compile(
     r"(?i)centre|colour|grey|behaviour|favour|neighbour|judgement|labelled|modelled|programme\b"
     r"|(normal|optim|token|initial|random|real|summar|recogn|general|serial|organ)is(e|ed|es|er|ation)\b"
