@@ -2,12 +2,14 @@
 
 A workdir holds `config.json`, `metrics.jsonl` and `checkpoints/<step>/` with the items `model`
 (parameters), `ema` (their moving average, where there is one), `trainer` (step, optimizer, priors
-of the gate's loss) and `about` (config, model metadata).
+of the gate's loss) and `about` (config, model metadata, digests of all arrays).
+
+Values that changed on the disk are noticed by the digests; checkpoints from before there were any
+are taken as they are.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -16,11 +18,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
+from msvit_jax import checkpoint_files, digests, extras, paths, peers
 from msvit_jax import config as configs
-from msvit_jax import extras, paths
 from msvit_jax.errors import UserError, describe
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.train_state import TrainState
@@ -34,7 +35,7 @@ with extras.needed("train"):
 CONFIG_FILE = paths.CONFIG_FILE
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
-BEST_BY = "top1"
+BEST_BY = checkpoint_files.BEST_BY
 _COMMITTED = "commit_success.txt"
 
 
@@ -62,6 +63,7 @@ class Checkpoints:
         """
         self._directory = checked_workdir(workdir) / CHECKPOINTS
         self._about = about or {}
+        peers.on_first_process(self._mend_scores)
         best = _metric
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -69,6 +71,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 best_fn=best,
                 best_mode="max",
+                cleanup_tmp_directories=True,
                 preservation_policy=preservation_policy.AnyPreservationPolicy(
                     [
                         preservation_policy.LatestN(keep_latest),
@@ -79,6 +82,10 @@ class Checkpoints:
                 ),
             ),
         )
+
+    def _mend_scores(self) -> None:
+        for step in _steps(self._directory.parent):
+            checkpoint_files.mend_score(self._directory / str(step))
 
     def save(
         self,
@@ -97,10 +104,17 @@ class Checkpoints:
         """
         if self._manager.latest_step() == step:
             return
-        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        items["about"] = ocp.args.JsonSave({**self._about, **(extra or {})})
         # Only this figure is kept: Orbax saves metrics as JSON, and best_fn needs no other.
         kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
+        found = {name: digests.of_tree(item) for name, item in _items(state).items()}
+        about = {
+            **self._about,
+            **(extra or {}),
+            checkpoint_files.DIGESTS: found,
+            checkpoint_files.SCORES: kept,
+        }
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        items["about"] = ocp.args.JsonSave(digests.seal(about))
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=kept, force=True)
 
@@ -120,6 +134,9 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            if why := self.damage(step):
+                damaged[step] = why
+                continue
             try:
                 state = self._restore(step, like)
             except Exception as error:
@@ -140,6 +157,27 @@ class Checkpoints:
             )
         return None, []
 
+    def damage(self, step: int) -> str:
+        """Says what is damaged in a checkpoint; '' if nothing is. Processes share the reading.
+
+        This comes before all processes restore together: one of them that fails there would leave
+        the others waiting.
+        """
+        directory = self._directory / str(step)
+        why = ""
+        try:
+            about = checkpoint_files.read_about(directory)
+            items = [name for name in checkpoint_files.ITEMS if (directory / name).exists()]
+            for name in items[jax.process_index() :: jax.process_count()]:
+                checkpoint_files.check_digests(
+                    name, checkpoint_files.read_tree(directory / name), about
+                )
+            if missing := set(about.get(checkpoint_files.DIGESTS, ())) - set(items):
+                raise ValueError(f"{' and '.join(sorted(missing))} is missing")
+        except Exception as error:  # of many types
+            why = f"{type(error).__name__}: {_first_line(error)}"
+        return next(filter(None, peers.exchange("checkpoint", why)), "")
+
     def _restore(self, step: int, like: TrainState) -> TrainState:
         args = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -154,8 +192,7 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """Returns what was saved as JSON with a checkpoint."""
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return dict(self._manager.restore(step, args=args)["about"])
+        return checkpoint_files.read_about(self._directory / str(step))
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -178,6 +215,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in order; waits for started saves."""
+        self.wait()
+        return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
         """Waits until all started saves are on disk."""
@@ -236,10 +278,6 @@ def _metric(metrics: Mapping[str, float]) -> float:
     return metrics[BEST_BY]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
-
-
 def _items(state: TrainState) -> dict[str, Any]:
     items = {
         "model": state.params["model"],
@@ -252,6 +290,10 @@ def _items(state: TrainState) -> dict[str, Any]:
     if state.ema is not None:
         items["ema"] = state.ema
     return items
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
@@ -284,16 +326,13 @@ def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        scores = {s: m for s in steps if (m := _score(directory / str(s))) is not None}
+        scores = {
+            s: m for s in steps if (m := checkpoint_files.score_of(directory / str(s))) is not None
+        }
         return max(scores, key=lambda s: (scores[s], s)) if scores else steps[-1]
     if str(which).isdigit() and int(which) in steps:
         return int(which)
     raise UserError(f"No checkpoint {which!r}; use 'best', 'latest', or a step of {steps}.")
-
-
-def _score(directory: pathlib.Path) -> float | None:
-    file = directory / "metrics" / "metrics"
-    return float(json.loads(file.read_text())[BEST_BY]) if file.is_file() else None
 
 
 def load_run(workdir: str | pathlib.Path, which: str = "best") -> Run:
@@ -320,7 +359,9 @@ def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, A
     directory = checked_workdir(workdir) / CHECKPOINTS / str(step)
     item = directory / ("ema" if (directory / "ema").exists() else "model")
     try:
-        return _read_tree(item)
+        tree = checkpoint_files.read_tree(item)
+        checkpoint_files.check_digests(item.name, tree, checkpoint_files.read_about(directory))
+        return tree
     except Exception as error:
         raise UserError(
             f"Checkpoint {step} in {str(workdir)!r} is damaged ({_first_line(error)}); "
@@ -336,9 +377,13 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
       which: Checkpoint: 'best', 'latest', or a step.
     """
     step = find_step(workdir, which)
-    directory = checked_workdir(workdir) / CHECKPOINTS / str(step) / "about"
-    with _quietly():
-        return ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory)
+    try:
+        return checkpoint_files.read_about(checked_workdir(workdir) / CHECKPOINTS / str(step))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Checkpoint {step} in {str(workdir)!r} is damaged ({_first_line(error)}); "
+            f"another one can be chosen by its step: {_steps_text(workdir, step)}."
+        ) from error
 
 
 def has_checkpoint(workdir: str | pathlib.Path) -> bool:
@@ -358,14 +403,6 @@ def _steps(workdir: str | pathlib.Path) -> list[int]:
 
 def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
     return ", ".join(str(s) for s in _steps(workdir) if s != without) or "there is none"
-
-
-def _read_tree(path: pathlib.Path) -> dict[str, Any]:
-    with _quietly():
-        checkpointer = ocp.PyTreeCheckpointer()
-        tree = checkpointer.metadata(path).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path, restore_args=as_numpy)
 
 
 def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:
@@ -399,14 +436,3 @@ def quiet_orbax() -> None:
     raises them.
     """
     logging.set_verbosity(logging.FATAL)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps Orbax quiet for a while: it warns of metadata that our checkpoints do without."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))  # absl's levels fall with severity
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

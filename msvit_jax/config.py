@@ -42,6 +42,9 @@ FREE_TO_CHANGE = (
     "data.cache",
 )
 
+# Keys that may differ between the processes of a run.
+OF_ONE_PROCESS = ("terminal", "data.data_dir", "data.workers", "data.prefetch", "data.cache")
+
 
 def packaged_folder() -> pathlib.Path:
     """Returns the folder of the configs that come with the library.

@@ -8,10 +8,12 @@ an address an `etils.epath.Path`, which has the methods that we use: `exists`, `
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import pathlib
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -104,8 +106,81 @@ def named(path: PathLike) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def whole(path: PathLike) -> Iterator[pathlib.Path]:
+    """Writes a file or folder atomically, so that it is never there in part.
+
+    Everything that the library writes at once is written by this: in a temporary folder beside its
+    place (`aside`), and renamed at the end.
+
+    Args:
+      path: Path or address of the file or folder. A file that is there is replaced, a folder is
+        not.
+
+    Yields:
+      Local path with the same name, to write to.
+    """
+    place = parse(path)
+    with aside(place.parent) as folder, named(place):
+        yield folder / place.name
+        if is_address(place):
+            upload(folder / place.name, place)
+        else:
+            os.replace(folder / place.name, place)
+
+
+@contextlib.contextmanager
+def aside(parent: PathLike) -> Iterator[pathlib.Path]:
+    """Makes a temporary folder in a folder, or a local one for an address, and removes it.
+
+    Those that killed processes left in the same place are removed, too.
+    """
+    place = parse(parent)
+    far = is_address(place)
+    if not far:
+        _sweep(place)
+    with named(place):
+        made = tempfile.mkdtemp(prefix=_temporary_prefix(), dir=None if far else place)
+    try:
+        yield pathlib.Path(made)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+_TEMPORARY = ".msvit_part."  # first letters of temporary folders
+_STALE_AFTER = 86400.0  # seconds; for those of other machines, whose processes are not seen here
+
+
+def _temporary_prefix() -> str:
+    return f"{_TEMPORARY}{socket.gethostname().replace('.', '-')[:64]}.{os.getpid()}."
+
+
+def _sweep(folder: pathlib.Path) -> None:
+    """Removes temporary folders whose processes are gone."""
+    for left in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError, ValueError):
+            host, pid = left.name.removeprefix(_TEMPORARY).split(".")[:2]
+            if host == _temporary_prefix().removeprefix(_TEMPORARY).split(".")[0]:
+                gone = not is_running(int(pid))
+            else:
+                gone = time.time() - left.stat().st_mtime > _STALE_AFTER
+            if gone:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def is_running(pid: int) -> bool:
+    """Tells whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def write_whole(path: PathLike, content: str | bytes) -> None:
-    """Replaces a file atomically, so that it is never there in part.
+    """Replaces a file atomically, see `whole`.
 
     Args:
       path: Path of the file.
@@ -116,10 +191,8 @@ def write_whole(path: PathLike, content: str | bytes) -> None:
     if is_address(place):  # objects appear whole
         place.write_bytes(data)
         return
-    part = place.with_name(place.name + ".part")
-    with named(part):
+    with whole(place) as part:
         part.write_bytes(data)
-        part.replace(place)
 
 
 def check_writable(folder: PathLike, name: str = "", *, make: bool = True) -> pathlib.Path:
@@ -190,13 +263,23 @@ class Lines:
         if self._file is None:
             self._text += text
         else:
+            left = text.encode()
             with named(self._path):
-                self._file.write(text.encode())
+                while left:  # a disk that is nearly full takes a part before it refuses
+                    left = left[self._file.write(left) :]
 
     def flush(self) -> None:
         """Makes appended text visible to readers, soon if not at once."""
         if self._file is None and time.monotonic() - self._written >= _REWRITTEN_EVERY:
             self._write_anew()
+
+    def sync(self) -> None:
+        """Makes appended text safe, also from a loss of power."""
+        if self._file is None:
+            self._write_anew()
+        else:
+            with named(self._path), contextlib.suppress(io.UnsupportedOperation):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Writes what is left and closes the file."""
@@ -240,17 +323,15 @@ def fetch(path: PathLike) -> pathlib.Path:
             f"{CACHE} to a folder on a larger disk, or mount the bucket and give its local path."
         )
     print(f"Copying {place} ({total:,} bytes) to {cache}, once.", file=sys.stderr, flush=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=".copying.", dir=cache.parent))
-    try:
+    with aside(cache.parent) as folder:
         for name, file in files.items():
-            target = aside / place.name / name if name else aside / place.name
+            target = folder / place.name / name if name else folder / place.name
             target.parent.mkdir(parents=True, exist_ok=True)
             with _as_user_errors(place, "cannot be copied"):
                 _copy(file, target)
+        cache.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # another process was faster; its copy is the same
-            aside.rename(cache)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (folder / place.name).rename(copy)
     return copy
 
 

@@ -218,8 +218,14 @@ def _rows(files: Sequence[pathlib.Path], predictions: Predictions) -> list[dict[
 
 def _check_pictures(predictor: Predictor, out: str) -> None:
     """Checks the pictures' folder and the model before anything is computed."""
-    paths.check_writable(out, "--pictures", make=False)
     from msvit_jax.visualize import examples  # brings matplotlib
+
+    folder = paths.check_writable(out, "--pictures", make=False)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / examples.SHEET).exists():
+        raise UserError(
+            f"--pictures={out} holds other files, and pictures could replace some of them; give a "
+            "folder for them alone."
+        )
 
     if not examples.has_pictures(predictor.model):
         raise UserError(

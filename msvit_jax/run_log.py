@@ -38,8 +38,7 @@ SHOWN = {
     "learning_rate": "lr {:.2e}",
     "images_per_second": "{:.0f} img/s",
 }
-
-
+RECORDS, BOARD = "metrics.jsonl", "tensorboard"
 BRIEF = ("total_loss", "top1", "tokens_mean", "images_per_second")
 
 
@@ -55,7 +54,7 @@ class Logger:
         active: bool,
         terminal: str = "lines",
     ) -> None:
-        """Opens the logs.
+        """Opens the logs, and cuts them back to the step that the run begins at.
 
         Args:
           workdir: Directory of the run.
@@ -75,8 +74,10 @@ class Logger:
         if not active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._jsonl = paths.Lines(workdir / "metrics.jsonl")
-        self._board = event_files.writer(workdir / "tensorboard")
+        _cut_back(workdir / RECORDS, start)
+        event_files.cut_back(workdir / BOARD, start)
+        self._jsonl = paths.Lines(workdir / RECORDS)
+        self._board = event_files.Board(workdir / BOARD)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="logs")
         self._jobs: list[Future[None]] = []
         # The bar goes to stderr, where it does not mix with lines; it is off without a terminal.
@@ -175,6 +176,15 @@ class Logger:
                 picture = pictures.merge_map(image, samples.merge_maps[index, -1], coarse=coarse)
                 self._board.add_image(f"merged/{index}", picture, step, dataformats="HWC")
 
+    def sync(self) -> None:
+        """Finishes pending work and makes it safe: a checkpoint must not be newer than its logs."""
+        if not self._active:
+            return
+        self._later(self._jsonl.sync)
+        self._later(self._board.flush)
+        while self._jobs:
+            self._jobs.pop(0).result()
+
     def close(self) -> None:
         """Finishes pending work and closes the logs."""
         if self._active:
@@ -184,6 +194,23 @@ class Logger:
             self._jsonl.close()
             for job in self._jobs:
                 job.result()
+
+
+def _cut_back(file: pathlib.Path, step: int) -> None:
+    """Removes records of steps after `step`, which a resumed run writes again, and torn lines."""
+    if not file.exists():
+        return
+    text = file.read_bytes().decode(errors="replace")
+    kept = "".join(record for record in text.splitlines(keepends=True) if _is_until(record, step))
+    if kept != text:
+        paths.write_whole(file, kept)
+
+
+def _is_until(record: str, step: int) -> bool:
+    try:
+        return record.endswith("\n") and json.loads(record)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def line(kind: str, step: int, epoch: float, figures: Mapping[str, Any]) -> str:

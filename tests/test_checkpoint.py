@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,12 @@ import numpy as np
 import pytest
 from absl import logging
 
-from msvit_jax import checkpoint
+from msvit_jax import checkpoint, checkpoint_files, digests
 from msvit_jax.errors import UserError
 from msvit_jax.train_state import TrainState
-from tests import tiny_run
+from tests import bitflips, tiny_run
+
+NEW_KEYS = ("digests", "scores", "check")
 
 
 def _state(value, ema=False):
@@ -156,3 +160,75 @@ def test_a_run_made_before_a_key_existed_can_be_resumed(tmp_path):
     config.ema_decay = 0.9  # not what was done then
     with pytest.raises(UserError, match=r"ema_decay: 0\.9 here, 0\.0 in the workdir"):
         checkpoint.claim_workdir(tmp_path, config)
+
+
+# Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("flips", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_flipped_bits_are_found_or_harmless(tmp_path, flips):
+    _save(tmp_path / "run", {1: 5.0}, ema=True)
+    kept, step = checkpoint.Checkpoints(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "1"
+    shutil.copytree(step, tmp_path / "whole")
+    wanted = _read(step)
+    rng, found = np.random.default_rng(flips), 0
+    for _ in range(flips):
+        where = bitflips.flip(step, rng)
+        if kept.damage(1):
+            found += 1
+        else:
+            same = jax.tree.map(np.array_equal, _read(step), wanted)
+            assert all(jax.tree.leaves(same)), where
+        shutil.copytree(tmp_path / "whole", step, dirs_exist_ok=True)
+    kept.close()
+    assert flips // 4 < found < flips
+
+
+def _read(step):
+    items = {name: checkpoint_files.read_tree(step / name) for name in checkpoint_files.ITEMS}
+    return {**items, "about": checkpoint_files.read_about(step)}
+
+
+# Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_newest_whole_checkpoint_is_taken(tmp_path):
+    _save(tmp_path, {1: 5.0, 2: 4.0})
+    data = max((tmp_path / "checkpoints" / "2").rglob("d/*"), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)  # a block of zeros
+    data.write_bytes(content)
+    state, (message,) = checkpoint.Checkpoints(tmp_path).restore_latest(_like())
+    assert int(state.step) == 1
+    assert re.fullmatch(r"checkpoint 2 is damaged \(.*\); moved to damaged.*, using 1", message)
+
+
+def test_a_changed_array_is_named_and_the_weights_are_not_used(tmp_path):
+    _save(tmp_path, {1: 5.0})
+    about = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    described = json.loads(about.read_text())
+    (name,) = described["digests"]["model"]
+    assert name == "head/kernel"
+    described["digests"]["model"][name] = "0" * 16
+    del described["check"]
+    about.write_text(json.dumps(digests.seal(described)))
+    with pytest.raises(UserError, match=r"Checkpoint 1 .* damaged .*model/head/kernel changed"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_checkpoints_from_before_there_were_digests_are_read(tmp_path):
+    _save(tmp_path, {1: 5.0})
+    about = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    old = {k: v for k, v in json.loads(about.read_text()).items() if k not in NEW_KEYS}
+    about.write_text(json.dumps(old))
+    state, messages = checkpoint.Checkpoints(tmp_path).restore_latest(_like())
+    assert (int(state.step), messages) == (1, [])
+    assert checkpoint.find_step(tmp_path) == 1
+    assert set(checkpoint.load_params(tmp_path)) == {"head"}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"top1": 99.0}', '{"top1": null}'])
+def test_a_damaged_score_is_that_of_the_description(tmp_path, content):
+    _save(tmp_path, {1: 5.0, 2: 4.0})
+    (tmp_path / "checkpoints" / "2" / "metrics" / "metrics").write_text(content)
+    assert checkpoint.find_step(tmp_path) == 1
+    _save(tmp_path, {3: 3.0, 4: 2.0})  # what Orbax keeps goes by it as well
+    assert _steps(tmp_path) == [1, 3, 4]

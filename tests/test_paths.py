@@ -187,7 +187,7 @@ def test_uploads_are_the_same_files(tmp_path, gs):
 
 def test_events_are_tensorboards_records_wherever_they_lie(tmp_path, gs):
     for folder in (tmp_path / "board", paths.parse("gs://b/board")):
-        board = event_files.writer(folder)
+        board = event_files.Board(folder)
         board.add_scalar("train/loss", 1.5, 3)
         board.close()
         (file,) = folder.iterdir()
@@ -215,7 +215,7 @@ def test_events_that_cannot_be_written_do_not_hold_a_run_up(tmp_path, monkeypatc
 
     factory = record_writer.REGISTERED_FACTORIES[event_files._PREFIX]
     monkeypatch.setattr(type(factory), "open", on_a_full_disk)
-    board = event_files.writer(tmp_path / "board")
+    board = event_files.Board(tmp_path / "board")
     for step in range(50):
         board.add_scalar("x", 1.0, step)
         board.flush()

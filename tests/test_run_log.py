@@ -1,9 +1,10 @@
+import json
 import time
 
 import numpy as np
 import pytest
 
-from msvit_jax import evaluate, run_log, visualize
+from msvit_jax import evaluate, event_files, run_log, visualize
 from msvit_jax.errors import UserError
 
 
@@ -75,3 +76,45 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
     logger.report("train", 1, 0.1, {"bad": object()})
     with pytest.raises(TypeError):
         logger.close()
+
+
+def _board(folder):
+    """Steps of the scalars on a board, by the reader that TensorBoard files have here."""
+    events = [e for f in sorted(folder.iterdir()) for e, _ in event_files._records(f.read_bytes())]
+    return [e.step for e in events if e.summary.value]
+
+
+def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(tmp_path):
+    for start, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
+        logger = run_log.Logger(tmp_path, steps=6, start=start, active=True)
+        for step in steps:
+            logger.report("train", step, 0.1, {"top1": float(step)})
+        logger.sync()
+        logger.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert _board(tmp_path / "tensorboard") == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_torn_and_damaged_ends_of_logs_are_cut_off(tmp_path):
+    logger = run_log.Logger(tmp_path, steps=6, start=0, active=True)
+    for step in (1, 2):
+        logger.report("train", step, 0.1, {"top1": float(step)})
+    logger.close()
+    lines, (events,) = tmp_path / "metrics.jsonl", (tmp_path / "tensorboard").iterdir()
+    lines.write_bytes(lines.read_bytes() + b'{"kind": "train", "step": 2, "to')
+    events.write_bytes(events.read_bytes()[:-5])
+    run_log.Logger(tmp_path, steps=6, start=2, active=True).close()
+    assert [json.loads(line)["step"] for line in lines.read_text().splitlines()] == [1, 2]
+    assert _board(tmp_path / "tensorboard") == [1, 1, 2]
+
+
+def test_what_is_synced_is_on_the_disk(tmp_path):
+    logger = run_log.Logger(tmp_path, steps=9, start=0, active=True)
+    for step in range(1, 9):
+        logger.report("train", step, 0.1, {"top1": 1.0})
+    logger.sync()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 8
+    assert _board(tmp_path / "tensorboard") == sorted([*range(1, 9)] * 2)
+    logger.close()

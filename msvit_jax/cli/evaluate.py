@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from msvit_jax import config, errors, evaluate, launch
+from msvit_jax import config, errors, evaluate, launch, peers
 from msvit_jax.exits.exit_thresholds import CRITERIA
 
 
@@ -28,18 +28,24 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
       argv: Command line without flags.
       overrides: Config keys and their values, 'key=value'.
     """
-    launch.start(argv)
+    with launch.started(argv):
+        given = flags.FLAGS.flag_values_dict()
+        same = ("workdir", "config", "weights", "which", "split", "batch_size", "sweep")
+        peers.agree({"overrides": list(overrides), **{name: given[name] for name in same}})
+        result = _evaluate(overrides)
+        if jax.process_index() == 0:
+            print(json.dumps(result))
+
+
+def _evaluate(overrides: Sequence[str]) -> dict[str, Any]:
     given = flags.FLAGS
     options = {"split": given.split, "batch_size": given.batch_size, "overrides": overrides}
     if given.weights:
         _check_weights_flags()
-        result = evaluate.evaluate_weights(given.weights, given.config, **options)
-    elif given.workdir:
-        result = _evaluate_run(options)
-    else:
-        raise errors.UserError("Give --workdir=DIR, or --weights=FILE and --config=FILE.")
-    if jax.process_index() == 0:
-        print(json.dumps(result))
+        return evaluate.evaluate_weights(given.weights, given.config, **options)
+    if given.workdir:
+        return _evaluate_run(options)
+    raise errors.UserError("Give --workdir=DIR, or --weights=FILE and --config=FILE.")
 
 
 def _check_weights_flags() -> None:

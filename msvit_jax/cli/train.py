@@ -24,8 +24,8 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
       argv: Command line without flags.
       overrides: Config keys and their values, 'key=value'.
     """
-    launch.start(argv)
-    loop.train(config.load(flags.FLAGS.config, overrides), flags.FLAGS.workdir)
+    with launch.started(argv):
+        loop.train(config.load(flags.FLAGS.config, overrides), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

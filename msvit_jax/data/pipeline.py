@@ -7,6 +7,11 @@ rows, and resuming needs only the step number.
 import collections
 import dataclasses
 import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,6 +40,7 @@ def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
         train_examples=sources.num_examples(builder, config.train_split),
         eval_examples=sources.num_examples(builder, config.eval_split),
         has_segmentation=sources.MASK in builder.info.features,
+        fingerprint=sources.fingerprint(builder),
     )
 
 
@@ -83,7 +89,7 @@ def train_batches(
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(EPOCHS)
     dataset = dataset.random_map(TrainTransform.from_config(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
-    return iter(_ahead(dataset, config))
+    return _ahead(dataset, config)
 
 
 def eval_batches(
@@ -236,7 +242,7 @@ class EvalBatches(Iterable[Batch]):
             exif_orientation=config.exif_orientation,
         )
         dataset = grain.MapDataset.range(padded).map(transform).batch(rows.local)
-        return iter(_ahead(dataset[rows.index :: rows.count], config))
+        return _ahead(dataset[rows.index :: rows.count], config)
 
 
 def _eval_example(
@@ -306,20 +312,51 @@ def _decode_example(
         raise decode.unreadable(example, error) from error
 
 
-def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> grain.IterDataset:
-    """Prefetches batches in threads or in worker processes."""
+def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
+    """Iterates over batches that threads or worker processes make ahead."""
     # One thread: Pillow decodes under the interpreter lock, so more threads slow each other down.
     threads = min(1, config.prefetch)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
     batches = dataset.to_iter_dataset(options)
     if not config.workers:
-        return batches
+        return iter(batches)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads a flag even without an absl main
     per_worker = -(-config.prefetch // config.workers)
-    return batches.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=per_worker)
+    several = grain.MultiprocessingOptions(
+        num_workers=config.workers, per_worker_buffer_size=per_worker
     )
+    return _of_workers(batches.mp_prefetch(several, worker_init_fn=_start_worker))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Makes a worker process end with the process that started it, however that ends.
+
+    `prctl` could not do this: it goes by the thread that started the worker, which ends early.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which stops in order
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _of_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yields batches; says in one line that a worker was killed."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            "A worker process of data.workers was killed, perhaps because memory was full; fewer "
+            "data.workers or less data.prefetch need less. The same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def device_batches(

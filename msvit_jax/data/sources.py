@@ -6,10 +6,10 @@ one includes the command that makes it.
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from msvit_jax import paths
 from msvit_jax.data import scattered_digits
-from msvit_jax.errors import UserError, nearest
+from msvit_jax.errors import UserError, describe, nearest
 
 EMBEDDED = scattered_digits.ScatteredDigits.name
 MASK = "segmentation_mask"
@@ -35,6 +35,7 @@ class DatasetInfo:
         train_examples: Number of examples of the training split.
         eval_examples: Number of examples of the evaluation split.
         has_segmentation: Whether examples have a `segmentation_mask`.
+        fingerprint: Text that is the same for the same data, as far as their description tells.
     """
 
     name: str
@@ -43,6 +44,7 @@ class DatasetInfo:
     train_examples: int
     eval_examples: int
     has_segmentation: bool
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +65,17 @@ class Examples:
         return len(self.source)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        return self._example(index, self.source[int(index)])
+        with _reading(f"{self.name}, example {index}"):
+            record = self.source[int(index)]
+        return self._example(index, record)
 
     def in_order(self, chunk: int = 512) -> Iterator[dict[str, Any]]:
         """Yields every example; reading in chunks is faster than one by one."""
         for start in range(0, len(self), chunk):
             indices = range(start, min(start + chunk, len(self)))
-            for index, record in zip(indices, self.source.__getitems__(indices), strict=True):
+            with _reading(f"{self.name}, examples {start} to {indices[-1]}"):
+                records = self.source.__getitems__(indices)
+            for index, record in zip(indices, records, strict=True):
                 yield self._example(index, record)
 
     def _example(self, index: Any, record: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +89,18 @@ class Examples:
                 f"{unlabeled} Choose another split, or prepare the data set anew."
             )
         return kept | {"index": int(index), "name": name}
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Says in one line what of a data set is damaged; readers raise errors of many types."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{what}: cannot be read, its files are damaged ({describe(error)[:200]}). Copy or "
+            "prepare the data set anew."
+        ) from error
 
 
 def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
@@ -115,7 +133,9 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
         folder = _prepare_embedded(name, root)
     else:
         folder = _find(name, root)
-    builder = tfds.builder_from_directory(paths.fetch(folder))
+    local = paths.fetch(folder)
+    with _reading(f"data set {name!r} in {folder}"):
+        builder = tfds.builder_from_directory(local)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
             f"Data set {name!r} in {folder} is stored as {builder.info.file_format.value}; it is "
@@ -148,6 +168,17 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
 def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
     """Returns the names of a data set's classes; their numbers if it has no names."""
     return tuple(builder.info.features["label"].names)
+
+
+def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns a text that tells data sets apart: name, features, and the sizes of all shards."""
+    splits = {
+        name: (int(split.num_bytes), list(map(int, split.shard_lengths)))
+        for name, split in sorted(builder.info.splits.items())
+    }
+    described = repr((builder.info.full_name, splits, class_names(builder)))
+    digest = hashlib.sha256(described.encode()).hexdigest()[:12]
+    return f"{builder.info.full_name} {digest}"
 
 
 def num_examples(builder: tfds.core.DatasetBuilder, split: str) -> int:
@@ -278,9 +309,8 @@ def prepare_aside(make: Callable[[str], tfds.core.DatasetBuilder], root: Path) -
         UserError: The folder cannot be written.
     """
     paths.check_writable(root)
-    beside = None if paths.is_address(root) else root
-    with tempfile.TemporaryDirectory(prefix=".preparing.", dir=beside) as aside:
-        builder = make(aside)
+    with paths.aside(root) as aside:
+        builder = make(str(aside))
         _prepare_quietly(builder)
         made = Path(builder.data_dir)
         folder = root / made.relative_to(aside)

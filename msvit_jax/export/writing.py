@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 
 from msvit_jax import paths
@@ -107,20 +105,9 @@ def write(
 
 @contextlib.contextmanager
 def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path next to `out` that is renamed to `out` at the end, unless there is an error.
-
-    Output for an address is written to a local folder and uploaded at the end.
-    """
+    """Yields a path whose content appears at `out` at the end, unless there is an error."""
     paths.check_writable(out.parent)
-    beside = None if paths.is_address(out) else out.parent
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=beside))
-    try:
-        yield folder / out.name
+    with paths.whole(out) as part:
+        yield part
         if out.exists():
             raise UserError(f"{str(out)!r} was made by somebody else meanwhile; it is left as is.")
-        if paths.is_address(out):
-            paths.upload(folder / out.name, out)
-        else:
-            os.rename(folder / out.name, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -73,8 +73,8 @@ def save(picture: Picture, path: pathlib.Path | str) -> pathlib.Path:
     """Writes a PNG, creating its parent folders, and returns its path."""
     path = paths.parse(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file, paths.named(path):
-        Image.fromarray(picture).save(file, format="PNG")
+    with paths.whole(path) as part:
+        Image.fromarray(picture).save(part, format="PNG")
     return path
 
 

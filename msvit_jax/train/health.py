@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,26 @@ class Health:
         self._top1: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._best, self._saturated = 0.0, 0
         self._told: set[str] = set()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the figures as JSON values."""
+        return {
+            "norms": dict(self._norms),
+            "recent": {name: list(values) for name, values in self._recent.items()},
+            "top1": list(self._top1),
+            "best": self._best,
+            "saturated": self._saturated,
+            "told": sorted(self._told),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what `to_json` returned."""
+        self._norms.update(saved["norms"])
+        for name, values in saved["recent"].items():
+            self._recent[name] = collections.deque(values, maxlen=_WINDOW)
+        self._top1.extend(saved["top1"])
+        self._best, self._saturated = saved["best"], saved["saturated"]
+        self._told |= set(saved["told"])
 
     def observe(self, scalars: Mapping[str, float], top1: float) -> list[str]:
         """Takes the figures of one step.

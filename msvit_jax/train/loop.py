@@ -1,16 +1,14 @@
 """The training loop: takes batches, writes reports and checkpoints.
 
-Python runs ahead of the devices by `LAG` steps: figures of a step are read when they have long been
-computed, so that logging never makes a device wait, and a loss that is not finite is still noticed
-within `LAG` steps. Before a checkpoint is saved every step before it has been checked.
+Python runs ahead of the devices by a few steps (`reporter.LAG`). Before a checkpoint is saved every
+step before it has been checked, and its logs are safe.
 """
 
-import collections
 import contextlib
 import dataclasses
+import json
 import pathlib
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, labels, metrics, paths, sharding, weights
+from msvit_jax import checkpoint, data, flops, labels, paths, peers, sharding, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
@@ -29,18 +27,12 @@ from msvit_jax.models.layout import images_per_group
 from msvit_jax.run_log import Logger
 from msvit_jax.train import optimizer, owner
 from msvit_jax.train.capacity_schedule import CapacitySchedule
-from msvit_jax.train.health import Health
 from msvit_jax.train.keep_rate_schedule import KeepRateSchedule
 from msvit_jax.train.program import TrainProgram
+from msvit_jax.train.reporter import Reporter
 from msvit_jax.train.step import StepMetrics, Teacher
 from msvit_jax.train_state import TrainState, count_parameters
 from msvit_jax.weights.declared import UNSEEN
-
-LAG = 2
-
-
-class NotFiniteError(UserError):
-    """Error for a loss or gradient that became NaN or infinite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +93,7 @@ class _Run:
         config = configs.resolve(config, self.info.num_classes)
         config, followed = _following(config, workdir)
         self.config, self.workdir = config, workdir
+        peers.agree(self._facts())
         self.mesh: Mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
         sharding.check_batch(
             config.batch_size, self.mesh, microbatches=config.optimizer.accum_steps
@@ -116,6 +109,7 @@ class _Run:
             config.keep_rate, self.model, self.run_length.steps_per_epoch
         )
         self._compiled_steps: dict[Any, Any] = {}
+        self.about: dict[str, Any] = {}  # description of the checkpoint that is resumed
         self.messages: list[str] = [
             f"{key}={value!r} as {config.init_from} says" for key, value in followed.items()
         ]
@@ -132,6 +126,15 @@ class _Run:
             },
         )
 
+    def _facts(self) -> dict[str, Any]:
+        """Returns what all processes of a run must have alike."""
+        keys = configs.flatten(json.loads(configs.to_json(self.config)))
+        return {
+            "workdir": str(self.workdir),
+            "data set": self.info.fingerprint,
+            **{f"config.{k}": v for k, v in keys.items() if k not in configs.OF_ONE_PROCESS},
+        }
+
     def _capacity_schedule(self) -> CapacitySchedule | None:
         """Makes the trimmed layout's schedule, unless the config itself sets the capacities."""
         model, config = self.model, self.config
@@ -146,11 +149,12 @@ class _Run:
         state, damaged = self.checkpoints.restore_latest(self.program.abstract_state)
         self.messages += [f"warning: {message}" for message in damaged]
         if state is not None:
-            self._check_classes(int(state.step))
+            self.about = self.checkpoints.about(int(state.step))
+            self._check_classes()
             self.messages.append(f"resumed at step {int(state.step)}")
             if self.capacity is not None:
-                about = self.checkpoints.about(int(state.step))
-                self.capacity.restore(about.get("capacity") or about["trim"])  # the earlier name
+                # the latter is the earlier name
+                self.capacity.restore(self.about.get("capacity") or self.about["trim"])
             return state
         loaded: dict[str, np.ndarray] = {}
         if self.config.init_from:
@@ -161,9 +165,9 @@ class _Run:
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)
 
-    def _check_classes(self, step: int) -> None:
+    def _check_classes(self) -> None:
         """Raises UserError where a checkpoint was trained on other classes than the data's."""
-        names = self.checkpoints.about(step).get("class_names") or ()
+        names = self.about.get("class_names") or ()
         how = self.config.data.match_classes
         if labels.order(names, self.info.class_names, how, of="The run") is not None:
             raise UserError(
@@ -231,7 +235,8 @@ class _Run:
             mesh=self.mesh,
             samples=config.log_images,
         )
-        reporter = Reporter(self, logger, start)
+        reporter = Reporter(self, logger)
+        reporter.restore(self.about.get("reporter") or {})
         figures: dict[str, Any] = {}
         batches = self.batches(start)
         for step in range(start + 1, run_length.steps + 1):
@@ -258,13 +263,25 @@ class _Run:
                 )
                 reporter.restart_clock()
             if evaluating or periodic or stopping:
-                extra = {} if self.capacity is None else {"capacity": self.capacity.to_json()}
+                extra = {"reporter": reporter.to_json()}
+                if self.capacity is not None:
+                    extra["capacity"] = self.capacity.to_json()
+                logger.sync()
+                self._check_workdir()
                 self.checkpoints.save(state, step, figures if evaluating else None, extra)
             if stopping and not last:
                 self.checkpoints.wait()
                 logger.say(f"stopped at step {step}; the same command resumes it")
                 return {"step": step, **figures}
         return figures or evaluate(_weights(state)).figures
+
+    def _check_workdir(self) -> None:
+        """Raises UserError where the workdir was removed, instead of making a part of it anew."""
+        if jax.process_index() == 0 and not (self.workdir / checkpoint.CONFIG_FILE).exists():
+            raise UserError(
+                f"{str(self.workdir)!r} was removed or moved while the run went on; it ends here, "
+                "because nothing could be resumed from what it would still write."
+            )
 
     def train_step(self, step: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
         """Returns the step for the current capacities and keep rates, each compiled once."""
@@ -286,7 +303,7 @@ class _Run:
 
     def _stopping(self, step: int, stop: "StopRequest") -> bool:
         """Tells whether to save and stop; the same answer on every process."""
-        if jax.distributed.is_initialized():
+        if peers.joined():
             return self.checkpoints.reached_preemption(step)
         return stop.asked
 
@@ -326,93 +343,6 @@ class _Run:
 def _weights(state: TrainState) -> Any:
     """Returns the parameters to evaluate: the moving average where there is one."""
     return state.params["model"] if state.ema is None else state.ema
-
-
-class Reporter:
-    """Reads the figures of steps when they are due, checks them, and makes the reports."""
-
-    def __init__(self, run: _Run, logger: Logger, start: int) -> None:
-        self._run, self._logger = run, logger
-        self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self._macs = flops.macs_per_image(run.model, np.arange(run.model.max_tokens + 1))
-        self._sums: metrics.Sums | None = None
-        self._scalars: list[dict[str, float]] = []
-        half_epoch = max(1, round(run.run_length.steps_per_epoch / 2))
-        self._health = Health(run.config.batch_size, half_epoch)
-        self._clock, self._clock_step = time.perf_counter(), start
-        self._seconds: float | None = None
-
-    def add(self, step: int, reported: StepMetrics) -> None:
-        """Takes a step's figures, not yet computed, and reads those that are `LAG` steps old."""
-        jax.tree.map(lambda x: x.copy_to_host_async(), reported)
-        self._pending.append((step, reported))
-        if len(self._pending) > LAG:
-            self._read()
-
-    def flush(self) -> None:
-        """Reads all pending figures; waits for the devices."""
-        while self._pending:
-            self._read()
-
-    def restart_clock(self) -> None:
-        """Excludes what happened since the last step from the time per step."""
-        self._clock += time.perf_counter() - self._read_at
-
-    def _read(self) -> None:
-        step, reported = self._pending.popleft()
-        scalars = {name: float(value) for name, value in jax.device_get(reported.scalars).items()}
-        sums = metrics.to_host(reported.sums)
-        self._read_at = time.perf_counter()
-        self._check(step, scalars)
-        answered = max(float(sums.count - sums.overflow), 1.0)
-        for warning in self._health.observe(scalars, 100 * float(sums.top1) / answered):
-            self._logger.say(f"step {step}: warning: {warning}")
-        self._sums = sums if self._sums is None else self._sums + sums
-        if self._run.capacity is not None:
-            self._run.capacity.observe(sums.tokens, sums.overflow)
-        self._scalars.append(scalars)
-        self._logger.advance()
-        if step % self._run.config.log_every_steps == 0 or step == self._run.run_length.steps:
-            self._report(step)
-
-    def _check(self, step: int, scalars: dict[str, float]) -> None:
-        bad = [name for name, value in scalars.items() if not np.isfinite(value)]
-        if not bad:
-            return
-        last = self._run.checkpoints.latest_step()
-        good = (
-            "there is no checkpoint yet"
-            if last is None
-            else (f"the last good checkpoint is step {last} in {self._run.workdir}")
-        )
-        raise NotFiniteError(
-            f"{' and '.join(bad)} not finite at step {step} (its batch is that of seed "
-            f"{self._run.config.seed}, step {step - 1}); {good}. Try a lower learning rate, a "
-            "longer warm-up, optimizer.clip_norm, or dtype=float32."
-        )
-
-    def _report(self, step: int) -> None:
-        assert self._sums is not None
-        run, now = self._run, self._read_at
-        figures = metrics.summarize(self._sums, self._macs)
-        means = {
-            name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
-        }
-        steps = step - self._clock_step
-        # Steps are read up to LAG late, so too few of them do not give their time.
-        if self._seconds is None or steps > 2 * LAG:
-            self._seconds = (now - self._clock) / max(steps, 1)
-        seconds = self._seconds
-        figures |= {
-            **means,
-            "learning_rate": float(run.schedule(step - 1)),
-            "images_per_second": run.config.batch_size / seconds,
-            "seconds_per_step": seconds,
-            "seconds_left": seconds * (run.run_length.steps - step),
-        }
-        self._logger.report("train", step, step / run.run_length.steps_per_epoch, figures)
-        self._sums, self._scalars = None, []
-        self._clock, self._clock_step = now, step
 
 
 def _following(
@@ -473,20 +403,21 @@ class StopRequest:
 def _stop_signals() -> Iterator[StopRequest]:
     """Turns the first SIGTERM or Ctrl-C into a request; a second one ends the process at once.
 
-    With several processes JAX itself listens for SIGTERM, so that all stop at the same step.
+    With several processes JAX itself listens for SIGTERM, so that all stop at the same step, and
+    Ctrl-C is passed to it.
     """
     stop = StopRequest()
-    if jax.distributed.is_initialized():
-        yield stop
-        return
+    several = peers.joined()
     old: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
         stop.asked = True
         signal.signal(number, old[number])
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
     with contextlib.suppress(ValueError):  # outside the main thread there are no signals
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             old[name] = signal.signal(name, ask)
     try:
         yield stop

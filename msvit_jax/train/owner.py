@@ -17,15 +17,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from msvit_jax import paths
-from msvit_jax.errors import UserError, describe
+from msvit_jax import paths, peers
+from msvit_jax.errors import UserError
 
 try:
     import fcntl
@@ -50,32 +46,8 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
       UserError: Another run owns it, or it cannot be written.
     """
     with contextlib.ExitStack() as held:
-        on_first_process(lambda: held.enter_context(_hold(workdir)))
+        peers.on_first_process(lambda: held.enter_context(_hold(workdir)))
         yield
-
-
-def on_first_process(action: Callable[[], Any]) -> None:
-    """Runs an action on process 0; if it fails there, all processes raise the same error.
-
-    Raises:
-      UserError: The action raised a UserError or an error of the operating system.
-    """
-    failed = ""
-    if jax.process_index() == 0:
-        try:
-            action()
-        except (UserError, OSError) as error:
-            if jax.process_count() == 1:
-                raise
-            failed = str(error) if isinstance(error, UserError) else describe(error)
-    if jax.process_count() > 1:
-        sent = np.zeros(2048, np.uint8)
-        text = failed.encode()[: len(sent)]
-        sent[: len(text)] = np.frombuffer(text, np.uint8)
-        received = np.asarray(multihost_utils.broadcast_one_to_all(sent))
-        failed = received.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="replace")
-    if failed:
-        raise UserError(failed)
 
 
 @contextlib.contextmanager
@@ -153,8 +125,10 @@ class _Claim:
         """Tells whether the owner that a file names no longer runs."""
         if locked and found.get("host") == self._about["host"]:  # perhaps it restarted since
             return True
-        if found.get("machine") == self._about["machine"] and not _alive(found.get("pid")):
-            return True
+        if found.get("machine") == self._about["machine"]:
+            pid = found.get("pid")
+            if not (isinstance(pid, int) and paths.is_running(pid)):
+                return True
         print(
             f"{self._workdir} was in use by process {found.get('pid')} on {found.get('host')}; "
             f"waiting up to {_BEAT * _PATIENCE:.0f} s for a sign of it.",
@@ -234,16 +208,6 @@ def _machine() -> str:
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
-
-
-def _alive(pid: Any) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (OSError, TypeError, ValueError):
-        return False
-    return True
 
 
 def _lost(workdir: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Runs a trained model on images and writes pictures of its decisions."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -225,7 +226,7 @@ def write(
     drawn = strips(examples, predictions)
     legend = "" if predictions.merge_maps is None else MERGE_LEGEND
     for number, (strip, example) in enumerate(zip(drawn, examples, strict=True)):
-        stem = pathlib.Path(example.name).stem.replace(" ", "_")
+        stem = _short(pathlib.Path(example.name).stem.replace(" ", "_"))
         titles = headings(predictions, layers, slice(number, number + 1))
         save(panel([strip], titles, legend=legend), out / f"{number:03d}_{stem}.png")
     shown = drawn[:ON_SHEET]
@@ -233,6 +234,11 @@ def write(
     columns = 2 if len(drawn) > 3 and len(titles) <= SIDE_BY_SIDE else 1
     sheet = panel(shown, titles, columns=columns, legend=legend)
     return Drawn(drawn, save(sheet, out / SHEET))
+
+
+def _short(name: str) -> str:
+    """Cuts a name to what is left for it in a file name."""
+    return os.fsencode(name)[:200].decode(errors="ignore") if len(name) > 50 else name
 
 
 def _pictures(example: Example, predictions: Predictions, index: int) -> list[Picture]:

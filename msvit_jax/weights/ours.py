@@ -32,9 +32,8 @@ def save(
     """
     path = paths.parse(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    part = path.with_name(path.name + ".part")
-    save_file(arrays, part, metadata={KEY: json.dumps(about)})
-    part.replace(path)
+    with paths.whole(path) as part:
+        save_file(arrays, part, metadata={KEY: json.dumps(about)})
 
 
 def describe(path: str | pathlib.Path) -> dict[str, Any] | None:

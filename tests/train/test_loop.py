@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from msvit_jax import checkpoint, data
+from msvit_jax import checkpoint, checkpoint_files, data
 from msvit_jax.errors import UserError
 from msvit_jax.train import loop
 from tests import tiny_run
@@ -21,7 +21,7 @@ def _saved(workdir, step):
     """Every array of a checkpoint, by item and name."""
     directory = pathlib.Path(workdir) / "checkpoints" / str(step)
     items = [i for i in ("model", "ema", "trainer") if (directory / i).exists()]
-    return {i: checkpoint._read_tree(directory.absolute() / i) for i in items}
+    return {i: checkpoint_files.read_tree(directory.absolute() / i) for i in items}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def test_infinite_loss_names_step_seed_and_last_good_checkpoint(tmp_path):
         loop.train(config, tmp_path)
     message = str(error.value)
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
-    assert f"last good checkpoint is step {max(steps)}" in message
+    assert f"Its checkpoints: step {min(steps)} (loss 1.1" in message, "what each is worth"
+    assert "new --workdir" in message
     assert f"at step {max(steps) + 1} (its batch is that of seed 0, step {max(steps)})" in message
     weights = _saved(tmp_path, max(steps))["model"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from msvit_jax import paths
+from msvit_jax import paths, peers
 from msvit_jax.errors import UserError
 from msvit_jax.train import owner
 from tests.bucket import bucket
@@ -149,24 +149,24 @@ def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
 
 
 def test_what_fails_on_the_first_process_fails_on_all(monkeypatch):
-    sent = []
+    said = []
 
-    def broadcast(text):
-        sent.append(text)
-        return sent[0]
+    def exchange(topic, text):
+        said.append(text)
+        return [said[0], text]
 
-    monkeypatch.setattr(owner.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(owner.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(peers, "joined", lambda: True)
+    monkeypatch.setattr(peers, "exchange", exchange)
 
     def fail():
         raise UserError("in use, ünd so weiter")
 
     for index in (0, 1):
-        monkeypatch.setattr(owner.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(peers.jax, "process_index", lambda index=index: index)
         with pytest.raises(UserError, match="in use, ünd so weiter"):
-            owner.on_first_process(fail)
-    sent.clear()
+            peers.on_first_process(fail)
+    said.clear()
     ran = []
-    monkeypatch.setattr(owner.jax, "process_index", lambda: 0)
-    owner.on_first_process(lambda: ran.append(1))
+    monkeypatch.setattr(peers.jax, "process_index", lambda: 0)
+    peers.on_first_process(lambda: ran.append(1))
     assert ran == [1]

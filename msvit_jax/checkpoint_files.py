@@ -1,0 +1,112 @@
+"""The files of one checkpoint: each process reads them for itself, and checks what it reads.
+
+`checkpoint` decides which checkpoints there are; this is what is inside of one.
+"""
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from msvit_jax import digests, extras, paths
+
+with extras.needed("train"):
+    import orbax.checkpoint as ocp
+    from absl import logging
+
+ITEMS = ("model", "trainer", "ema")
+DIGESTS, SCORES = "digests", "scores"  # keys of the description
+BEST_BY = "top1"
+_SCORE_FILE = "metrics/metrics"  # what Orbax reads
+
+
+def read_about(directory: pathlib.Path) -> dict[str, Any]:
+    """Reads the description in a checkpoint's directory.
+
+    Raises:
+      ValueError: It is damaged.
+    """
+    with quietly():
+        found = ocp.Checkpointer(
+            ocp.JsonCheckpointHandler(), multiprocessing_options=_alone()
+        ).restore(directory / "about")
+    about, sealed = digests.unseal(found)
+    if (DIGESTS in about) != sealed:
+        raise ValueError("its description changed after it was saved")
+    return about
+
+
+def check_digests(item: str, tree: Any, about: Mapping[str, Any]) -> None:
+    """Raises ValueError where the arrays of an item are not those that were saved."""
+    if DIGESTS not in about:  # a checkpoint from before there were digests
+        return
+    saved, found = about[DIGESTS].get(item, {}), digests.of_tree(tree)
+    changed = [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ValueError(f"{item}/{changed[0]}{more} changed after it was saved")
+
+
+def read_tree(path: pathlib.Path) -> dict[str, Any]:
+    """Reads an item as NumPy arrays, in dicts and lists."""
+    with quietly():
+        checkpointer = ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
+            multiprocessing_options=_alone(),
+        )
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, restore_args=as_numpy)
+
+
+def score_of(directory: pathlib.Path) -> float | None:
+    """Reads a checkpoint's score; None if it was not evaluated, or is damaged."""
+    try:
+        about = read_about(directory)
+        if SCORES in about:
+            return about[SCORES] and float(about[SCORES][BEST_BY])
+        return float(json.loads((directory / _SCORE_FILE).read_text())[BEST_BY])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def mend_score(directory: pathlib.Path) -> None:
+    """Writes anew, or takes away, the file of a checkpoint's score where it is damaged.
+
+    Orbax fails on such a file.
+    """
+    file, score = directory / _SCORE_FILE, score_of(directory)
+    try:
+        read = json.loads(file.read_text())[BEST_BY]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        read = None
+    if score is not None and read != score:
+        paths.write_whole(file, json.dumps({BEST_BY: score}))
+    elif score is None:
+        shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def _alone() -> Any:
+    """Options with which this process reads without the others of its job."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"alone{index}"
+    )
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps Orbax quiet for a while: it warns of metadata that our checkpoints do without."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # absl's levels fall with severity
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
