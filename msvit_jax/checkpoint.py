@@ -308,7 +308,15 @@ def read_config(workdir: str | pathlib.Path) -> config_dict.ConfigDict:
             f"{str(workdir)!r} is not the workdir of a run: it has no {CONFIG_FILE}. "
             "Train one with: python train.py --config=... --workdir=..."
         )
-    return configs.with_defaults(configs.from_json(file.read_text()))
+    try:
+        return configs.with_defaults(configs.from_json(file.read_text()))
+    except UserError:
+        raise
+    except Exception as error:  # of many types: it may hold anything
+        raise UserError(
+            f"{str(file)!r} is damaged ({_first_line(error)}). Every checkpoint beside it has "
+            "a copy, 'config' in about/metadata; with it as config.json the run is whole again."
+        ) from error
 
 
 def find_step(workdir: str | pathlib.Path, which: str = "best") -> int:
@@ -379,7 +387,7 @@ def read_about(workdir: str | pathlib.Path, which: str = "best") -> dict[str, An
     step = find_step(workdir, which)
     try:
         return checkpoint_files.read_about(checked_workdir(workdir) / CHECKPOINTS / str(step))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many types
         raise UserError(
             f"Checkpoint {step} in {str(workdir)!r} is damaged ({_first_line(error)}); "
             f"another one can be chosen by its step: {_steps_text(workdir, step)}."

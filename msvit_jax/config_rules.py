@@ -255,8 +255,8 @@ MODEL_RULES: dict[str, Rule] = {
     "image_size": _COUNT,
     "patch_size": _COUNT,
     "width": _COUNT,
-    "depth": _COUNT,
-    "heads": _COUNT,
+    "depth": Number(1, 10**4),  # one who wrote more made a mistake, and would wait for hours
+    "heads": Number(1, 10**4),
     "mlp_ratio": _POSITIVE,
     "register_tokens": _NOT_NEGATIVE,
     "layer_scale": Number(optional=True),

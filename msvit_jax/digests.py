@@ -52,6 +52,8 @@ def unseal(record: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     Raises:
       ValueError: The record is not the one that was sealed.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError("its description is none")
     plain = {key: value for key, value in record.items() if key != _CHECK}
     if _CHECK in record and record[_CHECK] != _checksum(plain):
         raise ValueError("its description changed after it was saved")

@@ -232,3 +232,22 @@ def test_a_damaged_score_is_that_of_the_description(tmp_path, content):
     assert checkpoint.find_step(tmp_path) == 1
     _save(tmp_path, {3: 3.0, 4: 2.0})  # what Orbax keeps goes by it as well
     assert _steps(tmp_path) == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", "null", '{"model": 5}', '{"a": ' + "[" * 10**5, "\xff"]
+)
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json' is damaged .*checkpoint"):
+        checkpoint.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "\xff"])
+def test_a_damaged_description_is_named(tmp_path, text):
+    _save(tmp_path, {1: 5.0})
+    (tmp_path / "checkpoints" / "1" / "about" / "metadata").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"Checkpoint 1 .* is damaged"):
+        checkpoint.read_about(tmp_path)
+    with pytest.raises(UserError, match=r"No checkpoint .* can be restored"):
+        checkpoint.Checkpoints(tmp_path).restore_latest(_like())

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Examples:
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         with _reading(f"{self.name}, example {index}"):
-            record = self.source[int(index)]
+            (record,) = _complete([self.source[int(index)]])
         return self._example(index, record)
 
     def in_order(self, chunk: int = 512) -> Iterator[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Examples:
         for start in range(0, len(self), chunk):
             indices = range(start, min(start + chunk, len(self)))
             with _reading(f"{self.name}, examples {start} to {indices[-1]}"):
-                records = self.source.__getitems__(indices)
+                records = _complete(self.source.__getitems__(indices))
             for index, record in zip(indices, records, strict=True):
                 yield self._example(index, record)
 
@@ -101,6 +101,14 @@ def _reading(what: str) -> Iterator[None]:
             f"{what}: cannot be read, its files are damaged ({describe(error)[:200]}). Copy or "
             "prepare the data set anew."
         ) from error
+
+
+def _complete(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Returns records; a file that was cut off gives some without values."""
+    for record in records:
+        if record["image"] is None or record["label"] is None:
+            raise ValueError("it lacks values")
+    return records
 
 
 def _example_name(split: str, index: int, record: dict[str, Any]) -> str:
