@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pathlib
 
@@ -243,3 +244,26 @@ def test_images_at_an_address_are_copied_first(gs, tmp_path, monkeypatch):
         find_files(["gs://b/none"])
     with pytest.raises(UserError, match=r"http://host/x\.jpg.*there is gs://"):
         find_files(["http://host/x.jpg"])
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    ours, others = paths._temporary_prefix(), f"{paths._TEMPORARY}elsewhere.1."
+    dead = ours.replace(f".{os.getpid()}.", ".4194305.")  # above the largest number of a process
+    for name in (f"{ours}a", f"{dead}b", f"{others}c", f"{others}d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+    os.utime(tmp_path / f"{others}d", (0, 0))
+    paths.write_whole(tmp_path / "file", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {f"{ours}a", f"{others}c", "file"}
+
+
+@pytest.mark.parametrize("name", ["file.json", "f" * 255])
+def test_a_file_is_there_whole_or_as_it_was(tmp_path, name):
+    paths.write_whole(tmp_path / name, "before")
+    with contextlib.suppress(ZeroDivisionError), paths.whole(tmp_path / name) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "before")]
+    with pytest.raises(OSError, match="name too long"):
+        paths.write_whole(tmp_path / ("f" * 300), "x")
+    assert len(list(tmp_path.iterdir())) == 1

@@ -44,7 +44,7 @@ class DatasetInfo:
     train_examples: int
     eval_examples: int
     has_segmentation: bool
-    fingerprint: str = ""
+    fingerprint: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from msvit_jax import checkpoint, checkpoint_files, data
 from msvit_jax.errors import UserError
 from msvit_jax.train import loop
+from msvit_jax.train.reporter import NotFiniteError
 from tests import tiny_run
 
 
@@ -102,7 +104,7 @@ def test_infinite_loss_names_step_seed_and_last_good_checkpoint(tmp_path):
         optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, checkpoint__every_steps=1
     )
     config.optimizer.min_learning_rate = 1e30
-    with pytest.raises(loop.NotFiniteError) as error:
+    with pytest.raises(NotFiniteError) as error:
         loop.train(config, tmp_path)
     message = str(error.value)
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
@@ -147,6 +149,20 @@ def test_a_damaged_newest_checkpoint_is_set_aside(whole_run, tmp_path, capsys):
     assert "warning: checkpoint 8 is damaged" in out
     assert "resumed at step 6" in out
     assert (tmp_path / "damaged_checkpoints" / "8").is_dir()
+
+
+def test_a_workdir_that_is_removed_is_noticed(tmp_path, monkeypatch):
+    def removed(*arguments, **options):
+        for index, batch in enumerate(real(*arguments, **options)):
+            if index == 3:
+                shutil.rmtree(tmp_path / "run")
+            yield batch
+
+    real = data.train_iterator
+    monkeypatch.setattr(data, "train_iterator", removed)
+    with pytest.raises(UserError, match="removed or moved while the run went on"):
+        loop.train(_config(), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def truncate(directory):
