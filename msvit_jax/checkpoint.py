@@ -10,11 +10,13 @@ are taken as they are.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -441,6 +443,16 @@ def quiet_orbax() -> None:
     """Keeps Orbax's notes out of the terminal report; errors are still raised.
 
     This hides its logged errors, too: it prints the traceback of each of its threads before it
-    raises them.
+    raises them. Reads that were under way when it gave up complain that nobody waits for them.
     """
     logging.set_verbosity(logging.FATAL)
+    for name in ("excepthook", "unraisablehook"):
+        hook = getattr(sys, name)
+        if not isinstance(hook, functools.partial):  # else it was done before
+            setattr(sys, name, functools.partial(_unless_late, hook))
+
+
+def _unless_late(hook: Callable[..., Any], *arguments: Any) -> None:
+    """Passes an exception on to a hook of `sys`, except those of reads that are over."""
+    if "Event loop is closed" not in str(getattr(arguments[0], "exc_value", arguments[-2:])):
+        hook(*arguments)

@@ -59,7 +59,10 @@ def read_tree(path: pathlib.Path) -> dict[str, Any]:
             ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
             multiprocessing_options=_alone(),
         )
-        tree = checkpointer.metadata(path).item_metadata.tree
+        listed = checkpointer.metadata(path).item_metadata
+        if listed is None:
+            raise ValueError(f"the list of arrays in {path.name} is damaged")
+        tree = listed.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, restore_args=as_numpy)
 

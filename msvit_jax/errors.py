@@ -5,7 +5,9 @@ import errno
 import io
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 # Remedies for errors of the operating system whose own messages do not name one.
@@ -78,6 +80,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     from absl import app  # commands need it, models do not
 
     def guarded(argv: Sequence[str]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # An ordinary end, so that what is half done is cleaned up.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         for stream in (sys.stdout, sys.stderr):
             # A file's name need not be text; it is printed with escapes instead of not at all.
             if isinstance(stream, io.TextIOWrapper):
