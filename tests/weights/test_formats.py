@@ -244,6 +244,15 @@ def test_what_was_adapted_is_reported(tmp_path):
     assert "head/bias (3 classes in the source, 5 here)" in report.fresh
 
 
+def test_descriptions_of_before_are_read_under_current_names(tmp_path):
+    model = {"name": "dvt_deit_small", **SMALL, "grids": [1, 2, 4], "image_size": 16}
+    flat = {"x": np.zeros(1, np.float32)}
+    weights.save(tmp_path / "w.safetensors", flat, {"model": model, "other": {"grids": 1}})
+    about = weights.describe(tmp_path / "w.safetensors")
+    assert about["other"] == {"grids": 1}
+    assert weights.build_model(about).grid_sizes == (1, 2, 4)
+
+
 def test_our_own_files_describe_their_model(tmp_path):
     file = tmp_path / "w.safetensors"
     options = {
@@ -263,10 +272,6 @@ def test_our_own_files_describe_their_model(tmp_path):
     flat = random_like(shapes_of(tiny()))
     weights.save(file, flat, about)
     assert weights.describe(file) == about
-    dated = {**about, "model": {**about["model"], "grid": 4}}
-    weights.save(tmp_path / "old.safetensors", flat, dated)
-    options = weights.describe(tmp_path / "old.safetensors")["model"]
-    assert options == {**about["model"], "fixed_grid_size": 4}
     predictor = Predictor.load(file, batch_size=2)
     assert predictor.model.mean == (0.1, 0.2, 0.3)
     assert predictor.model.keep == (0.5, 1.0)
