@@ -6,7 +6,8 @@
 
 Fine-tuned from photos/vit_small.py. Half of the regions fine (40 tokens), 70 % of the tokens stay
 in each of layers 4, 7 and 10.
-Cost and results: docs/results/photos.md.
+Cost: as photos/vit_small.py, after it.
+Expect: 90.8 % at half of dense's MACs.
 """
 
 from ml_collections import config_dict

@@ -7,7 +7,8 @@
 Patches of 14 and 28 px: 16 regions, 16 to 64 tokens an image, a third of the regions fine: 32
 tokens on average. Gates that learn nothing: --config.model.gate=entropy (or random, center) with
 --config.loss.gate.kind=none and --config.model.fine_share=0.375.
-Cost and results: docs/results/photos.md.
+Cost: as photos/vit_small.py, after it.
+Expect: 90.9 % at 32 of 64 tokens; a lower resolution is better (docs/results/photos.md).
 """
 
 from ml_collections import config_dict

@@ -5,7 +5,8 @@
         --config.init_from=runs/photos/vit_small
 
 ToMe; or --config.model.reducer=topk (or evit) --config.model.keep=0.6.
-Cost and results: docs/results/photos.md.
+Cost: as photos/vit_small.py, after it.
+Expect: 93.2 % for ToMe at 0.67 of dense's MACs.
 """
 
 from ml_collections import config_dict

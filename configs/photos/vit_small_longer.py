@@ -6,7 +6,8 @@
 
 What it gains is what fine-tuning alone is worth. Lower resolutions are the same with
 --config.data.image_size=84 (36 tokens), 98 (49) or 70 (25).
-Cost and results: docs/results/photos.md.
+Cost: as photos/vit_small.py, after it.
+Expect: 94.3 and 94.6 % with two seeds.
 """
 
 from ml_collections import config_dict
