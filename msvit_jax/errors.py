@@ -1,5 +1,6 @@
 """Errors that a user can fix: one message that names the problem and the remedy."""
 
+import contextlib
 import difflib
 import errno
 import io
@@ -8,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 # Remedies for errors of the operating system whose own messages do not name one.
 _REMEDIES = {
@@ -80,15 +81,13 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     from absl import app  # commands need it, models do not
 
     def guarded(argv: Sequence[str]) -> None:
-        if threading.current_thread() is threading.main_thread():
-            # An ordinary end, so that what is half done is cleaned up.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         for stream in (sys.stdout, sys.stderr):
             # A file's name need not be text; it is printed with escapes instead of not at all.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
-            main(argv)
+            with _ended_by_sigterm():
+                main(argv)
             sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         except BrokenPipeError:
             _forget_output()
@@ -102,6 +101,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             sys.exit(2)
 
     app.run(guarded)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an ordinary end, in which what is half done is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _forget_output() -> None:

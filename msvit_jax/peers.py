@@ -71,7 +71,6 @@ def join(
     options: dict[str, Any] = {
         "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": timeout,
-        "shutdown_timeout_seconds": timeout,
     }
     if coordinator is not None and count is not None and index is not None:
         _check(coordinator, count, index)

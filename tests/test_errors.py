@@ -107,3 +107,11 @@ def test_the_traceback_of_an_error_of_the_system_can_be_had():
     command = [sys.executable, "-X", "dev", "-c", PROGRAM.replace("BODY", "open('/nowhere/x')")]
     done = subprocess.run(command, capture_output=True, check=False)
     assert b"Traceback" in done.stderr
+
+
+def test_a_command_that_is_terminated_cleans_up():
+    done = _run(
+        "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally: print('cleaned up', flush=True)"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, b"cleaned up\n", b"")
