@@ -6,6 +6,7 @@
 Fine patches of 8 px, coarse ones of 16 px: 16 regions, 16 to 64 tokens an image. The decoder sees
 all 64 cells, with coarse tokens repeated over theirs.
 Cost: 2 epochs, 3 to 5 minutes on one CPU core, after the dense run.
+Expect: 30 to 34 of 64 tokens; mIoU near the dense segmenter's.
 """
 
 from ml_collections import config_dict

@@ -5,7 +5,8 @@
 
 Fine patches of 16 px, coarse ones of 32 px: 256 to 1,024 tokens a window; the gate's loss asks for
 a share of fine regions that gives about 600.
-Not run by us: no figure is promised.
+Cost: not measured; half of the dense run.
+Expect: not run by us, so no figure is promised.
 """
 
 from ml_collections import config_dict

@@ -5,7 +5,8 @@
 
 Fine patches of 16 px, coarse ones of 32 px: 121 to 484 tokens a window. A gate of a classification
 run is kept with --config.optimizer.freeze=gate and that run as init_from.
-Not run by us: no figure is promised.
+Cost: not measured; half of the dense run.
+Expect: not run by us, so no figure is promised.
 """
 
 from ml_collections import config_dict

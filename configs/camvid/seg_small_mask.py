@@ -7,7 +7,8 @@
 The zip has train/, trainannot/, val/, valannot/ and so on, as the tutorials' CamVid has them; the
 JSON names the classes, see docs/segmentation.md. Images are resized to a short side of 352 px and
 looked at in square windows of 352 px.
-Not run by us: no figure is promised.
+Cost: not measured; minutes on a GPU, days on a laptop.
+Expect: not run by us, so no figure is promised.
 """
 
 from ml_collections import config_dict

@@ -121,8 +121,8 @@ class Stitcher:
           patch_size: Side of the model's patches in px.
         """
         self._windows, self._size, self._patch = windows, size, patch_size
-        places = [(view, corner) for view in windows.views(size) for corner in view.corners]
-        self._places = list(reversed(places))
+        ordered = [(view, corner) for view in windows.views(size) for corner in view.corners]
+        self._left = list(reversed(ordered))
         self._views = len(windows.views(size))
         self._sum: np.ndarray | None = None
         self._count: np.ndarray | None = None
@@ -131,11 +131,11 @@ class Stitcher:
     @property
     def missing(self) -> int:
         """Number of windows that have not been added."""
-        return len(self._places)
+        return len(self._left)
 
     def add(self, logits: np.ndarray) -> None:
         """Adds the next window, in the order of `Windows.cut`: [h, w, C] on the patch grid."""
-        view, (top, left) = self._places.pop()
+        view, (top, left) = self._left.pop()
         side, classes = self._windows.size, logits.shape[-1]
         if self._sum is None or self._count is None:
             self._sum = np.zeros((*view.size, classes), np.float32)
@@ -144,7 +144,7 @@ class Stitcher:
         here = (slice(top, top + side), slice(left, left + side))
         self._sum[here] += upsample(logits, grid)[:side, :side]
         self._count[here] += 1
-        if not self._places or self._places[-1][0] is not view:
+        if not self._left or self._left[-1][0] is not view:
             self._finish(view)
 
     def _finish(self, view: View) -> None:
@@ -169,8 +169,8 @@ class Stitcher:
         return softmax(scores) if self._views == 1 else scores
 
     def _whole(self) -> np.ndarray:
-        if self._scores is None or self._places:
-            raise ValueError(f"{len(self._places)} windows of the image are missing.")
+        if self._scores is None or self._left:
+            raise ValueError(f"{len(self._left)} windows of the image are missing.")
         return self._scores
 
 

@@ -188,11 +188,11 @@ def write(folder, layout, count=3, suffix="png", change=lambda mask: mask):
         for index in range(count):
             example = pair(seed=index)
             mask = np.asarray(Image.open(io.BytesIO(example[sources.MASK])))
-            places = {
+            files = {
                 "folders": (f"{split}/images/{index}.png", f"{split}/masks/{index}.{suffix}"),
                 "camvid": (f"{split}/{index}.png", f"{split}annot/{index}.{suffix}"),
             }[layout]
-            for place, content in zip(places, (example["image"], change(mask)), strict=True):
+            for place, content in zip(files, (example["image"], change(mask)), strict=True):
                 (folder / place).parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(content, np.ndarray):
                     content = png(content)
