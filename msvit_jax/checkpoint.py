@@ -11,6 +11,7 @@ are taken as they are.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
@@ -114,7 +115,7 @@ class Checkpoints:
         # Only this figure is kept: Orbax saves metrics as JSON, and best_fn needs no other.
         best = None if metrics is None else float(metrics[self._best_by])
         # A figure of nothing is no number and compares with none.
-        kept = None if best is None or np.isnan(best) else {self._best_by: best}
+        kept = None if best is None or math.isnan(best) else {self._best_by: best}
         found = {name: digests.of_tree(item) for name, item in _items(state).items()}
         about = {
             **self._about,

@@ -7,16 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import grain
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from msvit_jax.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Rows:
         return cls(batch_size // count, index, count)
 
 
-def ahead(dataset: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
+def ahead(dataset: grain.MapDataset, config: ConfigDict) -> Iterator[Any]:
     """Iterates over batches that threads or worker processes make ahead."""
     # One thread: Pillow decodes under the interpreter lock, so more threads slow each other down.
     threads = min(1, config.prefetch)
@@ -73,7 +71,7 @@ def _end_after(sentinel: int) -> None:
     os._exit(1)
 
 
-def _of_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _of_workers(batches: Iterable[Any]) -> Iterator[Any]:
     """Yields batches; says in one line that a worker was killed."""
     try:
         yield from batches

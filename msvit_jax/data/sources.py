@@ -208,13 +208,18 @@ def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
-def fingerprint(builder: tfds.core.DatasetBuilder, names: tuple[str, ...]) -> str:
-    """Returns a text that tells data sets apart: name, classes, and the sizes of all shards."""
+def fingerprint(builder: tfds.core.DatasetBuilder, names: tuple[str, ...] | None = None) -> str:
+    """Returns a text that tells data sets apart: name, classes, and the sizes of all shards.
+
+    Args:
+        builder: The data set.
+        names: Names of the classes that are learned; None: those of the labels.
+    """
     splits = {
         name: (int(split.num_bytes), list(map(int, split.shard_lengths)))
         for name, split in sorted(builder.info.splits.items())
     }
-    described = repr((builder.info.full_name, splits, names))
+    described = repr((builder.info.full_name, splits, names or class_names(builder)))
     digest = hashlib.sha256(described.encode()).hexdigest()[:12]
     return f"{builder.info.full_name} {digest}"
 
