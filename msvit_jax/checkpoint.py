@@ -11,6 +11,7 @@ are taken as they are.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
@@ -37,7 +38,6 @@ with extras.needed("train"):
 CONFIG_FILE = paths.CONFIG_FILE
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
-BEST_BY = checkpoint_files.BEST_BY
 _COMMITTED = "commit_success.txt"
 
 
@@ -54,17 +54,23 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(
-        self, workdir: str | pathlib.Path, *, keep_latest: int = 2, about: Any = None
+        self,
+        workdir: str | pathlib.Path,
+        *,
+        keep_latest: int = 2,
+        best_by: str = "top1",
+        about: Any = None,
     ) -> None:
         """Opens a workdir's checkpoints.
 
         Args:
           workdir: Directory of the run; made if it does not exist.
           keep_latest: Number of the newest checkpoints to keep besides the best.
+          best_by: Name of the figure whose highest value is the best.
           about: Dict saved with each checkpoint as JSON.
         """
         self._directory = checked_workdir(workdir) / CHECKPOINTS
-        self._about = about or {}
+        self._about, self._best_by = about or {}, best_by
         peers.on_first_process(self._mend_scores)
         best = _metric
         self._manager = ocp.CheckpointManager(
@@ -107,7 +113,9 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         # Only this figure is kept: Orbax saves metrics as JSON, and best_fn needs no other.
-        kept = None if metrics is None else {BEST_BY: float(metrics[BEST_BY])}
+        best = None if metrics is None else float(metrics[self._best_by])
+        # A figure of nothing is no number and compares with none.
+        kept = None if best is None or math.isnan(best) else {self._best_by: best}
         found = {name: digests.of_tree(item) for name, item in _items(state).items()}
         about = {
             **self._about,
@@ -277,7 +285,7 @@ def checked_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _metric(metrics: Mapping[str, float]) -> float:
-    return metrics[BEST_BY]
+    return next(iter(metrics.values()))  # the only one that is saved
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -21,7 +21,6 @@ with extras.needed("train"):
 
 ITEMS = ("model", "trainer", "ema")
 DIGESTS, SCORES = "digests", "scores"  # keys of the description
-BEST_BY = "top1"
 _SCORE_FILE = "metrics/metrics"  # what Orbax reads
 
 
@@ -69,13 +68,22 @@ def read_tree(path: pathlib.Path) -> dict[str, Any]:
 
 def score_of(directory: pathlib.Path) -> float | None:
     """Reads a checkpoint's score; None if it was not evaluated, or is damaged."""
+    named = _named_score(directory)
+    return None if named is None else next(iter(named.values()))
+
+
+def _named_score(directory: pathlib.Path) -> dict[str, float] | None:
+    """Reads the one figure that a checkpoint is compared by, with its name."""
     try:
         about = read_about(directory)
-        if SCORES in about:
-            return about[SCORES] and float(about[SCORES][BEST_BY])
-        return float(json.loads((directory / _SCORE_FILE).read_text())[BEST_BY])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = about[SCORES] if SCORES in about else _read_scores(directory)
+        return {name: float(value) for name, value in found.items()} if found else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _read_scores(directory: pathlib.Path) -> Any:
+    return json.loads((directory / _SCORE_FILE).read_text())
 
 
 def mend_score(directory: pathlib.Path) -> None:
@@ -83,16 +91,16 @@ def mend_score(directory: pathlib.Path) -> None:
 
     Orbax fails on such a file.
     """
-    file, score = directory / _SCORE_FILE, score_of(directory)
+    file, score = directory / _SCORE_FILE, _named_score(directory)
     try:
-        read = json.loads(file.read_text())[BEST_BY]
+        read = _read_scores(directory)
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         read = None
-    if score is not None and read != score:
-        paths.write_whole(file, json.dumps({BEST_BY: score}))
-    elif score is None:
+    if score and read != score:
+        paths.write_whole(file, json.dumps(score))
+    elif not score:
         shutil.rmtree(file.parent, ignore_errors=True)
 
 

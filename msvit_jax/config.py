@@ -72,7 +72,17 @@ def base() -> config_dict.ConfigDict:
         # how class names of the data and of a model must match: "exactly" (else an error),
         # "by_name" (same names in any order, mapped by name), "by_number" (names are ignored)
         "match_classes": "exactly",
-        "image_size": 64,
+        "target": "label",  # what is learned: "label" or "segmentation_mask"
+        "mask_classes": optional(int),  # number of classes of masks; None: as the data set says
+        "ignore_label": optional(int),  # value of mask pixels without a class; None: the same
+        "image_size": 64,  # pixels; for masks the side of crops and of windows
+        "short_side": optional(int),  # pixels images are resized to, with masks; None: their own
+        "scale_range": None,  # (least, greatest) factor of that size in training, with masks
+        "max_class_share": 1.0,  # crops of which one class covers more are drawn again
+        "photometric": False,  # random brightness, contrast, saturation and hue, with masks
+        "window_stride": optional(int),  # pixels between windows; None: image_size
+        "eval_scales": (1.0,),  # sizes images are looked at in, with masks
+        "eval_flip": False,  # look at mirrored images, too, with masks
         "crop_scale": None,  # (least, greatest) share of the area; None: center crop
         "crop_ratio": (3 / 4, 4 / 3),
         "resize": "pillow",  # or "opencv" for random crops: faster, not antialiased
@@ -103,6 +113,10 @@ def base() -> config_dict.ConfigDict:
     config.init_from = ""  # another run's workdir, or a weights file
     config.ema_decay = 0.0  # 0: no moving average of the parameters
     config.optimizer = {
+        "name": "adamw",  # or "sgd", with momentum
+        "schedule": "cosine",  # way to min_learning_rate, or "poly"
+        "power": 0.9,  # exponent of "poly"
+        "momentum": 0.9,
         "learning_rate": 1e-3,
         "min_learning_rate": 1e-5,
         "warmup_epochs": 0.0,
@@ -114,6 +128,7 @@ def base() -> config_dict.ConfigDict:
         "clip_norm": 1.0,  # for backbone, gate and priors each; 0: no clipping
         "accum_steps": 1,  # microbatches that a batch is computed in
         "gate_learning_rate": optional(float),  # None: learning_rate
+        "encoder_learning_rate": optional(float),  # all but gate, head and decoder; None: the same
         "freeze": (),  # regexes, matched from the start of paths like backbone/blocks_0/attn/...
     }
     # for the model's layout "trimmed", where model.token_capacity is not given

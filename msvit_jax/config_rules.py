@@ -67,31 +67,32 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """A fixed number of finite numbers in a range.
+    """Several finite numbers in a range.
 
     Attributes:
       each: Rule of each number.
-      count: Number of numbers.
+      count: Number of numbers; None for any but none at all.
       rising: Whether no number may be smaller than the one before.
       optional: Whether None is a value.
     """
 
     each: Number
-    count: int = 2
+    count: int | None = 2
     rising: bool = False
     optional: bool = False
 
     def wanted(self) -> str:
         """Describes the expected values, for messages."""
         order = " in rising order" if self.rising else ""
-        text = f"{self.count} numbers{order}, each {self.each.wanted()}"
+        count = "one or several" if self.count is None else self.count
+        text = f"{count} numbers{order}, each {self.each.wanted()}"
         return text + (", or None" if self.optional else "")
 
     def fits(self, value: Any) -> bool:
         """Tells whether a value follows the rule."""
         if value is None:
             return self.optional
-        if not isinstance(value, tuple | list) or len(value) != self.count:
+        if not isinstance(value, tuple | list) or len(value) != (self.count or max(len(value), 1)):
             return False
         good = all(map(self.each.fits, value))
         return good and (not self.rising or list(value) == sorted(value))
@@ -184,6 +185,16 @@ RULES: dict[str, Rule] = {
     "data.train_split": _NAME,
     "data.eval_split": _NAME,
     "data.match_classes": OneOf(("exactly", "by_name", "by_number")),
+    "data.target": OneOf(("label", "segmentation_mask")),
+    "data.mask_classes": Number(1, 255, optional=True),
+    "data.ignore_label": Number(0, 65535, optional=True),
+    "data.short_side": _OPTIONAL_COUNT,
+    "data.scale_range": Numbers(_POSITIVE, rising=True, optional=True),
+    "data.max_class_share": _SOME_SHARE,
+    "data.photometric": Flag(),
+    "data.window_stride": _OPTIONAL_COUNT,
+    "data.eval_scales": Numbers(_POSITIVE, count=None),
+    "data.eval_flip": Flag(),
     "data.image_size": _COUNT,
     "data.crop_scale": Numbers(_SOME_SHARE, rising=True, optional=True),
     "data.crop_ratio": Numbers(_POSITIVE, rising=True),
@@ -204,6 +215,10 @@ RULES: dict[str, Rule] = {
     "data.workers": _NOT_NEGATIVE,
     "data.prefetch": _NOT_NEGATIVE,
     "data.cache": Flag(),
+    "optimizer.name": OneOf(("adamw", "sgd")),
+    "optimizer.schedule": OneOf(("cosine", "poly")),
+    "optimizer.power": _POSITIVE,
+    "optimizer.momentum": _NOT_ALL,
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.min_learning_rate": _NOT_NEGATIVE,
     "optimizer.warmup_epochs": _NOT_NEGATIVE,
@@ -215,6 +230,7 @@ RULES: dict[str, Rule] = {
     "optimizer.clip_norm": _NOT_NEGATIVE,
     "optimizer.accum_steps": _COUNT,
     "optimizer.gate_learning_rate": Number(0, optional=True),
+    "optimizer.encoder_learning_rate": Number(0, optional=True),
     "optimizer.freeze": Texts(),
     "capacity.num_buckets": _COUNT,
     "capacity.alternatives": _NOT_NEGATIVE,
@@ -262,6 +278,9 @@ MODEL_RULES: dict[str, Rule] = {
     "layer_scale": Number(optional=True),
     "norm_epsilon": _POSITIVE,
     "drop_path": _NOT_ALL,
+    "decoder_depth": _NOT_NEGATIVE,
+    "decoder_heads": _OPTIONAL_COUNT,
+    "decoder_drop_path": _NOT_ALL,
     "gate_hidden": _OPTIONAL_COUNT,
     "gate_bias": Number(),
     "temperature": _POSITIVE,

@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +23,14 @@ from msvit_jax import (
     extras,
     flops,
     labels,
-    losses,
     metrics,
     paths,
     sharding,
+    tasks,
     weights,
 )
 from msvit_jax import config as configs
+from msvit_jax.data.segmentation import WindowBatches
 from msvit_jax.errors import UserError
 from msvit_jax.exits import budget_curve
 from msvit_jax.models.interface import ImageModel
@@ -45,6 +46,9 @@ COLUMNS = (
     "examples",
     "top1",
     "top5",
+    "miou",
+    "mean_accuracy",
+    "pixel_accuracy",
     "loss",
     "tokens_mean",
     "tokens_p5",
@@ -55,6 +59,8 @@ COLUMNS = (
     "fine_per_content",
     "agreement",
 )
+
+QUALITY = {"top1": "top-1 (%)", "miou": "mIoU (%)"}  # titles of the tasks' main figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,36 +121,42 @@ class Evaluator:
         """
         model = model.with_dense_layout()  # the layout in which every image has an answer
         self._model, self._mesh, self._samples = model, mesh, samples
+        self._task = tasks.task_of(model)
+        tasks.check_target(model, data_config)
         size = -(-batch_size // mesh.size) * mesh.size
-        labels.check_count(model.num_classes, len(data.class_names(data_config)))
-        self._batches: Iterable[dict[str, np.ndarray]] = data.eval_batches(
-            data_config, batch_size=size, split=split
+        self._class_names = data.class_names(data_config)
+        labels.check_count(model.num_classes, len(self._class_names))
+        self._batches = data.eval_batches(
+            data_config, batch_size=size, split=split, patch_size=model.patch_size
         )
         counts = np.arange(model.max_tokens + 1)
         self._macs = flops.macs_per_image(model, counts)
         self._layer_tokens = _layer_tokens(model, counts)
-        self.has_threshold = model.has_threshold
+        self.has_threshold, self.best_by = model.has_threshold, self._task.best_by
         whole = sharding.replicated(mesh)
         self._step = jax.jit(self._sums, out_shardings=(whole, sharding.batch_sharding(mesh)))
 
     def _sums(
         self, params: Any, batch: dict[str, Array], threshold: Array | None
     ) -> tuple[metrics.Sums, Any]:
-        model = self._model
+        model, task = self._model, self._task
         images = normalize(batch["image"], model.mean, model.std)
         extra = {} if threshold is None else {"threshold": threshold}
         output = model.apply({"params": params}, images, train=False, **extra)
-        targets = losses.smooth(batch["label"], model.num_classes, 0.0)
+        targets = task.plain_targets(batch, model.num_classes)
+        judged = task.judge(output, targets, images.shape[1:3], model, valid=batch["valid"])
         sums = metrics.batch_sums(
             output,
-            batch["label"],
-            losses.cross_entropy(output.logits, targets),
+            task.labels(batch),
+            judged.losses,
             max_tokens=model.max_tokens,
             valid=batch["valid"],
-            mask=batch.get("segmentation_mask"),
+            mask=task.content(batch),
+            pixels=judged.pixels,
         )
         side = model.grid_size
-        return sums, (output.gate, output.merge_maps((side, side)))
+        dense = output.logits if task.labels(batch) is None else None
+        return sums, (output.gate, output.merge_maps((side, side)), dense)
 
     def __call__(self, params: Any, threshold: float | None = None) -> Evaluation:
         """Evaluates.
@@ -161,30 +173,50 @@ class Evaluator:
             for host_batch in self._batches:
                 batch = sharding.shard_batch(self._mesh, host_batch)
                 sums, decided = self._step(params, batch, traced)
+                decided, dense = decided[:2], decided[2]
                 if samples is None and self._samples and any(x is not None for x in decided):
                     samples = _keep(host_batch, decided, self._samples)
-                # Sums are read one batch late, so that the device always has work, and memory stays
-                # bounded.
+                # Read one batch late, so that the device always has work, and memory stays bounded.
                 if last is not None:
-                    total = _plus(total, last)
-                last = sums
-        total = _plus(total, last)
+                    total = self._read(total, *last)
+                last = sums, host_batch, dense
+        if last is None:
+            raise ValueError("The evaluation split is empty.")
+        total = self._read(total, *last)
         figures = metrics.summarize(total, self._macs, self._layer_tokens)
+        figures |= self._of_whole_images(figures)
         if "exits_top1" in figures:
             figures["exits_gmacs"] = (self._model.exit_macs() / 1e9).tolist()
         return Evaluation(figures, metrics.coarse_rates(total), samples)
+
+    def _read(
+        self,
+        total: metrics.Sums | None,
+        sums: metrics.Sums,
+        host_batch: dict[str, np.ndarray],
+        dense: Array | None,
+    ) -> metrics.Sums:
+        """Adds a batch's sums, and puts dense answers together to those for whole images."""
+        if isinstance(self._batches, WindowBatches) and dense is not None:
+            self._batches.take(host_batch, _local_rows(dense, len(host_batch["valid"])))
+        host = metrics.to_host(sums)
+        return host if total is None else total + host
+
+    def _of_whole_images(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Figures of images that were evaluated in windows, whose number is `examples` so far."""
+        if not isinstance(self._batches, WindowBatches):
+            return {}
+        confusion, images = self._batches.result()
+        return {
+            "examples": images,
+            "windows": figures["examples"],
+            **confusion.figures(self._class_names),
+        }
 
 
 def _layer_tokens(model: ImageModel, counts: np.ndarray) -> np.ndarray | None:
     """Patch tokens into each layer's MLP, by initial number of tokens; None if none reduces."""
     return model.backbone.layer_tokens(counts) if model.reductions else None
-
-
-def _plus(total: metrics.Sums | None, sums: metrics.Sums | None) -> metrics.Sums:
-    if sums is None:
-        raise ValueError("The evaluation split is empty.")
-    host = metrics.to_host(sums)
-    return host if total is None else total + host
 
 
 def _keep(
@@ -364,6 +396,8 @@ def _print_figures(figures: dict[str, Any], model: ImageModel) -> None:
     _print([figures], COLUMNS)
     if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
         print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))
+    if "iou" in figures:
+        _print([{"class": name, "iou": x} for name, x in figures["iou"].items()], ("class", "iou"))
     if "exits_top1" in figures:
         _print(_exits(figures, model), ("exit", "tokens", "top1", "gmacs"))
 
@@ -398,7 +432,7 @@ def _sweep(
     rows = [{"threshold": float(t), **evaluator(params, t).figures} for t in thresholds]
     _print(rows, ("threshold", *COLUMNS))
     if jax.process_index() == 0:
-        write_sweep(rows, workdir, title)
+        write_sweep(rows, workdir, title, evaluator.best_by)
         print(f"written: {workdir / 'sweep.csv'}, {workdir / 'sweep.png'}")
     return rows
 
@@ -408,7 +442,9 @@ def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
         print(table(rows, columns), flush=True)
 
 
-def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str) -> None:
+def write_sweep(
+    rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: str, figure_of: str = "top1"
+) -> None:
     """Writes `sweep.csv` and `sweep.png`."""
     with extras.needed("plots"):
         from matplotlib import pyplot  # only a sweep draws
@@ -419,12 +455,12 @@ def write_sweep(rows: Sequence[dict[str, Any]], directory: pathlib.Path, title: 
     writer.writerows(rows)
     paths.write_whole(directory / "sweep.csv", text.getvalue())
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    macs, top1 = [r["gmacs_mean"] for r in rows], [r["top1"] for r in rows]
-    axes.plot(macs, top1, marker="o")
+    macs, quality = [r["gmacs_mean"] for r in rows], [r[figure_of] for r in rows]
+    axes.plot(macs, quality, marker="o")
     for row in rows:
-        at = (row["gmacs_mean"], row["top1"])
+        at = (row["gmacs_mean"], row[figure_of])
         axes.annotate(f"{row['threshold']:g}", at, textcoords="offset points", xytext=(4, -10))
-    axes.set(xlabel="GMACs per image (mean)", ylabel="top-1 (%)", title=title)
+    axes.set(xlabel="GMACs per image (mean)", ylabel=QUALITY[figure_of], title=title)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     picture = io.BytesIO()

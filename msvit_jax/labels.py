@@ -15,7 +15,9 @@ from msvit_jax.errors import UserError
 from msvit_jax.tree import map_names
 
 EXACTLY, BY_NAME, BY_NUMBER = "exactly", "by_name", "by_number"
-_HEAD = re.compile(r"(^|/)(head|head_dist)/(kernel|bias)$")
+# Parameters by class, last axis; and those of a mask transformer, first axis.
+_HEAD = re.compile(r"(^|/)((head|head_dist)/(kernel|bias)|mask_norm/(scale|bias))$")
+_FIRST_AXIS = re.compile(r"(^|/)decoder/class_embed$")
 # Names that transformers writes for classes without names.
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
 _SHOWN = 4
@@ -103,9 +105,16 @@ def in_order(params: Any, indices: np.ndarray | None) -> Any:
     """
     if indices is None:
         return params
-    return map_names(lambda name, leaf: leaf[..., indices] if _HEAD.search(name) else leaf, params)
+
+    def ordered(name: str, leaf: Any) -> Any:
+        if _FIRST_AXIS.search(name):
+            return leaf[indices]
+        return leaf[..., indices] if _HEAD.search(name) else leaf
+
+    return map_names(ordered, params)
 
 
 def without_heads(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns weights without the heads, which answer other classes than the data's."""
-    return {name: leaf for name, leaf in flat.items() if not _HEAD.search(name)}
+    heads = (_HEAD, _FIRST_AXIS)
+    return {name: leaf for name, leaf in flat.items() if not any(h.search(name) for h in heads)}

@@ -36,20 +36,34 @@ class GateSums:
 
 
 @struct.dataclass
+class PixelSums:
+    """Sums over pixels that have a class.
+
+    Attributes:
+      count: Number of the pixels.
+      right: Number of those that were given their class.
+    """
+
+    count: Any
+    right: Any
+
+
+@struct.dataclass
 class Sums:
     """Sums of metrics over examples.
 
     Attributes:
       count: Number of examples.
       loss: Sum of the task losses.
-      top1: Number of examples whose label came first.
-      top5: Number of examples whose label was among the first five.
+      top1: Number of examples whose label came first; None for segmentation.
+      top5: Number of examples whose label was among the first five; None for segmentation.
       tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
         percentiles and costs are exact.
       overflow: Number of examples without an answer, because their tokens did not fit in the
         layout; loss, top1 and top5 leave them out.
       gate: Sums of the gate's decisions; None for models without a gate.
       exit_top1: [stages], number of examples whose label came first at each exit of a cascade.
+      pixels: Sums over pixels, for segmentation; None otherwise.
     """
 
     count: Any
@@ -60,6 +74,7 @@ class Sums:
     overflow: Any
     gate: GateSums | None = None
     exit_top1: Any = None
+    pixels: PixelSums | None = None
 
     def __add__(self, other: "Sums") -> "Sums":
         """Adds two disjoint sets of examples."""
@@ -68,38 +83,41 @@ class Sums:
 
 def batch_sums(
     output: Output,
-    labels: Array,
+    labels: Array | None,
     loss: Array,
     *,
     max_tokens: int,
     valid: Array | None = None,
     mask: Array | None = None,
+    pixels: PixelSums | None = None,
 ) -> Sums:
     """Computes sums over one batch; runs under jit.
 
     Args:
       output: Output of the model for the batch.
-      labels: [B] int32 labels.
+      labels: [B] int32 labels; None for segmentation.
       loss: [B] float32, loss of the task.
       max_tokens: Number of patch tokens of an image on the fine grid.
       valid: [B] bool, False for padding, which is not counted.
       mask: [B, H, W], segmentation mask, 0 where there is no content.
+      pixels: Sums over pixels, for segmentation.
     """
-    weight = jnp.ones(labels.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
+    weight = jnp.ones(loss.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
     answered = jnp.where(output.answered, weight, 0.0)
-    rank = _rank(output.logits, labels)
+    rank = None if labels is None else _rank(output.logits, labels)
     histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
     return Sums(
         count=weight.sum(),
         loss=jnp.sum(jnp.where(answered > 0, loss, 0.0)),
-        top1=jnp.sum(jnp.where(rank < 1, answered, 0.0)),
-        top5=jnp.sum(jnp.where(rank < 5, answered, 0.0)),
+        top1=None if rank is None else jnp.sum(jnp.where(rank < 1, answered, 0.0)),
+        top5=None if rank is None else jnp.sum(jnp.where(rank < 5, answered, 0.0)),
         tokens=histogram,
         overflow=jnp.sum(weight - answered),
         gate=None if output.gate is None else _gate_sums(output.gate, weight, mask),
         exit_top1=None
-        if output.exit_logits is None
+        if output.exit_logits is None or labels is None
         else _exit_top1(output.exit_logits, labels, answered),
+        pixels=pixels,
     )
 
 
@@ -162,10 +180,11 @@ def summarize(
         of active patch tokens.
 
     Returns:
-      Dict with examples, top1 and top5 in percent, loss, tokens_mean / p5 / p95 / variance;
-      overflow, the share of examples without an answer, if there are any; with `macs` gmacs_mean,
-      the mean over images; with `layer_tokens` layer_tokens_mean, the mean over images; for a
-      cascade exits_top1, a list; and the gate's figures (`gate_figures`).
+      Dict with examples, top1 and top5 (for segmentation pixel_accuracy) in percent, loss,
+      tokens_mean / p5 / p95 / variance; overflow, the share of examples without an answer, if there
+      are any; with `macs` gmacs_mean, the mean over images; with `layer_tokens` layer_tokens_mean,
+      the mean over images; for a cascade exits_top1, a list; and the gate's figures
+      (`gate_figures`).
     """
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
@@ -173,8 +192,7 @@ def summarize(
     answered = max(count - float(sums.overflow), 1)
     figures: dict[str, Any] = {
         "examples": round(count),
-        "top1": 100 * float(sums.top1) / answered,
-        "top5": 100 * float(sums.top5) / answered,
+        **_accuracies(sums, answered),
         "loss": float(sums.loss) / answered,
         "tokens_mean": mean,
         "tokens_p5": percentile(images, 5),
@@ -192,6 +210,22 @@ def summarize(
     if sums.gate is not None:
         figures.update(gate_figures(sums.gate, count))
     return figures
+
+
+def _accuracies(sums: Sums, answered: float) -> dict[str, float]:
+    if sums.pixels is not None:
+        return {"pixel_accuracy": accuracy(sums)}
+    return {
+        "top1": 100 * float(sums.top1) / answered,
+        "top5": 100 * float(sums.top5) / answered,
+    }
+
+
+def accuracy(sums: Sums) -> float:
+    """Returns the share of examples, or of pixels, that were given their class, in percent."""
+    if sums.pixels is not None:
+        return 100 * float(sums.pixels.right) / max(float(sums.pixels.count), 1)
+    return 100 * float(sums.top1) / max(float(sums.count - sums.overflow), 1)
 
 
 def percentile(histogram: np.ndarray, percent: float) -> float:

@@ -9,6 +9,8 @@ each answer as soon as it is known. --tokens sets the gate's threshold so that t
 many tokens on average; --pictures draws where the tokens went. --gmacs_budget=GMACS sets a
 cascade's exits by the thresholds that `msvit eval` fitted.
 
+A segmenter writes a PNG of class numbers for each image into --out=DIR.
+
 Files that cannot be read are named and skipped; with --on_error=stop all files are read before the
 first is classified, and one that cannot be read ends the program. Files passed over in folders are
 counted.
@@ -23,13 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from msvit_jax import checkpoint, errors, evaluate, extras, flops, paths, process_tuning, weights
+from msvit_jax import (
+    checkpoint,
+    errors,
+    evaluate,
+    extras,
+    flops,
+    paths,
+    predict_masks,
+    process_tuning,
+    weights,
+)
 from msvit_jax.data import decode, image_files
 from msvit_jax.data.image_files import shown
 from msvit_jax.errors import UserError
 from msvit_jax.inference import Predictions, Predictor
 from msvit_jax.inference.answer_files import AnswerFile
 from msvit_jax.inference.images import find_files, find_unreadable
+from msvit_jax.models.interface import SEGMENTATION
 
 with extras.needed("train"):
     import tqdm
@@ -84,6 +97,9 @@ def run(patterns: Sequence[str], options: Options) -> None:
     for line in image_files.passed_over_lines(found.passed_over):
         print(f"passed over: {line}")
     predictor, source = _load(options)
+    if predictor.model.task == SEGMENTATION:
+        predict_masks.run(predictor, source, files, options)
+        return
     if options.pictures:
         _check_pictures(predictor, options.pictures)
     if options.on_error == "stop":
@@ -260,7 +276,11 @@ if __name__ == "__main__":
     flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
     flags.DEFINE_float("gmacs_budget", None, "Mean GMACs per image to set a cascade's exits to.")
     flags.DEFINE_string("pictures", None, "Folder for pictures of where the tokens went.")
-    flags.DEFINE_string("out", None, ".csv or .jsonl file that gets each answer when it is there.")
+    flags.DEFINE_string(
+        "out",
+        None,
+        ".csv or .jsonl file that gets each answer when it is there; a segmenter's folder of PNGs.",
+    )
     flags.DEFINE_enum("on_error", "skip", ["stop", "skip"], "What to do with bad files.")
     flags.DEFINE_bool(
         "exif_orientation",

@@ -29,6 +29,8 @@ SHOWN = {
     "top1": "top1 {:.2f}%",
     "top5": "top5 {:.2f}%",
     "tokens_mean": "tokens {:.1f}",
+    "miou": "mIoU {:.2f}%",
+    "pixel_accuracy": "pixels {:.2f}%",
     "overflow": "overflow {:.1%}",
     "gmacs_mean": "{:.4g} GMACs",
     "content_fine": "digits fine {:.0%}",
@@ -39,7 +41,7 @@ SHOWN = {
     "images_per_second": "{:.0f} img/s",
 }
 RECORDS, BOARD = "metrics.jsonl", "tensorboard"
-BRIEF = ("total_loss", "top1", "tokens_mean", "images_per_second")
+BRIEF = ("total_loss", "top1", "pixel_accuracy", "tokens_mean", "images_per_second")
 
 
 class Logger:

@@ -15,6 +15,7 @@ from msvit_jax import sharding
 from msvit_jax.aot import hlo
 from msvit_jax.aot.topology import GIB, Topology
 from msvit_jax.aot.variants import Variant, with_frozen_gate
+from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.loop import teacher_of
@@ -95,6 +96,9 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
         if what == PREDICT:
             return _forward(program).lower(program.abstract_state.params["model"], images)
         batch = {"image": images, "label": labels}
+        if program.model.task == SEGMENTATION:
+            mask = jax.ShapeDtypeStruct(images.shape[:3], jnp.uint8, sharding=split)
+            batch = {"image": images, "segmentation_mask": mask}
         return program.jit_step(variant.capacity).lower(
             program.abstract_state, batch, _teacher_shapes(config, mesh)
         )

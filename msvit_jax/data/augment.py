@@ -36,6 +36,33 @@ def shift(pixels: np.ndarray, reach: int, rng: np.random.Generator) -> np.ndarra
     return pixels.take(rows, axis=0).take(columns, axis=1)
 
 
+def photometric_distortion(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Changes brightness, contrast, saturation and hue, each with probability 1/2 (SSD, 2016).
+
+    Brightness moves by up to 32, contrast and saturation are scaled by 0.5 to 1.5, and the hue
+    turns by up to a tenth of a circle; contrast comes before or after the colors. As in the
+    published segmentation recipes.
+    """
+    x = pixels.astype(np.float32)
+    if rng.random() < 0.5:
+        x = (x + rng.uniform(-32, 32)).clip(0, 255)
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    first = rng.random() < 0.5
+    if first:
+        x = (x * contrast).clip(0, 255)
+    saturation = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    turn = rng.uniform(-0.1, 0.1) if rng.random() < 0.5 else 0.0
+    if saturation != 1 or turn:
+        hsv = np.array(Image.fromarray(np.rint(x).astype(np.uint8)).convert("HSV"), np.float32)
+        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
+        hsv[..., 0] = (hsv[..., 0] + 256 * turn) % 256
+        turned = Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB")
+        x = np.asarray(turned, np.float32)
+    if not first:
+        x = (x * contrast).clip(0, 255)
+    return np.rint(x).astype(np.uint8)
+
+
 def color_jitter(pixels: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Scales brightness, contrast and saturation by up to 1 +- `strength` each, in any order."""
     image = Image.fromarray(pixels)

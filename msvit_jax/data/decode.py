@@ -92,6 +92,36 @@ def decode_mask(
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=box), np.uint8)
 
 
+@image_files.guarded()
+def decode_mask_values(encoded: bytes, exif_orientation: bool = True) -> np.ndarray:
+    """Decodes a segmentation mask at its own size: the numbers of its pixels, [H, W] uint8 or 16.
+
+    A palette does not matter: its indices are the numbers. A mask with three equal channels, as
+    some tools write gray ones, is read as one.
+
+    Raises:
+        ImageError: The mask is not an image, is damaged, or its pixels are colors.
+    """
+    opened = image_files.open_image(encoded, exif_orientation)
+    mask = opened.image if opened.turn is None else opened.image.transpose(opened.turn)
+    if mask.mode.startswith("I"):
+        values = np.asarray(mask)
+        if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+            raise ImageError("its pixels are no numbers of classes, from 0 to 65535")
+        return values.astype(np.uint16)
+    if mask.mode in ("L", "P", "1"):
+        return np.asarray(mask).astype(np.uint8)
+    if mask.mode == "RGB":
+        values = np.asarray(mask)
+        if (values == values[..., :1]).all():
+            return values[..., 0]
+        raise ImageError(
+            "its pixels are colors, not numbers of classes; prepare it with --classes=FILE, whose "
+            "palette says which color is which class"
+        )
+    raise ImageError(f"a segmentation mask needs one channel of class numbers, not {mask.mode}")
+
+
 def unreadable(example: dict[str, Any], error: Exception) -> UserError:
     """The error for an image that cannot be decoded."""
     return UserError(

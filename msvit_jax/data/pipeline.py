@@ -7,23 +7,18 @@ rows, and resuming needs only the step number.
 import collections
 import dataclasses
 import functools
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
-import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
-from msvit_jax.data import augment, decode, image_files, sources
+from msvit_jax.data import augment, decode, image_files, segmentation, sources
+from msvit_jax.data.batches import Rows, ahead
 from msvit_jax.data.image_files import ImageError
 from msvit_jax.errors import UserError
+from msvit_jax.segmentation import MaskClasses
 
 Batch = dict[str, np.ndarray]
 EPOCHS = 2**31  # practically infinite; Grain's own infinity overflows with one example per batch
@@ -31,22 +26,32 @@ EPOCHS = 2**31  # practically infinite; Grain's own infinity overflows with one 
 
 def dataset_info(config: ConfigDict) -> sources.DatasetInfo:
     """Opens (and for scattered_digits prepares) a config's data set and describes it."""
-    builder = sources.open_dataset(config.name, config.data_dir)
-    names = sources.class_names(builder)
+    builder = _opened(config)
+    names = _class_names(config, builder)
     return sources.DatasetInfo(
         name=config.name,
         num_classes=len(names),
         class_names=names,
         train_examples=sources.num_examples(builder, config.train_split),
         eval_examples=sources.num_examples(builder, config.eval_split),
-        has_segmentation=sources.MASK in builder.info.features,
-        fingerprint=sources.fingerprint(builder),
+        has_segmentation=sources.mask_feature(builder) in builder.info.features,
+        fingerprint=sources.fingerprint(builder, names),
     )
 
 
 def class_names(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the names of the data set's classes; the splits need not exist."""
-    return sources.class_names(sources.open_dataset(config.name, config.data_dir))
+    """Returns the names of the classes of what is learned; the splits need not exist."""
+    return _class_names(config, _opened(config))
+
+
+def _opened(config: ConfigDict) -> Any:
+    return sources.open_dataset(config.name, config.data_dir, config.target)
+
+
+def _class_names(config: ConfigDict, builder: Any) -> tuple[str, ...]:
+    if config.target == sources.MASK:
+        return segmentation.mask_classes(builder, config).names
+    return sources.class_names(builder)
 
 
 def train_iterator(
@@ -72,7 +77,8 @@ def train_iterator(
         process_count: Number of processes; None: JAX's.
 
     Yields:
-        {'image': uint8 [B/n, S, S, 3], 'label': int32 [B/n]}.
+        {'image': uint8 [B/n, S, S, 3], 'label': int32 [B/n]}; for the target 'segmentation_mask'
+        {'image', 'segmentation_mask': uint8 [B/n, S, S]}, classes of the pixels.
 
     Raises:
         UserError: The data set cannot be opened (see `sources.open_dataset`), the batch size is not
@@ -87,9 +93,16 @@ def train_batches(
 ) -> Iterator[Batch]:
     """As `train_iterator`, for any sequence of examples (see `sources.Examples`)."""
     dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(EPOCHS)
-    dataset = dataset.random_map(TrainTransform.from_config(config)).batch(rows.local)
+    dataset = dataset.random_map(_transform(config)).batch(rows.local)
     dataset = dataset[start_step * rows.count + rows.index :: rows.count]
-    return _ahead(dataset, config)
+    return ahead(dataset, config)
+
+
+def _transform(config: ConfigDict) -> Any:
+    if config.target == sources.MASK:
+        classes = segmentation.mask_classes(_opened(config), config)
+        return segmentation.SegmentationTransform.from_config(config, classes)
+    return TrainTransform.from_config(config)
 
 
 def eval_batches(
@@ -97,43 +110,30 @@ def eval_batches(
     *,
     batch_size: int,
     split: str | None = None,
+    patch_size: int = 1,
     process_index: int | None = None,
     process_count: int | None = None,
-) -> "EvalBatches":
+) -> "EvalBatches | segmentation.WindowBatches":
     """Returns batches that hold every example of a split exactly once, in order.
+
+    For the target 'segmentation_mask' they hold windows of the images, see
+    `segmentation.WindowBatches`.
 
     Args:
         config: The `data` section of a config.
         batch_size: Global batch size B.
         split: Name of the split; None: `config.eval_split`.
+        patch_size: Side of the model's patches in px, for masks.
         process_index: Index of this process; None: JAX's.
         process_count: Number of processes; None: JAX's.
     """
-    builder = sources.open_dataset(config.name, config.data_dir)
-    examples = sources.open_split(builder, split or config.eval_split)
+    builder = _opened(config)
+    examples = sources.open_split(builder, split or config.eval_split, config.target)
     rows = Rows.of_process(batch_size, process_index, process_count)
+    if config.target == sources.MASK:
+        classes = segmentation.mask_classes(builder, config)
+        return segmentation.WindowBatches(config, examples, classes, rows, patch_size)
     return EvalBatches(config, examples, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """This process's rows of the global batch: their number, and which process of how many."""
-
-    local: int
-    index: int
-    count: int
-
-    @classmethod
-    def of_process(cls, batch_size: int, index: int | None, count: int | None) -> "Rows":
-        """Divides a global batch among processes; None stands for JAX's index and count."""
-        index = jax.process_index() if index is None else index
-        count = jax.process_count() if count is None else count
-        if batch_size < 1 or batch_size % count:
-            raise UserError(
-                f"batch_size {batch_size} cannot be divided among {count} processes; choose a "
-                f"multiple of {count}."
-            )
-        return cls(batch_size // count, index, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ class EvalBatches(Iterable[Batch]):
             exif_orientation=config.exif_orientation,
         )
         dataset = grain.MapDataset.range(padded).map(transform).batch(rows.local)
-        return _ahead(dataset[rows.index :: rows.count], config)
+        return ahead(dataset[rows.index :: rows.count], config)
 
 
 def _eval_example(
@@ -269,14 +269,16 @@ def _mask(example: dict[str, Any], size: int, crop: float, exif_orientation: boo
 
 
 def _train_examples(config: ConfigDict) -> Any:
-    builder = sources.open_dataset(config.name, config.data_dir)
-    examples = sources.open_split(builder, config.train_split)
+    builder = _opened(config)
+    examples = sources.open_split(builder, config.train_split, config.target)
     if not config.cache:
         return examples
     if config.workers:
         raise UserError("data.cache keeps images in this process; set data.workers to 0 with it.")
     size = config.image_size if config.crop_scale is None else None
-    key = (str(builder.data_dir), config.train_split, size, config.exif_orientation)
+    key: _Key = (str(builder.data_dir), config.train_split, size, config.exif_orientation, None)
+    if config.target == sources.MASK:
+        key = (*key[:2], None, key[3], segmentation.mask_classes(builder, config))
     return _decoded(key, examples)
 
 
@@ -287,7 +289,8 @@ class _CachedExamples(collections.UserList[dict[str, Any]]):
         return f"<{len(self)} decoded examples>"
 
 
-_Key = tuple[str, str, int | None, bool]  # folder, split, size, exif_orientation
+# Folder, split, size, exif_orientation, classes of the masks where they are learned.
+_Key = tuple[str, str, int | None, bool, MaskClasses | None]
 _CACHE: dict[_Key, _CachedExamples] = {}
 
 
@@ -302,61 +305,17 @@ def _decoded(key: _Key, examples: sources.Examples) -> _CachedExamples:
 
 
 def _decode_example(
-    example: dict[str, Any], size: int | None, exif_orientation: bool
+    example: dict[str, Any], size: int | None, exif_orientation: bool, classes: MaskClasses | None
 ) -> dict[str, Any]:
+    if classes is not None:
+        pixels, mask = segmentation.read(example, classes, exif_orientation)
+        return example | {"image": pixels, sources.MASK: mask}
     if size is not None:
         return example | {"image": center_crop(example, size, 1.0, exif_orientation)}
     try:
         return example | {"image": image_files.decode(example["image"], exif_orientation)}
     except ImageError as error:
         raise decode.unreadable(example, error) from error
-
-
-def _ahead(dataset: grain.MapDataset, config: ConfigDict) -> Iterator[Batch]:
-    """Iterates over batches that threads or worker processes make ahead."""
-    # One thread: Pillow decodes under the interpreter lock, so more threads slow each other down.
-    threads = min(1, config.prefetch)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch)
-    batches = dataset.to_iter_dataset(options)
-    if not config.workers:
-        return iter(batches)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads a flag even without an absl main
-    per_worker = -(-config.prefetch // config.workers)
-    several = grain.MultiprocessingOptions(
-        num_workers=config.workers, per_worker_buffer_size=per_worker
-    )
-    return _of_workers(batches.mp_prefetch(several, worker_init_fn=_start_worker))
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Makes a worker process end with the process that started it, however that ends.
-
-    `prctl` could not do this: it goes by the thread that started the worker, which ends early.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which stops in order
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_after(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _of_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yields batches; says in one line that a worker was killed."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise UserError(
-            "A worker process of data.workers was killed, perhaps because memory was full; fewer "
-            "data.workers or less data.prefetch need less. The same command goes on from the last "
-            "checkpoint."
-        ) from error
 
 
 def device_batches(

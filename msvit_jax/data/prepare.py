@@ -5,7 +5,7 @@ r"""Makes a data set of your own images: a TFDS folder in array_record with the 
 
 `--source` may be given several times (one archive per split). Every file is decoded once before
 anything is written. Unreadable files are listed by name, together with skipped files and possible
-problems with the classes.
+problems with the classes. Images with masks are told by their folders, see `prepare_masks`.
 """
 
 import concurrent.futures
@@ -220,7 +220,7 @@ def prepare(
         UserError: The source or its layout is wrong, the name is taken, or files are unreadable.
     """
     root = sources.data_root(data_dir)
-    _check_name(name, root)
+    check_name(name, root)
     paths.check_writable(root, "data_dir", make=False)
     listings = [list_files(each) for each in container]
     files = [file for each in listings for file in each.files]
@@ -236,7 +236,7 @@ def prepare(
     if bad and on_error == "stop":
         raise UserError(
             f"{len(bad)} of {len(files)} files cannot be read as images; nothing was written.\n"
-            + "\n".join(_listed(bad))
+            + "\n".join(listed(bad))
             + "\nRepair or remove them, or leave them out with --on_error=skip."
         )
     left_out = {each.file for each in bad}
@@ -267,7 +267,8 @@ def _check_accessible(passed_over: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def _listed(bad: Sequence[Unreadable]) -> list[str]:
+def listed(bad: Sequence[Unreadable]) -> list[str]:
+    """Returns a line for each unusable file, and one for those beyond `NAMED`."""
     lines = [str(each) for each in bad[:NAMED]]
     if len(bad) > NAMED:
         lines.append(f"  ... and {len(bad) - NAMED} more")
@@ -283,22 +284,31 @@ def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
     try:
         return sources.prepare_aside(builder, root)
     except FileExistsError as error:
-        raise _taken(name, root) from error
+        raise taken(name, root) from error
 
 
-def list_files(container: str) -> Listing:
-    """Lists a folder or zip of split/class/file in order; links to folders are followed.
+def list_any(container: str) -> Listing:
+    """Lists a folder or zip in order, whatever its layout; links to folders are followed.
 
     A source at an address (gs://...) is copied first, see `paths.fetch`.
 
     Raises:
-        UserError: The source is missing, neither a folder nor an archive, or has a wrong layout.
+        UserError: The source is missing, or neither a folder nor an archive.
     """
     place = paths.fetch(container)
     if not os.path.exists(place):
         raise UserError(f"--source={shown(container)} does not exist.")
     archive = _archive(str(place))
-    listing = _list_folder(place) if archive is None else _list_archive(str(place), archive)
+    return _list_folder(place) if archive is None else _list_archive(str(place), archive)
+
+
+def list_files(container: str) -> Listing:
+    """Lists a folder or zip of split/class/file in order, see `list_any`.
+
+    Raises:
+        UserError: The source cannot be listed, or has a wrong layout.
+    """
+    listing = list_any(container)
     misplaced = [file.path for file in listing.files if not _is_placed(file.path)]
     if misplaced:
         raise UserError(
@@ -386,17 +396,19 @@ def _check(file: SourceFile) -> Unreadable | None:
     return None
 
 
-def _check_name(name: str, root: Path) -> None:
+def check_name(name: str, root: Path) -> None:
+    """Raises UserError for a name that no data set can have, or that one has already."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == sources.EMBEDDED:
         raise UserError(
             f"--name={name!r} cannot be a data set's name: use lower case letters, digits and "
             f"underscores, beginning with a letter, and not {sources.EMBEDDED!r}."
         )
     if any((root / name).glob("**/dataset_info.json")):
-        raise _taken(name, root)
+        raise taken(name, root)
 
 
-def _taken(name: str, root: Path) -> UserError:
+def taken(name: str, root: Path) -> UserError:
+    """Returns the error for a data set that is there already."""
     return UserError(
         f"There is a data set {name!r} in {root} already. Choose another --name, or remove the "
         f"folder {root / name}."
@@ -464,26 +476,19 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
 
 
-_SOURCE = flags.DEFINE_multi_string(
-    "source", None, "Folder or zip of split/class/file.", required=True
-)
-_NAME = flags.DEFINE_string("name", None, "Name of the data set to make.", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
-_ON_ERROR = flags.DEFINE_enum("on_error", "stop", ["stop", "skip"], "What to do with bad files.")
-_WORKERS = flags.DEFINE_integer("workers", 1, "Processes that check the files.")
-
-
 def main(argv: Sequence[str]) -> None:
     """Prepares the data set and prints a summary."""
     if len(argv) > 1:
         raise UserError(f"Unexpected argument {argv[1]!r}; the source is given as --source=...")
-    made = prepare(
-        _SOURCE.value,
-        name=_NAME.value,
-        data_dir=_DATA_DIR.value,
-        on_error=_ON_ERROR.value,
-        workers=_WORKERS.value,
-    )
+    given = flags.FLAGS
+    options = {"name": given.name, "data_dir": given.data_dir, "on_error": given.on_error}
+    from msvit_jax.data import prepare_masks  # which imports this module
+
+    masked = given.classes is not None or prepare_masks.holds_masks(given.source)
+    if masked:
+        made: Any = prepare_masks.prepare(given.source, classes=given.classes, **options)
+    else:
+        made = prepare(given.source, workers=given.workers, **options)
     for bad in made.skipped:
         print(f"skipped{bad}")
     for line in image_files.passed_over_lines(made.passed_over):
@@ -493,10 +498,23 @@ def main(argv: Sequence[str]) -> None:
     counts = ", ".join(f"{split}: {count}" for split, count in made.examples.items())
     print(f"{made.folder}\n{counts}, {len(made.class_names)} classes, {len(made.skipped)} skipped")
     print(
-        f"Use it with --config.data.name={_NAME.value} "
-        f"--config.data.data_dir={sources.data_root(_DATA_DIR.value)}"
+        f"Use it with --config.data.name={given.name} "
+        f"--config.data.data_dir={sources.data_root(given.data_dir)}"
+        + (f" --config.data.target={sources.MASK}" if masked else "")
     )
 
 
 if __name__ == "__main__":
+    # Here, because the module is imported under its own name, too.
+    flags.DEFINE_multi_string("source", None, "Folder or zip of split/class/file.", required=True)
+    flags.DEFINE_string("name", None, "Name of the data set to make.", required=True)
+    flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
+    flags.DEFINE_enum("on_error", "stop", ["stop", "skip"], "What to do with bad files.")
+    flags.DEFINE_integer("workers", 1, "Processes that check the files.")
+    flags.DEFINE_string(
+        "classes",
+        None,
+        "JSON file with names of the masks' classes, and their palette and ignored value if need "
+        "be; for images with masks.",
+    )
     errors.run(main)

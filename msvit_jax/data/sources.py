@@ -19,9 +19,17 @@ import tensorflow_datasets as tfds
 from msvit_jax import paths
 from msvit_jax.data import scattered_digits
 from msvit_jax.errors import UserError, describe, nearest
+from msvit_jax.segmentation.masks import MaskClasses
 
 EMBEDDED = scattered_digits.ScatteredDigits.name
-MASK = "segmentation_mask"
+LABEL, MASK = "label", "segmentation_mask"  # values of `data.target`
+# Masks of data sets that do not describe them themselves.
+_KNOWN_CLASSES = {
+    EMBEDDED: MaskClasses(("background", "digit")),
+    "scene_parse150": MaskClasses(tuple(map(str, range(1, 151))), first=1, ignored=0),
+}
+# Names of the masks where they are others.
+_MASK_FEATURES = {"scene_parse150": "annotation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +62,15 @@ class Examples:
     Attributes:
         name: Names of the data set and split, for messages.
         source: TFDS data source.
-        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1. None if labels do not
+            matter.
+        mask: Name of the masks among the features.
     """
 
     name: str
     source: Any
-    num_classes: int
+    num_classes: int | None
+    mask: str = MASK
 
     def __len__(self) -> int:
         return len(self.source)
@@ -79,8 +90,12 @@ class Examples:
                 yield self._example(index, record)
 
     def _example(self, index: Any, record: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: record[key] for key in ("image", "label", MASK) if key in record}
+        kept = {key: record[key] for key in ("image", LABEL) if key in record}
+        if self.mask in record:
+            kept[MASK] = record[self.mask]
         name = _example_name(self.name, index, record)
+        if self.num_classes is None:
+            return kept | {"index": int(index), "name": name}
         label = int(record["label"])
         if not 0 <= label < self.num_classes:
             unlabeled = " Splits that are to be guessed carry such labels." if label == -1 else ""
@@ -125,16 +140,17 @@ def data_root(data_dir: str) -> Path:
     return paths.parse(data_dir or default)
 
 
-def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
+def open_dataset(name: str, data_dir: str = "", target: str = LABEL) -> tfds.core.DatasetBuilder:
     """Opens a prepared data set.
 
     Args:
         name: Name as `name`, `name/config`, `name:version` or `name/config:version`.
         data_dir: Folder of data sets; empty for TFDS's default (`TFDS_DATA_DIR`).
+        target: What is learned, 'label' or 'segmentation_mask'.
 
     Raises:
         UserError: The data set is unknown, missing, not in array_record (the message includes the
-            command that makes it), or not one for classification.
+            command that makes it), or has no such target.
     """
     root = data_root(data_dir)
     if name.partition(":")[0].partition("/")[0] == EMBEDDED:
@@ -150,7 +166,7 @@ def open_dataset(name: str, data_dir: str = "") -> tfds.core.DatasetBuilder:
             f"read from array_record only. Convert it (this one step needs `pip install "
             f"tensorflow`): {_convert_command(folder)}"
         )
-    _check_features(name, builder)
+    _check_features(name, builder, target)
     return builder
 
 
@@ -164,13 +180,27 @@ def prepared_classes(name: str, data_dir: str = "") -> int | None:
     return getattr(features["label"], "num_classes", None) if "label" in features else None
 
 
-def open_split(builder: tfds.core.DatasetBuilder, split: str) -> Examples:
+def open_split(builder: tfds.core.DatasetBuilder, split: str, target: str = LABEL) -> Examples:
     """Opens a split, such as 'train' or 'train[:90%]'; images stay encoded."""
     num_examples(builder, split)
     encoded = {key: tfds.decode.SkipDecoding() for key in _image_keys(builder)}
     source = builder.as_data_source(split=split, decoders=encoded)
     name = f"data set {builder.info.full_name!r}, split {split!r}"
-    return Examples(name, source, len(class_names(builder)))
+    classes = len(class_names(builder)) if target == LABEL else None
+    return Examples(name, source, classes, mask_feature(builder))
+
+
+def mask_feature(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns the name of the masks among a data set's features, whether or not it has any."""
+    return _MASK_FEATURES.get(builder.info.name, MASK)
+
+
+def told_classes(builder: tfds.core.DatasetBuilder) -> MaskClasses | None:
+    """Returns the classes of a data set's masks as its metadata or our table has them."""
+    told = (builder.info.metadata or {}).get("mask_classes")
+    if told is None:
+        return _KNOWN_CLASSES.get(builder.info.name)
+    return MaskClasses(tuple(told["names"]), int(told["first"]), int(told["ignored"]))
 
 
 def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
@@ -178,13 +208,18 @@ def class_names(builder: tfds.core.DatasetBuilder) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
-def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
-    """Returns a text that tells data sets apart: name, features, and the sizes of all shards."""
+def fingerprint(builder: tfds.core.DatasetBuilder, names: tuple[str, ...] | None = None) -> str:
+    """Returns a text that tells data sets apart: name, classes, and the sizes of all shards.
+
+    Args:
+        builder: The data set.
+        names: Names of the classes that are learned; None: those of the labels.
+    """
     splits = {
         name: (int(split.num_bytes), list(map(int, split.shard_lengths)))
         for name, split in sorted(builder.info.splits.items())
     }
-    described = repr((builder.info.full_name, splits, class_names(builder)))
+    described = repr((builder.info.full_name, splits, names or class_names(builder)))
     digest = hashlib.sha256(described.encode()).hexdigest()[:12]
     return f"{builder.info.full_name} {digest}"
 
@@ -201,16 +236,21 @@ def num_examples(builder: tfds.core.DatasetBuilder, split: str) -> int:
 
 
 def _image_keys(builder: tfds.core.DatasetBuilder) -> list[str]:
-    return [key for key in ("image", MASK) if key in builder.info.features]
+    return [key for key in ("image", mask_feature(builder)) if key in builder.info.features]
 
 
-def _check_features(name: str, builder: tfds.core.DatasetBuilder) -> None:
+def _check_features(name: str, builder: tfds.core.DatasetBuilder, target: str) -> None:
     features = builder.info.features
     has = ", ".join(features)
-    for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+    needed: dict[str, Any] = {"image": tfds.features.Image, LABEL: tfds.features.ClassLabel}
+    use = "classification"
+    if target == MASK:
+        needed = {"image": tfds.features.Image, mask_feature(builder): tfds.features.Image}
+        use = "segmentation"
+    for key, kind in needed.items():
         if key not in features or not isinstance(features[key], kind):
             raise UserError(
-                f"Data set {name!r} cannot be used for classification: it needs a feature "
+                f"Data set {name!r} cannot be used for {use}: it needs a feature "
                 f"{key!r} of kind {kind.__name__}, and it has {has}."
             )
     channels = features["image"].shape[-1]

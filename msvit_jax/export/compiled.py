@@ -29,7 +29,7 @@ from msvit_jax.exits.budget_curve import fitted_thresholds
 from msvit_jax.export import run as runner
 from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.models.dvt import StageCarry
-from msvit_jax.models.interface import ImageModel
+from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.pixels import normalize
 from msvit_jax.weights import ours
 
@@ -180,6 +180,11 @@ def resolve_settings(model: ImageModel, bundle: ExportBundle, options: Options) 
     """Checks the options and returns the settings that run.py needs besides the functions."""
     if options.pixels not in PIXELS:
         raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
+    if model.task == SEGMENTATION:
+        raise UserError(
+            f"{bundle.name!r} answers pixel by pixel; segmenters are exported as weights, with "
+            "--format=safetensors or orbax, not as functions."
+        )
     gated, cascade = model.has_gate, model.is_cascade
     if not gated and (options.layout, options.threshold) != (None, None):
         given = "threshold" if options.layout is None else "layout"

@@ -66,7 +66,7 @@ class CascadeJob:
         self._waiting = [_Waiting() for _ in range(stages)]
         self._full: collections.deque[tuple[int, list[int], Any]] = collections.deque()
         self._on_the_way: collections.deque[tuple[int, list[int], Exit]] = collections.deque()
-        self.logits = np.zeros((count, executables.classes), np.float32)
+        self.logits = np.zeros((count, *executables.answer_shape), np.float32)
         self.exit_index = np.zeros(count, np.int32)
         self.certainty = np.zeros((count, stages))
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from msvit_jax import sharding
 from msvit_jax.inference.schedule import Shape
 from msvit_jax.models.dvt import Exit
-from msvit_jax.models.interface import ImageModel
+from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.models.output import Features
 from msvit_jax.pixels import normalize
 
@@ -38,7 +38,7 @@ class Answers:
     """The model's answers for a batch.
 
     Attributes:
-      logits: [B, classes] float32.
+      logits: [B, classes] float32, or [B, h, w, classes] for segmentation.
       tokens: [B] int32, number of active patch tokens.
       within_capacity: [B] bool, False if an image did not fit the shape and has no answer.
       merge_maps: [B, stages, rows, columns] int16, merge target of each patch after each reduction,
@@ -70,14 +70,14 @@ class ExecutableCache:
 
         Attributes:
           batch: Number of images of every call.
-          classes: Number of classes of the model.
+          answer_shape: Shape of an image's logits: [classes], or [h, w, classes] for segmentation.
           gated: Whether the model has a gate.
         """
         self._model, self._mesh = model, mesh
         self.gated = model.has_gate
         self._split, self._whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._variables = jax.device_put(variables, self._whole)
-        self.batch, self.classes = batch, model.num_classes
+        self.batch, self.answer_shape = batch, _answer_shape(model)
         self._compiled: dict[str, Callable[..., Any]] = {}
         # All devices must receive the programs of all threads in the same order.
         self._starting = threading.Lock()
@@ -208,6 +208,13 @@ class ExecutableCache:
                     self._compiled[name] = jitted.lower(*arguments).compile()
         with self._starting:
             return self._compiled[name](*arguments)
+
+
+def _answer_shape(model: ImageModel) -> tuple[int, ...]:
+    if model.task != SEGMENTATION:
+        return (model.num_classes,)
+    padded = -(-model.image_size // model.side_multiple) * model.side_multiple
+    return (*[padded // model.patch_size] * 2, model.num_classes)
 
 
 def stage_name(stage: int) -> str:

@@ -65,7 +65,7 @@ class Job:
         self._on_the_way: collections.deque[tuple[Call, Answers]] = collections.deque()
         self._again: set[int] = set()
         self._count = count
-        self.logits = np.zeros((count, executables.classes), np.float32)
+        self.logits = np.zeros((count, *executables.answer_shape), np.float32)
         self.tokens = np.zeros(count, np.int32)
         self.coarse: np.ndarray | None = None
         self.probability: np.ndarray | None = None

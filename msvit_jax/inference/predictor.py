@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,14 +17,16 @@ from msvit_jax import checkpoint, sharding, weights
 from msvit_jax.errors import UserError
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.exits.budget_curve import fitted_thresholds
-from msvit_jax.inference import shapes
+from msvit_jax.inference import segmenting, shapes
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.executables import ExecutableCache, carry_name, stage_name
 from msvit_jax.inference.images import Images, ImageSource, Reading, open_images
 from msvit_jax.inference.job import Job, decide_batches
-from msvit_jax.models.interface import ImageModel
+from msvit_jax.inference.segmenting import Segmented
+from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.models.output import Features
+from msvit_jax.segmentation import Windows
 from msvit_jax.weights.adapt import Report
 
 _PREPARATION = ("normalize", "gate")  # programs in addition to those of the shapes
@@ -35,8 +37,8 @@ class Predictions:
     """Answers for N images, in the order of the images.
 
     Attributes:
-      logits: [N, classes] float32.
-      logits: [N, classes] float32, NaN for files that were skipped.
+      logits: [N, classes] float32, NaN for files that were skipped; [N, h, w, classes] for windows
+        of a segmenter.
       tokens: [N] int32, number of active patch tokens computed for each image.
       coarse: [N, rows, columns] bool, True for regions with one coarse token instead of four fine
         ones; None for a model without a gate.
@@ -129,10 +131,12 @@ class Predictor:
       class_names: Names of the classes; empty if they are not known.
       crop: Share of the short side of image files that is kept.
       exif_orientation: Whether image files are rotated upright by their EXIF data.
+      windows: How a segmenter looks at images larger than the model's.
       report: Report on how the parameters of a weights file were used; None otherwise.
     """
 
     report: Report | None = None
+    windows: Windows
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class Predictor:
         crop: float = 1.0,
         exif_orientation: bool = True,
         mesh: Mesh | None = None,
+        windows: Windows | None = None,
         max_programs: int = 24,
     ) -> None:
         """Sets up the predictor; programs are compiled on first use, or by `warm_up`.
@@ -173,6 +178,8 @@ class Predictor:
           exif_orientation: Whether image files are rotated upright by their EXIF data, as the
             data's `exif_orientation`.
           mesh: Devices to spread batches over; None: all local devices.
+          windows: For a segmenter, how images are looked at; None: in windows of the model's image
+            size that only overlap at the end. A run's are those of its evaluation.
           max_programs: Upper bound on the number of programs that are ever compiled.
 
         Raises:
@@ -206,6 +213,7 @@ class Predictor:
         if thresholds is not None:
             self.thresholds = thresholds
         self.class_names = _checked_names(class_names, self.model.num_classes)
+        self.windows = windows or Windows(model.image_size)
         self.crop = crop
         self.exif_orientation = exif_orientation
 
@@ -251,6 +259,7 @@ class Predictor:
             "class_names": about.get("class_names"),
             "crop": run.config.data.eval_crop,
             "exif_orientation": run.config.data.exif_orientation,
+            "windows": Windows.from_config(run.config.data),
         }
         if gmacs_budget is not None:
             _check_cascade(run.model)
@@ -366,8 +375,62 @@ class Predictor:
 
         Raises:
           UserError: There are no images, they have a wrong size, shape or type, NaN pixels or
-            floats that are not normalized, or a file cannot be read.
+            floats that are not normalized, or a file cannot be read; or the model is a segmenter.
         """
+        if self.model.task == SEGMENTATION:
+            raise UserError("This model answers pixel by pixel; call predictor.segment(images).")
+        return self._answer(images, on_error, answered, progress)
+
+    def segment(
+        self,
+        images: Images | Sequence[Any],
+        *,
+        windows: Windows | None = None,
+        probabilities: bool = False,
+        on_error: str = "stop",
+    ) -> Iterator[Segmented]:
+        """Gives every pixel a class, image by image; few images are in memory at a time.
+
+        Args:
+          images: Pixels, uint8 [N, H, W, 3]; a sequence of uint8 [H, W, 3] arrays of any sizes; or
+            paths of image files, which are not cropped.
+          windows: How images are looked at; None: `Predictor.windows`.
+          probabilities: Whether answers hold the probabilities of all classes.
+          on_error: 'stop' at a file that cannot be read, or 'skip' it: its answer says why.
+
+        Yields:
+          An answer for each image, in the order of the images.
+
+        Raises:
+          UserError: The model is no segmenter, there are no images, one is no uint8 [H, W, 3], or a
+            file cannot be read.
+        """
+        if self.model.task != SEGMENTATION:
+            raise UserError("This model classifies whole images; call predictor(images).")
+        windows = windows or self.windows
+        if windows.size != self.model.image_size:
+            raise UserError(
+                f"Windows of {windows.size} px; the model takes {self.model.image_size} px."
+            )
+        run = lambda batch: self._answer(batch, "stop", None, None)  # noqa: E731
+        reading = dataclasses.replace(self.reading(), on_error=on_error)
+        return segmenting.segment(
+            run,
+            segmenting.open_any(images, reading),
+            windows,
+            patch_size=self.model.patch_size,
+            batch=self._batch,
+            probabilities=probabilities,
+        )
+
+    def _answer(
+        self,
+        images: Images,
+        on_error: str,
+        answered: Callable[[list[int], Predictions], Any] | None,
+        progress: Callable[[int], Any] | None,
+    ) -> Predictions:
+        """Answers images of the model's size; arguments as in `__call__`."""
         source = self._open(images, on_error)
         job: Job | CascadeJob
         if self.thresholds is not None:

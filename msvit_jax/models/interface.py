@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from msvit_jax.models.reduction import ReductionSpec
 
 
+CLASSIFICATION, SEGMENTATION = "classification", "segmentation"  # values of `ImageModel.task`
+
+
 @runtime_checkable
 class ImageModel(Protocol):
-    """A Flax module that classifies images, with the attributes that every model has.
+    """A Flax module that classifies images or their pixels, with what every model has.
 
     `ModelDefaults` has them for a model without a gate, layouts and early exits.
     """
+
+    @property
+    def task(self) -> str:
+        """What the model answers: CLASSIFICATION of images, or SEGMENTATION of their pixels."""
 
     @property
     def num_classes(self) -> int:
@@ -42,6 +49,10 @@ class ImageModel(Protocol):
     @property
     def max_tokens(self) -> int:
         """Largest number of patch tokens that a training image can have."""
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of px that both sides of an image must be a multiple of."""
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -145,6 +156,7 @@ class ImageModel(Protocol):
 class ModelDefaults:
     """Answers the interface's questions for a model without a gate, layouts and early exits."""
 
+    task: str = CLASSIFICATION
     gate: str | None = None
     threshold: float = 0.5
     layout: str = "slots"
@@ -152,6 +164,10 @@ class ModelDefaults:
     row_groups: int = 1
 
     if TYPE_CHECKING:
+
+        @property
+        def patch_size(self) -> int:
+            """Side of the finest patches in px."""
 
         @property
         def grid_size(self) -> int:
@@ -164,6 +180,11 @@ class ModelDefaults:
     def max_tokens(self) -> int:
         """Largest number of patch tokens that a training image can have."""
         return self.grid_size**2
+
+    @property
+    def side_multiple(self) -> int:
+        """Number of px that both sides of an image must be a multiple of."""
+        return self.patch_size
 
     @property
     def region_grid(self) -> tuple[int, int] | None:

@@ -92,6 +92,11 @@ class Mergence(BackboneMixin, nn.Module):
                 )
 
     @property
+    def side_multiple(self) -> int:
+        """Number of px that both sides of an image must be a multiple of."""
+        return math.lcm(self.patch_size, *self.scales)
+
+    @property
     def _others(self) -> list[int]:
         return sorted(set(self.scales) - {self.patch_size})
 
@@ -114,7 +119,7 @@ class Mergence(BackboneMixin, nn.Module):
             size.
           train: Whether stochastic depth is on (rng stream "dropout").
         """
-        check_images(images, math.lcm(self.patch_size, *self.scales))
+        check_images(images, self.side_multiple)
         x = self.backbone.embed(images)
         for features in self.features:
             x = x + features(images)

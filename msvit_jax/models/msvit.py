@@ -164,6 +164,11 @@ class MSViT(BackboneMixin, nn.Module):
         return grid.REGION * self.backbone.patch_size
 
     @property
+    def side_multiple(self) -> int:
+        """Number of px that both sides of an image must be a multiple of: a coarse patch."""
+        return self.coarse_size
+
+    @property
     def region_grid(self) -> tuple[int, int]:
         """(rows, columns) of regions in a training image."""
         side = self.image_size // self.coarse_size
@@ -323,7 +328,7 @@ class MSViT(BackboneMixin, nn.Module):
             # Where tokens of both scales are carried, token indices are not slot indices.
             merge_positions=None if both else merge_positions,
             merge_targets=None if both else patch_targets(merge_targets, vit.prefix_length),
-            features=None if both else self._features(x, coarse, images, within_capacity),
+            features=self._features(x, coarse, images, within_capacity, both, alive),
         )
 
     @property
@@ -332,15 +337,27 @@ class MSViT(BackboneMixin, nn.Module):
         return self.backbone.pool == "mean" or not self.num_classes
 
     def _features(
-        self, x: Array, coarse: Array, images: Array, within_capacity: Array | None
+        self,
+        x: Array,
+        coarse: Array,
+        images: Array,
+        within_capacity: Array | None,
+        both: bool,
+        alive: Array | None,
     ) -> Features | None:
         if self.num_classes:
             return None
-        rows, columns = (side // self.coarse_size for side in images.shape[1:3])
-        slots = x[:, self.backbone.prefix_length :]
-        slots = slots.reshape(*coarse.shape, grid.REGION**2, x.shape[-1])
+        prefix = self.backbone.prefix_length
+        region_grid = (images.shape[1] // self.coarse_size, images.shape[2] // self.coarse_size)
+        tokens = x[:, prefix:].reshape(*coarse.shape, -1, x.shape[-1])
+        if both:
+            if alive is not None:  # what a reduced token would have become is not known
+                known = alive[:, prefix:].reshape(*coarse.shape, -1) > 0.5
+                coarse = gates.scaled_gradient(coarse, known.all(axis=2).astype(coarse.dtype))
+            patches = grid.both_to_map(tokens, coarse, region_grid)
+        else:
+            patches = grid.slots_to_map(tokens, coarse, region_grid)
         token = _only_fitting(x[:, 0], within_capacity) if self.backbone.class_token else None
-        patches = grid.slots_to_map(slots, coarse, (rows, columns))
         if within_capacity is not None:
             patches = jnp.where(within_capacity[:, None, None, None], patches, jnp.nan)
         return Features(patches, token)

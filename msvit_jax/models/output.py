@@ -45,7 +45,8 @@ class Output:
     """Output of every model of the library.
 
     Attributes:
-      logits: [B, classes] float32; NaN for an image that does not fit.
+      logits: [B, classes] float32, or for segmentation [B, h, w, classes] on the patch grid; NaN
+        for an image that does not fit.
       tokens: [B] int32, number of active patch tokens of each image (class and register tokens not
         counted).
       gate: Decisions of a mixed-scale model; None for other models.

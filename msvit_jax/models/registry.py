@@ -11,6 +11,7 @@ from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
+from msvit_jax.models.segmenter import DECODERS, Segmenter
 from msvit_jax.models.t2t import T2TViT
 from msvit_jax.models.vit import ViT
 
@@ -70,25 +71,54 @@ CASCADES = {
     "dvt_t2t_vit_14": "t2t_vit_14",
     "dvt_small_dinov2": "vit_small_patch14_dinov2",
 }
+
+
+def _segmenters() -> dict[str, str]:
+    """Returns the name of the encoder of each segmenter; "segmenter" takes it as an option."""
+    names = {
+        f"{scales}seg_vit_{size}_{decoder}": f"{kind}_{size}_patch16_224"
+        for scales, kind in (("", "vit"), ("msvit_", "msvit"))
+        for size in _SIZES
+        for decoder in DECODERS
+    }
+    return {**names, "segmenter": "vit"}
+
+
+SEGMENTERS = _segmenters()
 # Where the usual defaults do not fit: a side that coarse patches divide, scales that divide the
 # side, and a last grid of about the pretrained patches.
 _OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: {"image_size": 504} for name in MIXED_SCALE if "patch14" in name},
     **{name: {"scales": (7, 14)} for name in MERGENCE if "patch14" in name},
     "dvt_small_dinov2": {"image_size": 224, "grid_sizes": (7, 11, 16)},
+    **{
+        name: {"image_size": 512, "decoder": name.rpartition("_")[2]}
+        for name in SEGMENTERS
+        if name != "segmenter"
+    },
 }
-_NOT_OPTIONS = {"parent", "name", "backbone", "reducer_options", "hold_level", "gate_gradient"}
+_NOT_OPTIONS = {
+    "parent",
+    "name",
+    "backbone",
+    "encoder",
+    "reducer_options",
+    "hold_level",
+    "gate_gradient",
+}
 _REDUCING = {"reducer", "reduce_layers", "keep", "remove", *reducers.option_types()}
 _NOT_OF_STAGES = {*_REDUCING, "patch_size", "fixed_grid_size", "scan_layers", "distilled"}
 
 
 def list_models() -> list[str]:
     """Lists the names that `create_model` takes, sorted."""
-    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES])
+    return sorted([*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES, *SEGMENTERS])
 
 
 def dense_model(name: str) -> str:
     """Returns the name of the plain model under a model; its own name if it is plain."""
+    if name in SEGMENTERS:
+        return name.removeprefix("msvit_")
     return {**MIXED_SCALE, **MERGENCE, **CASCADES}.get(name, name)
 
 
@@ -124,6 +154,11 @@ def model_types(name: str) -> dict[str, Any]:
     if name in CASCADES:
         of_stages = {k: v for k, v in _attributes(ViT).items() if k not in _NOT_OF_STAGES}
         return of_stages | _attributes(DVT)
+    if name in SEGMENTERS:
+        encoders = [SEGMENTERS[name]] if name != "segmenter" else ["msvit", "mergence"]
+        options = {k: v for encoder in encoders for k, v in model_types(encoder).items()}
+        chosen = {"encoder": str} if name == "segmenter" else {}
+        return options | _attributes(Segmenter) | chosen
     raise UserError(
         f"There is no model {name!r}.{nearest(name, list_models())} "
         "msvit_jax.list_models() names them all."
@@ -147,6 +182,26 @@ def create_model(name: str, **overrides: Any) -> Any:
             hint = f" It is {renamed!r} now." if renamed in options else nearest(key, options)
             raise UserError(f"Model {name!r} has no option {key!r}.{hint}")
     given = {**_OWN_DEFAULTS.get(name, {}), **overrides}
+    return _segmenter(name, given) if name in SEGMENTERS else _classifier(name, given)
+
+
+def _segmenter(name: str, given: dict[str, Any]) -> Any:
+    """Makes a segmenter of the given attributes, its own and those of its encoder."""
+    given = {**given}
+    encoder = given.pop("encoder", SEGMENTERS[name])
+    if encoder in SEGMENTERS or encoder in CASCADES:
+        raise UserError(f"Model {name!r}: encoder={encoder!r} has no features to decode.")
+    outer = {key: given.pop(key) for key in _attributes(Segmenter) if key in given}
+    model = Segmenter(encoder=create_model(encoder, **given, num_classes=0), **outer)
+    try:
+        model.check()
+    except ValueError as error:
+        raise UserError(f"Model {name!r}: {error}") from error
+    return model
+
+
+def _classifier(name: str, given: dict[str, Any]) -> Any:
+    """Makes any other model of the given attributes, its own and those of its backbone."""
     inner = {key: value for key, value in given.items() if key in _attributes(ViT)}
     outer = {key: value for key, value in given.items() if key not in inner}
     shape = BACKBONES[dense_model(name)]

@@ -10,6 +10,7 @@ with extras.needed("plots"):
         enlarge,
         gate_heat_map,
         gate_strip,
+        mask_overlay,
         merge_map,
         token_map,
     )
@@ -25,6 +26,7 @@ __all__ = [
     "enlarge",
     "gate_heat_map",
     "gate_strip",
+    "mask_overlay",
     "merge_map",
     "panel",
     "save",

@@ -100,6 +100,38 @@ def gate_heat_map(
     return enlarge(heat(_spread(p_fine, height, width), gray, opacity), scale)
 
 
+def mask_overlay(
+    image: Picture,
+    labels: np.ndarray,
+    colors: np.ndarray,
+    *,
+    scale: int | None = None,
+    opacity: float = 0.6,
+) -> Picture:
+    """Blends an image with the colors of its pixels' classes.
+
+    Args:
+      image: [H, W, 3] uint8, the image.
+      labels: [H, W] integers, class of each pixel; pixels of other numbers are only dimmed.
+      colors: [classes, 3] uint8, colors of the classes.
+      scale: Integer enlargement factor; None makes the short side at least 256.
+      opacity: Share of the colors in the blend.
+
+    Returns:
+      [H * scale, W * scale, 3] uint8, the picture.
+
+    Raises:
+      ValueError: The labels have another size than the image.
+    """
+    _check_image(image)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"Labels {labels.shape} do not fit an image of {image.shape[:2]}.")
+    known = labels < len(colors)
+    painted = np.where(known[..., None], colors[np.where(known, labels, 0)], 0)
+    blended = opacity * painted + (1 - opacity) * image
+    return enlarge(np.rint(blended).astype(np.uint8), scale)
+
+
 def merge_map(
     image: Picture,
     merge_targets: np.ndarray,

@@ -143,6 +143,25 @@ def slots_to_map(slots: Array, is_coarse: Array, region_grid: tuple[int, int]) -
     return from_regions(repeated, region_grid)
 
 
+def both_to_map(tokens: Array, is_coarse: Array, region_grid: tuple[int, int]) -> Array:
+    """Makes the dense map of `slots_to_map` from the tokens of both scales.
+
+    The map is linear in the decisions, so that gradient tells a gate what its cells would become
+    with the other scale's tokens, which are there as well (MSViT's mask at the output).
+
+    Args:
+      tokens: [B, R, 1 + S, D] tokens, in the order of `both_scales`.
+      is_coarse: [B, R] decisions, 0 or 1.
+      region_grid: (rows, columns) of regions.
+
+    Returns:
+      [B, H, W, D] on the fine grid.
+    """
+    share = is_coarse[:, :, None, None].astype(tokens.dtype)
+    mixed = share * tokens[:, :, :1] + (1 - share) * tokens[:, :, 1:]
+    return from_regions(mixed, region_grid)
+
+
 def targets_to_map(targets: Array, is_coarse: Array, size: tuple[int, int]) -> Array:
     """Makes a dense map of merge targets by cell from merge targets by slot.
 

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, flops, labels, paths, peers, sharding, weights
+from msvit_jax import checkpoint, data, flops, labels, paths, peers, sharding, tasks, weights
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
@@ -118,6 +118,7 @@ class _Run:
         self.checkpoints = checkpoint.Checkpoints(
             workdir,
             keep_latest=config.checkpoint.keep_latest,
+            best_by=tasks.task_of(self.model).best_by,
             about={
                 "config": config.to_dict(),
                 "class_names": list(self.info.class_names),

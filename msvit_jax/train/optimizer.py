@@ -1,7 +1,7 @@
-"""The optimizer: AdamW with warm-up and cosine decay, and what differs between parameters.
+"""The optimizer: AdamW or SGD, how the rate falls, and what differs between parameters.
 
 Parameters are distinguished by their path: which decay (kernels only), how fast a layer learns
-(layer decay, the gate's own rate) and which are frozen.
+(layer decay, the gate's own rate, the encoder's below a decoder) and which are frozen.
 """
 
 import re
@@ -21,7 +21,10 @@ FIRST_LAYER = ("patch_embed", "cls_token", "dist_token", "reg_tokens", "pos_embe
 
 
 def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Makes a linear warm-up from 0, a cosine to the minimum, and the minimum for the cool-down."""
+    """Makes a linear warm-up from 0, the way to the minimum, and the minimum for the cool-down.
+
+    The way is a cosine, or "poly": the power of what is left of it, as in segmentation's recipes.
+    """
     warmup, cooldown = (
         round(options[f"{name}_epochs"] * steps_per_epoch) for name in ("warmup", "cooldown")
     )
@@ -32,6 +35,15 @@ def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> 
             f"run ({steps} steps)."
         )
     peak = options["learning_rate"]
+    if options["schedule"] == "poly":
+        falling = optax.polynomial_schedule(
+            init_value=peak,
+            end_value=options["min_learning_rate"],
+            power=options["power"],
+            transition_steps=max(steps - cooldown - warmup, 1),
+        )
+        rising = optax.linear_schedule(0.0, peak, max(warmup, 1))
+        return optax.join_schedules([rising, falling], [warmup]) if warmup else falling
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak,
         peak_value=peak,
@@ -44,6 +56,12 @@ def schedule(options: Mapping[str, Any], steps: int, steps_per_epoch: float) -> 
 def is_gate(name: str) -> bool:
     """Tells whether a parameter of the state's tree belongs to the gate or to the gate's loss."""
     return name.startswith(("model/gate", "gate_loss/"))
+
+
+def is_encoder(name: str) -> bool:
+    """Tells whether a parameter of the state's tree belongs neither to gate, head nor decoder."""
+    answers = re.match(r"model/(.*/)?(decoder|head|head_dist)/", name)
+    return not (is_gate(name) or answers)
 
 
 def group(name: str) -> str:
@@ -159,17 +177,15 @@ def make_optimizer(
 
     Returns:
       Chain of clipping, group by group -> Adam -> decay of kernels -> learning rate by layer and
-      group. Frozen parameters have no optimizer state.
+      group; for SGD decay comes before momentum, as in PyTorch's. Frozen parameters have no
+      optimizer state.
     """
     patterns = tuple(options["freeze"])
     check_frozen(params, patterns)
     clip = options["clip_norm"]
     train = optax.chain(
         clip_groups(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1=options["b1"], b2=options["b2"]),
-        optax.add_decayed_weights(
-            options["weight_decay"], mask=lambda tree: map_names(lambda n, _: decays(n), tree)
-        ),
+        *_direction(options),
         _scale_by(options, depth_of(params)),
         optax.scale_by_learning_rate(rate),
     )
@@ -177,6 +193,16 @@ def make_optimizer(
     return _promoting(
         optax.multi_transform({"train": train, "frozen": optax.set_to_zero()}, labels)
     )
+
+
+def _direction(options: Mapping[str, Any]) -> list[optax.GradientTransformation]:
+    """Returns the transformations that make a step's direction of gradients, with weight decay."""
+    decayed = optax.add_decayed_weights(
+        options["weight_decay"], mask=lambda tree: map_names(lambda n, _: decays(n), tree)
+    )
+    if options["name"] == "sgd":
+        return [decayed, optax.trace(decay=options["momentum"])]
+    return [optax.scale_by_adam(b1=options["b1"], b2=options["b2"]), decayed]
 
 
 def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -190,14 +216,18 @@ def _promoting(made: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _scale_by(options: Mapping[str, Any], depth: int) -> optax.GradientTransformation:
-    """Multiplies updates by layer decay and by the gate's rate relative to the common one."""
-    gate_rate = options["gate_learning_rate"]
-    gate_factor = 1.0 if gate_rate is None else gate_rate / options["learning_rate"]
+    """Multiplies updates by layer decay and by the group's rate relative to the common one."""
+    common = options["learning_rate"]
+    gate_rate, encoder_rate = options["gate_learning_rate"], options["encoder_learning_rate"]
+
+    def factor(name: str) -> float:
+        own = gate_rate if is_gate(name) else encoder_rate if is_encoder(name) else None
+        return 1.0 if own is None else own / common
 
     def update(updates: Params, params: Params | None = None) -> Params:
         layers = layer_scales(updates, options["layer_decay"], depth)
-        gates = map_names(lambda n, _: gate_factor if is_gate(n) else 1.0, updates)
-        return jax.tree.map(lambda u, a, b: u * (a * b), updates, layers, gates)
+        groups = map_names(lambda n, _: factor(n), updates)
+        return jax.tree.map(lambda u, a, b: u * (a * b), updates, layers, groups)
 
     return optax.stateless(update)
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from msvit_jax import config as configs
-from msvit_jax import sharding
+from msvit_jax import sharding, tasks
 from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.interface import ImageModel
@@ -59,7 +59,9 @@ class TrainProgram:
         Raises:
           UserError: The config's model or optimizer cannot be built.
         """
-        model = _grouped(configs.build_model(config), config, mesh)
+        model = configs.build_model(config)
+        tasks.check_target(model, config.data)
+        model = _grouped(model, config, mesh)
         gate_loss = configs.build_gate_loss(config, model)
         key = jax.random.key(config.seed)
         plain = state_maker(model, gate_loss, optax.identity(), with_ema=False)

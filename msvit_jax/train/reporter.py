@@ -93,8 +93,7 @@ class Reporter:
             self._clock, self._clock_step = self._read_at, step
         self._check(step, scalars)
         self._last = scalars
-        answered = max(float(sums.count - sums.overflow), 1.0)
-        for warning in self._health.observe(scalars, 100 * float(sums.top1) / answered):
+        for warning in self._health.observe(scalars, metrics.accuracy(sums)):
             self._logger.say(f"step {step}: warning: {warning}")
         if self._saved_sums:  # only now is their structure known
             leaves = [np.asarray(leaf, np.float64) for leaf in self._saved_sums]

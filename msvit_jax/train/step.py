@@ -17,8 +17,8 @@ from flax import struct
 from jax import Array
 from ml_collections import config_dict
 
-from msvit_jax import losses, metrics, pixels
-from msvit_jax.data import mix
+from msvit_jax import losses, metrics, pixels, tasks
+from msvit_jax.errors import UserError
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.output import Output
 from msvit_jax.train import gate_target
@@ -137,22 +137,22 @@ def _make_objective(
     model: ImageModel, gate_loss: nn.Module, config: config_dict.ConfigDict
 ) -> Callable[..., tuple[Array, StepMetrics]]:
     """Builds objective(params, batch, key, teacher) -> (total loss, metrics)."""
-    watched = gate_target.learns(model, config)
+    watched, task = gate_target.learns(model, config), tasks.task_of(model)
 
     def objective(
         params: Any, batch: Batch, key: Array, teacher: Teacher | None
     ) -> tuple[Array, StepMetrics]:
         mix_key, gate_key, dropout_key = jax.random.split(key, 3)
         images = pixels.normalize(batch["image"], model.mean, model.std)
-        targets = losses.smooth(batch["label"], model.num_classes, config.loss.label_smoothing)
-        images, targets = _mixed(mix_key, images, targets, config.data)
+        images, targets = task.targets(mix_key, images, batch, model.num_classes, config)
         rngs = {"gate": gate_key, "dropout": dropout_key}
         rngs["reducer"] = jax.random.fold_in(dropout_key, 1)
         # Decisions in a batch are used instead of the gate's (by msvit_jax.benchmark).
         forced = {"coarse": batch["coarse"]} if "coarse" in batch else {}
         output = model.apply({"params": params["model"]}, images, train=True, rngs=rngs, **forced)
-        per_example = losses.cross_entropy(output.logits, targets)
-        total, scalars = _mean(per_example, output.within_capacity), {}
+        smoothing = config.loss.label_smoothing
+        judged = task.judge(output, targets, images.shape[1:3], model, smoothing=smoothing)
+        total, scalars = judged.mean(), {}
         if output.exit_logits is not None:
             exits = config.loss.exits
             total = losses.exits_loss(
@@ -176,7 +176,13 @@ def _make_objective(
                 scalars |= gate_target.measure(
                     output.gate, model.threshold, config.loss.gate.target
                 )
-        sums = metrics.batch_sums(output, batch["label"], per_example, max_tokens=model.max_tokens)
+        sums = metrics.batch_sums(
+            output,
+            task.labels(batch),
+            judged.losses,
+            max_tokens=model.max_tokens,
+            pixels=judged.pixels,
+        )
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})
 
     return objective
@@ -190,23 +196,6 @@ def _mean(values: Array, answered: Array | None) -> Array:
     return total / jnp.maximum(answered.sum(), 1).astype(values.dtype)
 
 
-def _mixed(
-    key: Array, images: Array, targets: Array, data: config_dict.ConfigDict
-) -> tuple[Array, Array]:
-    if not (data.mixup or data.cutmix):
-        return images, targets
-    mixed = mix.mix(
-        key,
-        images,
-        targets,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        prob=data.mix_prob,
-        switch_prob=data.mix_switch_prob,
-    )
-    return mixed.images, mixed.targets
-
-
 def _with_teacher(
     total: Array, output: Output, images: Array, teacher: Teacher, options: config_dict.ConfigDict
 ) -> Array:
@@ -216,5 +205,8 @@ def _with_teacher(
     if output.exit_logits is not None:
         ours = [output.exit_logits[:, stage] for stage in range(output.exit_logits.shape[1])]
     how = {"temperature": options.temperature, "kind": options.kind}
+    if theirs.ndim != ours[0].ndim:
+        raise UserError("The teacher answers another question: one classifies images, one pixels.")
     distance = sum(losses.distillation(logits, theirs, **how) for logits in ours)
+    distance = jnp.asarray(distance).reshape(theirs.shape[0], -1).mean(axis=1)  # over patches
     return (1 - options.weight) * total + options.weight * _mean(distance, output.within_capacity)

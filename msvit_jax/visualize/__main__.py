@@ -5,7 +5,8 @@
 Each image is shown next to its mixed-scale grid and its gate's heat map (if the model has a gate),
 and next to a map of its tokens after each layer that merges or drops some (if it has such layers),
 in a PNG of its own and on a contact sheet. For a cascade the sheet shows images that leave at each
-exit, --examples per exit. Without images, examples of the run's evaluation split are drawn.
+exit, --examples per exit. A segmenter's answer is laid over the image, beside its mask and tokens.
+Without images, examples of the run's evaluation split are drawn.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from msvit_jax import checkpoint, errors, paths
-from msvit_jax.visualize import examples, exits
+from msvit_jax.models.interface import SEGMENTATION
+from msvit_jax.visualize import examples, exits, segments
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Of a trained run with a gate, a reducer or exits.", required=True
@@ -44,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
             files=files,
             count=count,
         )
+    elif run.model.task == SEGMENTATION:
+        drawn = segments.draw_run(run, out, files=files, count=count)
     else:
         drawn = examples.draw_run(run, out, files=files, count=count)
     for strip in drawn.strips:

@@ -22,9 +22,9 @@ from msvit_jax.tokens import grid
 from msvit_jax.tree import flat_names, map_names
 
 Flat = dict[str, np.ndarray]
-HEADS = ("head/", "head_dist/")
+HEADS = ("head/", "head_dist/", "decoder/head/", "decoder/class_embed", "decoder/mask_norm/")
 # Parts that may be missing in the source; they start fresh.
-OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_")
+OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_", "decoder/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,11 @@ def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
     prefix = "backbone/"
     has, needs = (any(n.startswith(prefix) for n in names) for names in (weights, wanted))
     if needs and not has:
-        return {prefix + name: value for name, value in weights.items()}
+        beside = "decoder/"  # a segmenter's own part, which lies beside the backbone
+        return {
+            name if name.startswith(beside) else prefix + name: value
+            for name, value in weights.items()
+        }
     if has and not needs:
         return {name.removeprefix(prefix): value for name, value in weights.items()}
     return dict(weights)

@@ -14,6 +14,7 @@ import numpy as np
 
 from msvit_jax import paths
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.models.registry import create_model
 from msvit_jax.models.vit import ViT
 from msvit_jax.tree import flat_names
@@ -517,6 +518,8 @@ def trunk_of(model: Any, format_name: str) -> tuple[Any, str]:
     if cascade != (format_name == dvt.NAME):
         what = "a cascade" if cascade else "no cascade"
         raise UserError(f"The format {format_name} does not fit: this model is {what}.")
+    if model.task == SEGMENTATION:
+        model = model.encoder  # formats of classifiers have no decoder
     if cascade or model.backbone is model:
         return model, ""
     return model.backbone, BACKBONE

@@ -13,7 +13,7 @@ import msvit_jax
 from msvit_jax import flops
 from msvit_jax.errors import UserError
 from msvit_jax.models import block as blocks
-from msvit_jax.models.registry import BACKBONES, CASCADES, MERGENCE, MIXED_SCALE
+from msvit_jax.models.registry import BACKBONES, CASCADES, MERGENCE, MIXED_SCALE, SEGMENTERS
 from tests.jitted import apply, init
 
 TINY = {
@@ -317,6 +317,8 @@ def test_unknown_option_names_the_nearest():
 
 
 def test_every_listed_model_can_be_made():
-    assert set(msvit_jax.list_models()) == {*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES}
+    assert set(msvit_jax.list_models()) == {
+        *(*BACKBONES, *MIXED_SCALE, *MERGENCE, *CASCADES, *SEGMENTERS)
+    }
     for name in msvit_jax.list_models():
         assert msvit_jax.create_model(name, num_classes=7).num_classes == 7

@@ -57,7 +57,8 @@ def test_every_model_comes_back_exactly_or_is_refused(form):
                 weights.to_theirs(form, {}, model)
             continue
         trunk = getattr(model, "backbone", model)
-        prefix = "" if trunk is model else "backbone/"
+        whole = model.encoder if model.task == "segmentation" else model
+        prefix = "" if trunk is whole else "backbone/"
         flat = {prefix + key: x for key, x in random_like(shapes_of(trunk)).items()}
         theirs = weights.to_theirs(form, flat, model)
         found = formats.convert(theirs, model)
