@@ -59,6 +59,10 @@ def init_params(model: ImageModel, gate_loss: nn.Module, key: Array) -> Params:
     return params
 
 
+# Traced once for the shapes and the state of all programs of a model.
+traced_init = jax.jit(init_params, static_argnums=(0, 1))
+
+
 def state_maker(
     model: ImageModel,
     gate_loss: nn.Module,
@@ -72,7 +76,7 @@ def state_maker(
     """
 
     def make(key: Array, loaded: Mapping[str, Array]) -> TrainState:
-        params = init_params(model, gate_loss, key)
+        params = traced_init(model, gate_loss, key)
         params = map_names(lambda name, leaf: loaded.get(name, leaf), params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),

@@ -75,12 +75,12 @@ def followed(weights: str) -> str:
 
 def gate_gradients(model: MSViT) -> np.ndarray:
     """The task's gradient to the gate's parameters for several samples of decisions: [draws, P]."""
-    variables, (images, _) = flips.variables("trained"), flips.examples()
+    variables, (images, labels) = flips.variables("trained"), flips.examples()
 
     def loss(variables: Any, key: jax.Array) -> jax.Array:
         output = model.apply(variables, images, train=True, rngs={"gate": key})
         fits = True if output.within_capacity is None else output.within_capacity
-        return jnp.where(fits, flips.losses(output.logits), 0).sum()
+        return jnp.where(fits, flips.losses(output.logits, labels), 0).sum()
 
     gradient = jax.jit(jax.grad(loss))
 

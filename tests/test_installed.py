@@ -18,9 +18,10 @@ pytestmark = pytest.mark.slow
 MODEL = """
 import jax, msvit_jax
 
-model = msvit_jax.create_model("msvit_tiny_patch16_224", image_size=32, depth=2, num_classes=3)
+model = msvit_jax.create_model("msvit_tiny_patch16_224", image_size=32, depth=1, num_classes=3)
 images = jax.numpy.zeros((2, 32, 32, 3))
-print(model.apply(model.init(jax.random.key(0), images), images).logits.shape)
+variables = jax.jit(model.init)(jax.random.key(0), images)
+print(jax.jit(model.apply)(variables, images).logits.shape)
 """
 CONFIG = "from msvit_jax import config; print(config.load('digits_msvit').model.name)"
 

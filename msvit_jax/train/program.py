@@ -4,6 +4,7 @@ The loop runs them; `msvit_jax.aot` compiles them for devices that are not prese
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.keep_rate_schedule import Rates, with_rates
 from msvit_jax.train.step import make_train_step
-from msvit_jax.train_state import Params, TrainState, state_maker
+from msvit_jax.train_state import Params, TrainState, state_maker, traced_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +65,7 @@ class TrainProgram:
         model = _grouped(model, config, mesh)
         gate_loss = configs.build_gate_loss(config, model)
         key = jax.random.key(config.seed)
-        plain = state_maker(model, gate_loss, optax.identity(), with_ema=False)
-        params = jax.eval_shape(plain, key, {}).params
+        params = jax.eval_shape(functools.partial(traced_init, model, gate_loss), key)
         update = optimizer.make_optimizer(config.optimizer, params, schedule)
         make = state_maker(model, gate_loss, update, with_ema=config.ema_decay > 0)
         shapes = jax.eval_shape(make, key, {})

@@ -61,37 +61,48 @@ def decisions(weights, kind):
         return gates.sample(logits, jax.random.key(1), 2 / 3).coarse
     if kind == "halves":
         return jax.random.bernoulli(jax.random.key(2), 0.5, logits.shape).astype(jnp.float32)
-    return jnp.full(logits.shape, float(kind == "coarse"))
+    return jnp.full(logits.shape, kind == "coarse", jnp.float32)
 
 
-def losses(logits):
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), examples()[1][:, None], axis=1)[:, 0]
+def losses(logits, labels):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+
+
+# Weights, images, labels and decisions are arguments of what is compiled: one program for all.
+
+
+@jax.jit
+def _losses(variables, images, labels, coarse):
+    return losses(model().apply(variables, images, coarse=coarse).logits, labels)
 
 
 @functools.cache
 def true(weights, kind):
     """The loss with a region coarse less that with it fine, each region by itself: [B, R]."""
     coarse = decisions(weights, kind)
-    loss = jax.jit(
-        lambda c: losses(model().apply(variables(weights), examples()[0], coarse=c).logits)
-    )
+    loss = functools.partial(_losses, variables(weights), *examples())
     pairs = [(coarse.at[:, r].set(1.0), coarse.at[:, r].set(0.0)) for r in range(REGIONS)]
     return np.stack([loss(on) - loss(off) for on, off in pairs], axis=1)
 
 
 def passed_back(run, weights, coarse):
     """Gradient of the summed losses to the decisions: [B, R]."""
+    return np.asarray(_gradient(run)(coarse, variables(weights), *examples()))
 
-    def loss(coarse):
+
+@functools.cache
+def _gradient(run):
+    def loss(coarse, variables, images, labels):
         rngs = {"gate": jax.random.key(0)}
-        output = run.apply(variables(weights), examples()[0], train=True, coarse=coarse, rngs=rngs)
+        output = run.apply(variables, images, train=True, coarse=coarse, rngs=rngs)
+        each = losses(output.logits, labels)
         return (
-            jnp.where(output.within_capacity, losses(output.logits), 0).sum()
-            if output.within_capacity is not None
-            else losses(output.logits).sum()
+            each.sum()
+            if output.within_capacity is None
+            else jnp.where(output.within_capacity, each, 0).sum()
         )
 
-    return np.asarray(jax.jit(jax.grad(loss))(coarse))
+    return jax.jit(jax.grad(loss))
 
 
 def derivative(ratio, active):
@@ -125,11 +136,17 @@ def literal(weights, kind, share_of=bounded):
     Written out apart from the library: hard masked attention, to which every key adds a term of
     value 0 whose gradient to the key's weight is its share times (v - out).
     """
-    params, vit = variables(weights)["params"]["backbone"], model().backbone
     fine, region = jitted.apply(model(), variables(weights), examples()[0], method="embed_scales")
+    params, vit = variables(weights)["params"]["backbone"], model().backbone
     tokens = jnp.concatenate([region, fine.reshape(IMAGES, -1, vit.width)], axis=1)
     first = params["cls_token"] + params["pos_embed"][:1]
     start = jnp.concatenate([jnp.broadcast_to(first[None], (IMAGES, 1, vit.width)), tokens], axis=1)
+    return np.asarray(_literal(share_of)(decisions(weights, kind), params, start, examples()[1]))
+
+
+@functools.cache
+def _literal(share_of):
+    vit = model().backbone
 
     def attend(x, weight, p):
         qkv = x @ p["qkv"]["kernel"] + p["qkv"]["bias"][None, None]
@@ -159,7 +176,7 @@ def literal(weights, kind, share_of=bounded):
             + p["fc2"]["bias"][None, None]
         )
 
-    def loss(coarse):
+    def loss(coarse, params, start, labels):
         parts = [jnp.ones((IMAGES, 1)), coarse, jnp.repeat(1 - coarse, FINE, axis=1)]
         weight, x = jnp.concatenate(parts, axis=1), start
         for layer in range(vit.depth):
@@ -167,9 +184,9 @@ def literal(weights, kind, share_of=bounded):
             x = x + attend(norm(x, p["norm1"]), weight, p["attn"])
             x = x + mlp(norm(x, p["norm2"]), p["mlp"])
         x = norm(x, params["norm"])[:, 0]
-        return losses(x @ params["head"]["kernel"] + params["head"]["bias"][None]).sum()
+        return losses(x @ params["head"]["kernel"] + params["head"]["bias"][None], labels).sum()
 
-    return np.asarray(jax.jit(jax.grad(loss))(decisions(weights, kind)))
+    return jax.jit(jax.grad(loss))
 
 
 def quality(found, true):

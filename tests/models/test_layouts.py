@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import msvit_jax
 from msvit_jax.models.msvit import MSViT
-from msvit_jax.tokens import packing
 from tests.jitted import apply
+from tests.models.poison import poisonable
 from tests.models.test_vit import TINY, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
@@ -46,7 +46,10 @@ def decisions(seed, share):
 
 LAYOUTS = [
     {"layout": "budget", "token_capacity": 24},
-    {"layout": "budget", "token_capacity": (15, 18, 24, 36)},
+    {
+        "layout": "budget",
+        "token_capacity": (18, 36),
+    },  # each further part compiles every layer again
     {"layout": "budget", "token_capacity": (18, 24), "row_groups": 2},
     {"layout": "rows", "rows": 4, "row_width": 64},
     {"layout": "rows", "rows": 4, "row_width": 64, "row_groups": 2},
@@ -56,7 +59,7 @@ LAYOUTS = [
 ]
 PREFIXES = [{"distilled": True, "register_tokens": 2}, {"pool": "mean", "class_token": False}]
 CASES = [({}, layout) for layout in LAYOUTS] + [
-    (prefix, LAYOUTS[i]) for prefix in PREFIXES for i in (1, 4, 7)
+    (prefix, LAYOUTS[i]) for prefix in PREFIXES for i in (1, 4, 6)
 ]
 
 
@@ -101,18 +104,22 @@ def test_poison_in_unused_places_reaches_no_result(layout, pool, monkeypatch):
     model, variables, images = slots(pool=pool)
     model = model.clone(**layout)
     coarse = decisions(2, 0.7)
-    clean = apply(model, variables, images, coarse=coarse)
-    gather = packing.Packing.gather
-    poisoned_gather = lambda self, tokens, fill=0.0: gather(self, tokens, fill=jnp.nan)  # noqa: E731
-    monkeypatch.setattr(packing.Packing, "gather", poisoned_gather)
-    tokens_of = MSViT._tokens
+    tokens_of, masked = MSViT._tokens, poisonable(model, monkeypatch)
 
-    def poisoned_tokens(self, images, coarse, both):
-        tokens, weights, areas = tokens_of(self, images, coarse, both)
-        return jnp.where(weights[:, :, None] > 0.5, tokens, jnp.nan), weights, areas
+    @jax.jit
+    def run(variables, images, coarse, poison):
+        def poisoned_tokens(*args):
+            tokens, weights, areas = tokens_of(*args)
+            hidden = weights[:, :, None] <= 0.5
+            return jnp.where(poison & hidden, jnp.nan, tokens), weights, areas
 
-    monkeypatch.setattr(MSViT, "_tokens", poisoned_tokens)
-    poisoned = jax.jit(lambda v, x, c: model.apply(v, x, coarse=c))(variables, images, coarse)
+        with monkeypatch.context() as patched:
+            patched.setattr(MSViT, "_tokens", poisoned_tokens)
+            return masked(variables, images, coarse, poison)
+
+    clean, poisoned = (
+        run(variables, images, coarse, jnp.asarray(poison)) for poison in (False, True)
+    )
     np.testing.assert_array_equal(poisoned.within_capacity, clean.within_capacity)
     np.testing.assert_array_equal(poisoned.logits, clean.logits)
     assert np.asarray(clean.within_capacity).sum() >= 4
@@ -156,13 +163,13 @@ def test_trimmed_gradients_equal_those_of_slots_when_nothing_is_cut(options):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("capacity", [24, (18, 21, 27, 45)], ids=str)
+@pytest.mark.parametrize("capacity", [24, (18, 45)], ids=str)
 def test_trimmed_training_answers_as_slots_do(capacity):
     model, variables, images = slots()
     coarse = decisions(3, 0.7)
     rngs = {"gate": jax.random.key(1)}
     ours, theirs = (
-        jax.jit(lambda m=m: m.apply(variables, images, train=True, coarse=coarse, rngs=rngs))()
+        apply(m, variables, images, train=True, coarse=coarse, rngs=rngs)
         for m in (model.clone(layout="trimmed", token_capacity=capacity), model)
     )
     fits = np.asarray(ours.within_capacity)
@@ -181,16 +188,15 @@ def test_stochastic_depth_drops_the_same_images_in_every_layout(options):
     coarse = decisions(4, 0.6)
     rngs = {"gate": jax.random.key(1), "dropout": jax.random.key(2)}
 
-    def apply(model):
-        call = lambda v, x: model.apply(v, x, train=True, coarse=coarse, rngs=rngs)  # noqa: E731
-        return jax.jit(call)(variables, images)
+    def train(model):
+        return apply(model, variables, images, train=True, coarse=coarse, rngs=rngs)
 
-    expected = apply(model).logits
+    expected = train(model).logits
     for layout in (
         {"layout": "budget", "token_capacity": 36, "row_groups": 2},
         {"layout": "rows", "rows": 8, "row_width": 40},
     ):
-        output = apply(model.clone(**layout))
+        output = train(model.clone(**layout))
         assert output.within_capacity.all()
         np.testing.assert_allclose(output.logits, expected, atol=1e-4)
 
@@ -220,9 +226,11 @@ def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout, options)
         out_shardings=spread,
     )
     program = function.lower(variables, images, coarse).compile()
+    text = program.as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert collective not in program.as_text()
-    found = function(variables, images, coarse)
+        assert collective not in text
+    placed = jax.device_put((variables, images, coarse), (whole, spread, spread))
+    found = program(*placed)
     np.testing.assert_allclose(found, run(model, variables, images, coarse).logits, atol=1e-4)
 
 

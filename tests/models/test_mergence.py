@@ -17,7 +17,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.models import block as blocks
 from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
 from msvit_jax.models.msvit import MSViT
-from msvit_jax.tokens import packing
+from tests.models.poison import poisonable
 from tests.models.test_vit import TINY, reference_forward, rough
 from tests.reducers.test_reducers import loop
 
@@ -75,21 +75,21 @@ def reducing(model):
     "options",
     [
         {"reducer": "mergence"},
-        {"reducer": "mergence", "merge_weights": "size", "keep": (0.9, 0.7, 0.5)},
+        {"reducer": "mergence", "merge_weights": "size", "keep": (0.9, 0.6)},
         {"reducer": "topk", "distilled": True},
         {"reducer": "evit"},
         {"reducer": "tome", "remove": 3, "layer_scale": 0.5},
         {"reducer": "tome", "remove": 3, "distilled": True, "proportional_attention": False},
-        {"reducer": "tome", "remove": (5, 2, 0)},
+        {"reducer": "tome", "remove": (5, 2, 0), "depth": 3},
         {"reducer": "tome", "reduce_layers": (2,), "pool": "mean"},
-        {"reducer": "tome", "reduce_layers": (1, 2, 3), "pool": "mean", "class_token": False},
+        {"reducer": "tome", "reduce_layers": (1, 2), "pool": "mean", "class_token": False},
         {"reducer": "mergence", "pool": "mean", "class_token": False},
         {"reducer": "evit", "distilled": True, "register_tokens": 3},
     ],
     ids=str,
 )
 def test_forward_equals_a_numpy_transformer_that_reduces(options):
-    model, variables, images = make(DENSE, depth=3, **{"keep": 0.6} | options)
+    model, variables, images = make(DENSE, **{"keep": 0.6} | options)
     expected = reference_forward(variables["params"], images, model, reducing(model))
     found = logits(model, variables, images)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
@@ -260,6 +260,8 @@ GROUPS = {"layout": "budget", "token_capacity": (18, 24), "row_groups": 2}
 ROWS = {"layout": "rows", "rows": 4, "row_width": 64}
 TILES = {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2}
 TRIMMED = {"layout": "trimmed", "token_capacity": (18, 36)}
+EVIT = {"reducer": "evit", "distilled": True, "register_tokens": 2}
+TOME = {"reducer": "tome", "remove": 6, "keep": 1.0}
 WITHOUT_CLASS = {"pool": "mean", "class_token": False}
 
 
@@ -269,9 +271,9 @@ WITHOUT_CLASS = {"pool": "mean", "class_token": False}
         ({"reducer": "mergence"}, (BUCKETS, ROWS, TILES, TRIMMED)),
         ({"reducer": "mergence", **WITHOUT_CLASS}, (BUCKETS, ROWS)),
         ({"reducer": "topk", "pool": "mean"}, (TRIMMED,)),
-        ({"reducer": "evit", "distilled": True, "register_tokens": 2}, (GROUPS, ROWS)),
-        ({"reducer": "tome", "remove": 6, "keep": 1.0}, (BUCKETS, ROWS, TRIMMED)),
-        ({"reducer": "random"}, (ROWS,)),
+        (EVIT, (GROUPS, ROWS)),
+        (TOME, (BUCKETS, ROWS, TILES, TRIMMED)),
+        ({"reducer": "random"}, (BUCKETS, ROWS)),
     ],
     ids=str,
 )
@@ -290,21 +292,28 @@ def test_a_reduced_image_is_the_same_in_every_layout(options, layouts, seed):
         np.testing.assert_allclose(
             output.logits[fits] / scale, expected.logits[fits] / scale, atol=1e-4
         )
+        for ours, hosts in zip(expected.merge_targets, output.merge_targets, strict=True):
+            np.testing.assert_array_equal(hosts[fits], ours[fits])
+            assert (np.asarray(hosts)[~fits] == -1).all()
 
 
 @pytest.mark.parametrize("reducer", ["mergence", "evit", "tome"])
 def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
     model, variables, images = mixed(reducer=reducer)
     coarse = decisions(1)
-    clean = forced(model)(variables, images, coarse)
     tokens_of = MSViT._tokens
 
-    def tempting(self, images, coarse, both):
-        tokens, weights, areas = tokens_of(self, images, coarse, both)
-        return jnp.where(weights[:, :, None] > 0.5, tokens, 7 - 3 * tokens), weights, areas
+    @jax.jit
+    def run(variables, images, coarse, tempt):
+        def tempting(*args):
+            tokens, weights, areas = tokens_of(*args)
+            hidden = weights[:, :, None] <= 0.5
+            return jnp.where(tempt & hidden, 7 - 3 * tokens, tokens), weights, areas
 
-    monkeypatch.setattr(MSViT, "_tokens", tempting)
-    changed = jax.jit(lambda v, x: model.apply(v, x, coarse=coarse))(variables, images)
+        monkeypatch.setattr(MSViT, "_tokens", tempting)
+        return model.apply(variables, images, coarse=coarse)
+
+    clean, changed = (run(variables, images, coarse, jnp.asarray(tempt)) for tempt in (False, True))
     np.testing.assert_allclose(changed.logits, clean.logits, rtol=1e-4, atol=1e-4)
     active = np.repeat(np.asarray(coarse) < 0.5, 4, axis=1)
     active[:, ::4] = True
@@ -321,12 +330,10 @@ def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
 def test_poison_in_unused_places_reaches_no_result(reducer, layout, monkeypatch):
     model, variables, images = mixed(reducer=reducer)
     model = model.clone(**layout)
-    clean = forced(model)(variables, images, decisions(2))
-    gather = packing.Packing.gather
-    poison = lambda self, tokens, fill=0.0: gather(self, tokens, fill=jnp.nan)  # noqa: E731
-    monkeypatch.setattr(packing.Packing, "gather", poison)
-    poisoned = jax.jit(lambda *a: model.apply(*a[:2], coarse=a[2]))
-    poisoned = poisoned(variables, images, decisions(2))
+    run = poisonable(model, monkeypatch)
+    clean, poisoned = (
+        run(variables, images, decisions(2), jnp.asarray(poison)) for poison in (False, True)
+    )
     np.testing.assert_array_equal(poisoned.logits, clean.logits)
     assert np.asarray(clean.within_capacity).sum() >= 4
 

@@ -1,4 +1,5 @@
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.step import Teacher
+from msvit_jax.train_state import TrainState, traced_init
 from tests import jitted, tiny_run
 
 BATCH = 16
@@ -51,8 +53,11 @@ class Setup:
         )
         self.program = program = TrainProgram.from_config(config, self.mesh, lambda step: 1e-3)
         self.model = program.model
+        # Compiled once for a model; `test_same_start_on_every_mesh` is about the others.
+        dense, key = program.model.with_dense_layout(), jax.random.key(config.seed)
+        start = jax.device_get(traced_init(dense, program.gate_loss, key))
         with jax.set_mesh(self.mesh):
-            self.state = program.fresh_state({})
+            self.state = program.fresh_state(optimizer.flat_names(start))
         self.step = program.jit_step()
 
     def run(self, steps=2, teacher=None):
@@ -69,15 +74,34 @@ def _assert_close(ours, theirs, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
 
 
+class Outcome(NamedTuple):
+    """Reports of three steps, and the states before them, after the first and after the last."""
+
+    start: TrainState
+    first: TrainState
+    last: TrainState
+    reports: list
+
+
 @functools.cache
 def _outcome(case, devices, fsdp):
-    """Reports of three steps with every random part on, and the state after the first."""
-    mixing = {"model__drop_path": 0.2, "data__mixup": 0.8, "data__cutmix": 1.0}
-    setup = Setup(CASES[case](**mixing), devices, fsdp)
-    state, reports = setup.run(1)
+    """Three steps with every random part on."""
+    random = {"model__drop_path": 0.2}
+    if case == "vit":  # images and labels are mixed, and parameters averaged, for any model alike
+        random |= {"data__mixup": 0.8, "data__cutmix": 1.0, "ema_decay": 0.5}
+    setup = Setup(CASES[case](**random), devices, fsdp)
+    start = jax.device_get(setup.state)
+    first, reports = setup.run(1)
     _, later = setup.run(2)
     assert setup.step._cache_size() == 1, "compiled more than once"
-    return state, reports + later, setup.state
+    return Outcome(start, first, setup.state, reports + later)
+
+
+@functools.cache
+def _plain():
+    """One step without random parts: the setup, its parameters before, its state after, reports."""
+    setup = Setup(CASES["vit"](loss__label_smoothing=0.1))
+    return setup, jax.device_get(setup.state.params["model"]), *setup.run(1)
 
 
 def _gradients(state):
@@ -87,39 +111,46 @@ def _gradients(state):
     return moments
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 4)])
+# On eight devices the batch is cut into eight, and the parameters into four.
+@pytest.mark.parametrize(("case", "devices", "fsdp"), [("vit", 2, 1), *((c, 8, 4) for c in CASES)])
 def test_same_steps_on_any_number_of_devices(case, devices, fsdp):
-    alone, reports, last = _outcome(case, 1, 1)
-    many, more_reports, more_last = _outcome(case, devices, fsdp)
-    _assert_close(reports[0], more_reports[0], rtol=1e-5, atol=1e-6)
+    alone, many = _outcome(case, 1, 1), _outcome(case, devices, fsdp)
+    _assert_close(alone.reports[0], many.reports[0], rtol=1e-5, atol=1e-6)
     # Adam's first step turns rounding of tiny gradients into signs: compare gradients first.
-    _assert_close(_gradients(alone), _gradients(many), rtol=1e-4, atol=1e-7)
-    _assert_close(reports, more_reports, rtol=1e-3, atol=1e-4)
-    _assert_close(jax.device_get(last.params), jax.device_get(more_last.params), atol=2e-3)
+    _assert_close(_gradients(alone.first), _gradients(many.first), rtol=1e-4, atol=1e-7)
+    _assert_close(alone.reports, many.reports, rtol=1e-3, atol=1e-4)
+    ours, theirs = (jax.device_get(outcome.last.params) for outcome in (alone, many))
+    _assert_close(ours, theirs, atol=2e-3)
+
+
+def test_same_start_on_every_mesh():
+    setup = Setup(CASES["msvit"](), 8, 4)
+    with jax.set_mesh(setup.mesh):
+        fresh = setup.program.fresh_state({})
+    _assert_close(fresh, setup.state, rtol=1e-6)
 
 
 def test_parameters_are_cut_along_fsdp():
-    kernel = _outcome("vit", 8, 4)[2].params["model"]["blocks_0"]["attn"]["qkv"]["kernel"]
+    kernel = _outcome("vit", 8, 4).last.params["model"]["blocks_0"]["attn"]["qkv"]["kernel"]
     assert kernel.shape == (16, 48)
     assert {s.data.shape for s in kernel.addressable_shards} == {(16, 12)}
 
 
 def test_accumulated_gradient_is_that_of_the_whole_batch():
-    whole, reports = Setup(CASES["vit"]()).run(1)
-    microbatches, more_reports = Setup(CASES["vit"](optimizer__accum_steps=4), 4).run(1)
+    *_, whole, reports = _plain()
+    config = CASES["vit"](optimizer__accum_steps=4, loss__label_smoothing=0.1)
+    microbatches, more_reports = Setup(config, 4).run(1)
     # Without random parts and with equal microbatches the mean of means is the mean.
     _assert_close(reports, more_reports, rtol=1e-5, atol=1e-6)
     _assert_close(_gradients(whole), _gradients(microbatches), rtol=1e-4, atol=1e-7)
 
 
 def test_every_parameter_of_a_gate_and_its_priors_moves():
-    setup = Setup(CASES["msvit"]())
-    before = jax.device_get(setup.state.params)
-    after = setup.run(2)[0].params
-    for name, value in optimizer.flat_names(after).items():
+    outcome = _outcome("msvit", 1, 1)
+    before, after = (optimizer.flat_names(s.params) for s in (outcome.start, outcome.last))
+    for name, value in after.items():
         if "gate" in name:
-            assert np.any(value != optimizer.flat_names(before)[name]), name
+            assert np.any(value != before[name]), name
 
 
 def test_steps_without_alternatives_leave_the_gate_to_its_loss_and_the_others_make_up_for_it():
@@ -152,31 +183,27 @@ def test_frozen_backbone_stays_bit_for_bit():
 
 
 def test_ema_follows_the_parameters():
-    setup = Setup(CASES["vit"](ema_decay=0.5))
-    start = jax.device_get(setup.state.params["model"])
-    state, _ = setup.run(1)
-    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, start, state.params["model"])
+    start, state, *_ = _outcome("vit", 8, 4)
+    models = start.params["model"], state.params["model"]
+    expected = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, *models)
     _assert_close(state.ema, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_step_loss_by_hand():
-    setup = Setup(CASES["vit"](loss__label_smoothing=0.1))
-    params = jax.device_get(setup.state.params["model"])
+    setup, params, _, reports = _plain()
     images = normalize(jnp.asarray(_batch()["image"]), setup.model.mean, setup.model.std)
     output = jitted.apply(setup.model, {"params": params}, images, train=False)
     logits = np.asarray(output.logits)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     targets = np.full((BATCH, 3), 0.1 / 3)
     targets[np.arange(BATCH), _batch()["label"]] += 0.9
-    _, reports = setup.run(1)
     expected = -(targets * log_p).sum(1)
     assert reports[0].scalars["total_loss"] == pytest.approx(expected.mean(), rel=1e-5)
     assert reports[0].sums.loss == pytest.approx(expected.sum(), rel=1e-5)
 
 
 def test_gate_loss_is_weighed_in():
-    _, reports, _ = _outcome("msvit", 1, 1)
-    for reported in reports:
+    for reported in _outcome("msvit", 1, 1).reports:
         scalars, sums = reported.scalars, reported.sums
         expected = sums.loss / sums.count + 4.0 * scalars["gate_loss"]
         assert scalars["total_loss"] == pytest.approx(expected, rel=1e-5)
