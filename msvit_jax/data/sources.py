@@ -75,9 +75,13 @@ class Examples:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def _needed(self) -> tuple[str, str]:
+        return "image", (LABEL if self.num_classes is not None else self.mask)
+
     def __getitem__(self, index: Any) -> dict[str, Any]:
         with _reading(f"{self.name}, example {index}"):
-            (record,) = _complete([self.source[int(index)]])
+            (record,) = _complete([self.source[int(index)]], self._needed)
         return self._example(index, record)
 
     def in_order(self, chunk: int = 512) -> Iterator[dict[str, Any]]:
@@ -85,7 +89,7 @@ class Examples:
         for start in range(0, len(self), chunk):
             indices = range(start, min(start + chunk, len(self)))
             with _reading(f"{self.name}, examples {start} to {indices[-1]}"):
-                records = _complete(self.source.__getitems__(indices))
+                records = _complete(self.source.__getitems__(indices), self._needed)
             for index, record in zip(indices, records, strict=True):
                 yield self._example(index, record)
 
@@ -118,10 +122,10 @@ def _reading(what: str) -> Iterator[None]:
         ) from error
 
 
-def _complete(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+def _complete(records: Sequence[dict[str, Any]], needed: Sequence[str]) -> Sequence[dict[str, Any]]:
     """Returns records; a file that was cut off gives some without values."""
     for record in records:
-        if record["image"] is None or record["label"] is None:
+        if any(record[key] is None for key in needed):
             raise ValueError("it lacks values")
     return records
 
