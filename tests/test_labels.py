@@ -85,3 +85,21 @@ def test_a_label_that_is_no_class_makes_no_loss_of_zero():
     targets = np.asarray(smooth(np.asarray([0, 2, 3, -1]), 3, 0.1))
     np.testing.assert_allclose(targets[:2].sum(axis=1), 1, rtol=1e-6)
     assert np.isnan(targets[2:]).all()
+
+
+def test_classes_of_a_mask_transformer_are_reordered_in_all_its_parameters():
+    rng = np.random.default_rng(0)
+    flat = {
+        "decoder/class_embed": rng.normal(size=(3, 4)),
+        "decoder/mask_norm/scale": rng.normal(size=3),
+        "decoder/norm/scale": rng.normal(size=4),
+        "decoder/head/kernel": rng.normal(size=(4, 3)),
+    }
+    found = labels.in_order(flat, np.asarray([2, 0, 1]))
+    np.testing.assert_array_equal(
+        found["decoder/class_embed"], flat["decoder/class_embed"][[2, 0, 1]]
+    )
+    for name in ("decoder/mask_norm/scale", "decoder/head/kernel"):
+        np.testing.assert_array_equal(found[name], flat[name][..., [2, 0, 1]])
+    np.testing.assert_array_equal(found["decoder/norm/scale"], flat["decoder/norm/scale"])
+    assert set(labels.without_heads(flat)) == {"decoder/norm/scale"}

@@ -98,7 +98,8 @@ def adapt_weights(
             report.widened.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             taken[name] = _widen(name, np.asarray(value, leaf.dtype), tuple(leaf.shape))
         elif short.startswith(HEADS) and value is not None:
-            classes = f"{value.shape[-1]} classes in the source, {leaf.shape[-1]} here"
+            axis = 0 if short.endswith("class_embed") else -1
+            classes = f"{value.shape[axis]} classes in the source, {leaf.shape[axis]} here"
             report.fresh.append(f"{name} ({classes})")
         elif value is not None:
             misfits.append(f"{name}: {tuple(value.shape)} in the source, {tuple(leaf.shape)} here")

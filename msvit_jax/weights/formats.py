@@ -321,7 +321,9 @@ def _described(opened: _Opened) -> Any:
 
 
 def _classes(flat: Mapping[str, np.ndarray]) -> int:
-    """Number of classes of a head; 0 if there is none."""
+    """Number of classes of a head or decoder; 0 if there is none."""
+    if "decoder/class_embed" in flat:
+        return flat["decoder/class_embed"].shape[0]
     return next((x.shape[-1] for name, x in flat.items() if _HEAD_KERNEL.search(name)), 0)
 
 
