@@ -46,11 +46,13 @@ SMALL_TARGET = 0.25  # share of fine regions; smaller digits lie in fewer of the
 ARMS = ("dense", "MSViT")
 SMALL_ARMS = ("dense", "dense, longer", "lower resolution", "random gate", "center gate", "MSViT")
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where the runs go.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Of TFDS.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-_JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Runs at a time, each on a core of its own.")
-_OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "results"), "Where the table goes.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the runs.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the runs.")
+_JOBS = flags.DEFINE_integer(
+    "jobs", os.cpu_count(), "Number of runs at a time, each on its own core."
+)
+_OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "results"), "Folder for the table.")
 
 Figures = dict[str, Any]
 

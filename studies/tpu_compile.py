@@ -39,7 +39,7 @@ SYSTEMS: dict[str, list[str]] = {
         "--config.model.keep=(0.645,0.7,0.7)",
     ],
 }
-_ONLY = flags.DEFINE_list("only", list(RUNS), "Which of the runs.")
+_ONLY = flags.DEFINE_list("only", list(RUNS), "Names of the runs to compile.")
 HEAD = f"""# Compiled for TPUs
 
 What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_small_patch16_224`

@@ -79,11 +79,11 @@ class Options:
         for layout in self.layouts:
             if layout not in known:
                 raise UserError(
-                    f"Unknown layout {layout!r} of {self.what}; there are {', '.join(known)}."
+                    f"Unknown layout {layout!r} of {self.what}; choose one of {', '.join(known)}."
                     f"{nearest(layout, known)}"
                 )
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}.")
+            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}.")
         if not self.batches or min(self.batches) < 1 or self.rounds < 1:
             raise UserError("batch and rounds must be 1 or more.")
 

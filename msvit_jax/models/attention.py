@@ -91,10 +91,10 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"attention_impl={implementation!r} is none of {names}.")
+        raise ValueError(f"attention_impl={implementation!r} is not one of {names}.")
     mask = mask or Mask()
     if mask.length_buckets and mask.bias is not None:
-        raise ValueError("A bias of attention has no meaning for rows that are laid end to end.")
+        raise ValueError("An attention bias cannot be combined with length buckets.")
     if not mask.length_buckets:
         return _attend(query, key, value, mask, implementation)
     parts = [

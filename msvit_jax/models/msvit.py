@@ -20,8 +20,10 @@ from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.embedding import PatchEmbed
+from msvit_jax.models.encoded import patch_positions, patch_targets
 from msvit_jax.models.output import Features, GateOutput, Output, also_empty
-from msvit_jax.models.vit import ViT, check_images, patch_positions, patch_targets
+from msvit_jax.models.vit import ViT
+from msvit_jax.models.vit_checks import check_images
 from msvit_jax.tokens import alternatives, grid, packing
 
 COARSE_EMBEDDINGS = ("shared", "mean", "separate")
@@ -115,10 +117,10 @@ class MSViT(BackboneMixin, nn.Module):
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
         if self.gate not in gates.GATES:
-            raise ValueError(f"gate={self.gate!r} is none of {', '.join(gates.GATES)}.")
+            raise ValueError(f"gate={self.gate!r} is not one of {', '.join(gates.GATES)}.")
         if self.coarse_embedding not in COARSE_EMBEDDINGS:
             raise ValueError(
-                f"coarse_embedding={self.coarse_embedding!r} is none of "
+                f"coarse_embedding={self.coarse_embedding!r} is not one of "
                 f"{', '.join(COARSE_EMBEDDINGS)}."
             )
         if self.fine_share is not None and not 0 <= self.fine_share <= 1:

@@ -100,7 +100,7 @@ def reduction_specs(
       ValueError: The values are not possible.
     """
     if reducer not in reducers.NAMES:
-        raise ValueError(f"reducer={reducer!r} is none of {', '.join(reducers.NAMES)}.")
+        raise ValueError(f"reducer={reducer!r} is not one of {', '.join(reducers.NAMES)}.")
     if reducer == "none":
         return {}
     kind = reducers.REDUCERS[reducer]

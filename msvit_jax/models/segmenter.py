@@ -169,7 +169,7 @@ class Segmenter(BackboneMixin, nn.Module):
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
         if self.decoder not in DECODERS:
-            raise ValueError(f"decoder={self.decoder!r} is none of {', '.join(DECODERS)}.")
+            raise ValueError(f"decoder={self.decoder!r} is not one of {', '.join(DECODERS)}.")
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes}; segmentation needs a class.")
         if self.encoder.num_classes:

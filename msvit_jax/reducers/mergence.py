@@ -32,7 +32,7 @@ class Mergence(base.Reducer):
         """Raises ValueError for unknown merge weights."""
         if self.merge_weights not in WEIGHTS:
             raise ValueError(
-                f"merge_weights={self.merge_weights!r} is none of {', '.join(WEIGHTS)}."
+                f"merge_weights={self.merge_weights!r} is not one of {', '.join(WEIGHTS)}."
             )
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a GPU gives in a few minutes: right before fast, dense beside timm, dynamic, training.
 
-    python benchmarks/gpu.py --out=gpu.json [--minutes=6] [--small]
+    python studies/gpu.py --out=gpu.json [--minutes=6] [--small]
 
 In this order, as far as the minutes go; the file is written after every step, and what was left
 out or failed is named in it:
@@ -39,10 +39,12 @@ from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
 from msvit_jax.models import attention, registry
 from msvit_jax.tokens.packing import NOBODY
 
-_OUT = flags.DEFINE_string("out", "gpu.json", "Where the figures go.")
-_MINUTES = flags.DEFINE_float("minutes", 6, "After which nothing more is begun.")
-_SMALL = flags.DEFINE_bool("small", False, "A model of two layers and few images.")
-_STEPS = flags.DEFINE_list("steps", ["attention", "layouts", "forward", "exits", "train"], "Which.")
+_OUT = flags.DEFINE_string("out", "gpu.json", "JSON file for the figures.")
+_MINUTES = flags.DEFINE_float("minutes", 6, "Minutes after which no further step is begun.")
+_SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers and few images.")
+_STEPS = flags.DEFINE_list(
+    "steps", ["attention", "layouts", "forward", "exits", "train"], "Steps to run."
+)
 
 TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
 HEADS, CHANNELS = 6, 64
