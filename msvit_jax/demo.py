@@ -174,6 +174,6 @@ def verdict(dense: dict[str, Any], msvit: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     # Here, because flags are global and other commands have some of these names too.
-    flags.DEFINE_string("workdir", "runs/demo", "Where both runs and the pictures go.")
-    flags.DEFINE_string("data_dir", "", "Where data sets are; empty: TFDS's default.")
+    flags.DEFINE_string("workdir", "runs/demo", "Folder for both runs and the pictures.")
+    flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
     errors.run(main)

@@ -10,15 +10,17 @@ from msvit_jax import peers
 from msvit_jax.errors import UserError
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, to run on several hosts that are no TPU pod."
+    "coordinator", None, "Address host:port of process 0, for several hosts that are not a TPU pod."
 )
-_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes, with --coordinator.")
-_INDEX = flags.DEFINE_integer("process_index", None, "This process, with --coordinator.")
+_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes; needs --coordinator.")
+_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Index of this process, from 0; needs --coordinator."
+)
 _TIMEOUT = flags.DEFINE_integer(
     "peer_timeout",
     45,
-    "Seconds to wait for other processes at the start, and without a sign of life of one of them "
-    "until it counts as gone.",
+    "Seconds to wait for the other processes at the start, and to go without a sign of life from "
+    "one of them before it counts as gone.",
     lower_bound=5,
 )
 # Set on machines of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.

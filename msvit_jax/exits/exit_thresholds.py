@@ -61,7 +61,7 @@ def certainty(exit_logits: np.ndarray, criterion: str = "confidence", seed: int 
       UserError: The criterion is unknown.
     """
     if criterion not in CRITERIA:
-        raise UserError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")
+        raise UserError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}.")
     if criterion == "random":
         return np.random.default_rng(seed).random(exit_logits.shape[:-1])
     shares = softmax(np.asarray(exit_logits, np.float64), axis=-1)
@@ -89,7 +89,7 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
     try:
         given = tuple(float(t) for t in thresholds)
     except (TypeError, ValueError) as error:
-        raise UserError(f"thresholds={thresholds!r} are no sequence of numbers.") from error
+        raise UserError(f"thresholds={thresholds!r} are not a sequence of numbers.") from error
     if len(given) == stages - 1:
         given = (*given, ALWAYS)
     if len(given) != stages:
@@ -98,11 +98,11 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
             "to the last but one."
         )
     if not np.isfinite(given).all() or min(given) < 0:
-        raise UserError(f"thresholds={given}: each is a number from 0 up.")
+        raise UserError(f"thresholds={given}: each must be a number of at least 0.")
     if given[-1] != ALWAYS:
         raise UserError(
-            f"thresholds={given} go from the first exit to the last, which answers all that are "
-            f"left: the last threshold is {ALWAYS:g}, or is left out."
+            f"thresholds={given}: the last exit answers every image that is left, so its threshold "
+            f"must be {ALWAYS:g} or be left out."
         )
     return given
 

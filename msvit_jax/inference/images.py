@@ -109,7 +109,7 @@ def open_images(images: Images, how: Reading) -> ImageSource:
     if all(isinstance(image, File) for image in images):
         return _from_files([pathlib.Path(str(path)) for path in images], how)
     if any(isinstance(image, File) for image in images):
-        raise UserError("The list holds both paths and arrays; give either the one or the other.")
+        raise UserError("The list holds both paths and arrays; give one or the other.")
     return _from_list([_as_array(image) for image in images], how)
 
 
@@ -117,7 +117,7 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, Mapping):
         raise UserError(
             f"Images are arrays, or paths of image files, not a {type(images).__name__} with "
-            f"{', '.join(map(repr, images))}; of a data set's batch give batch['image']."
+            f"{', '.join(map(repr, images))}; give the images of a batch, batch['image']."
         )
     try:
         return list(images)
@@ -248,7 +248,7 @@ def _check_values(images: np.ndarray | Sequence[np.ndarray], how: Reading) -> No
     remedy = "give uint8 pixels of 0 to 255, or (pixels / 255 - model.mean) / model.std."
     if max(-least, greatest) > _NORMALIZED_MOST * possible:
         raise UserError(
-            f"Float images must be normalized: of this model's they lie within {possible:.3g}, and "
+            f"Float images must be normalized: this model's lie within {possible:.3g}, and "
             f"these have values of {least:.4g} to {greatest:.4g}; {remedy}"
         )
     if 0 <= least < greatest <= 1 and mean.min() > 0:
@@ -268,7 +268,7 @@ def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
     if bad:
         named = ", ".join(map(str, bad[:_NAMED])) + (", ..." if len(bad) > _NAMED else "")
         which = f"image {named} has" if len(bad) == 1 else f"{len(bad)} images ({named}) have"
-        raise UserError(f"NaN or infinite pixels: {which} them. Mend or leave out these images.")
+        raise UserError(f"NaN or infinite pixels: {which} them. Repair or leave out these images.")
 
 
 def _local(pattern: str) -> str:

@@ -74,7 +74,7 @@ def open_any(images: Any, how: Reading) -> Iterator[np.ndarray | ImageError]:
         raise UserError("There are no images to segment: the list is empty.")
     files = [isinstance(image, str | pathlib.Path) for image in listed]
     if any(files) and not all(files):
-        raise UserError("The list holds both paths and arrays; give either the one or the other.")
+        raise UserError("The list holds both paths and arrays; give one or the other.")
     if not all(files):
         listed = [_checked(image) for image in listed]
     return (_read(image, how) for image in listed)

@@ -41,7 +41,7 @@ def make_policy(
       UserError: Options do not fit the model or each other.
     """
     if layout not in LAYOUTS:
-        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
+        raise UserError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.")
     if not model.has_gate or layout == "slots":
         kind, whole = ("slots" if model.has_gate else "dense"), model.max_tokens
         return Buckets([Shape(kind, batch, whole, batch * float(model.macs(whole)))])
