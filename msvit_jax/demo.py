@@ -45,8 +45,7 @@ MSVIT = {**BOTH, "epochs": 1.4, "optimizer.warmup_epochs": 0.2}
 
 def main(argv: Sequence[str]) -> None:
     """Runs the demo."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
+    errors.refuse_arguments(argv)
     process_tuning.keep_freed_memory()
     process_tuning.make_devices_of_cores()
     run(paths.parse(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})

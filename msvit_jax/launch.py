@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from msvit_jax import peers
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, refuse_arguments
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Address host:port of process 0, for several hosts that are not a TPU pod."
@@ -34,10 +34,7 @@ def started(argv: Sequence[str]) -> Iterator[None]:
     Raises:
       UserError: There are arguments that are not flags, or only some flags for several processes.
     """
-    if len(argv) > 1:
-        raise UserError(
-            f"Unexpected argument {argv[1]!r}; config keys are written --config.key=value."
-        )
+    refuse_arguments(argv, "config keys are written --config.key=value")
     given = (_COORDINATOR.value, _COUNT.value, _INDEX.value)
     if all(value is not None for value in given):
         peers.join(*given, timeout=_TIMEOUT.value)

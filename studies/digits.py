@@ -123,9 +123,9 @@ class Study:
         """Evaluates an arm's last step, unless that is done; returns its figures.
 
         Args:
-          name: of a trained arm.
-          as_model: a name for the model around the same parameters, if it is another.
-          **overrides: keys of the config that make it another.
+          name: Name of a trained arm.
+          as_model: Name for the model around the same parameters, if it is another.
+          **overrides: Config keys to change.
         """
         workdir = pathlib.Path(self.workdir(name))
         result = workdir / f"{as_model or 'result'}.json"
@@ -240,9 +240,9 @@ def run_seeds(
     """Runs a study's arms with every seed; writes <name>.md and <name>.json.
 
     Args:
-      name: of the study.
-      arms: trains and evaluates one seed's.
-      report: makes the tables of the figures by seed and arm.
+      name: Name of the study.
+      arms: Function that trains and evaluates the arms of one seed.
+      report: Function that makes the tables from the figures by seed and arm.
 
     Returns:
       The figures by seed and arm.

@@ -1,4 +1,4 @@
-"""What a GPU gives in a few minutes: right before fast, dense beside timm, dynamic, training.
+"""Measures a GPU in a few minutes: right before fast, dense beside timm, dynamic, training.
 
     python studies/gpu.py --out=gpu.json [--minutes=6] [--small]
 
@@ -54,16 +54,16 @@ Records = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """Amount of measuring.
 
     Attributes:
-      batches: of forward passes.
-      train: batch size of training steps.
-      rounds: of each comparison.
-      overrides: of all models.
-      dtype: of the computation.
-      tome: overrides that make the dense model one with ToMe.
-      images: that go through the cascades.
+      batches: Batch sizes of forward passes.
+      train: Batch size of training steps.
+      rounds: Number of rounds of each comparison.
+      overrides: Attributes of all models, as key=value.
+      dtype: Number type of the computation.
+      tome: Overrides that make the dense model one with ToMe.
+      images: Number of images that go through the cascades.
     """
 
     batches: tuple[int, ...] = (32, 256, 1)
@@ -157,7 +157,7 @@ def check_attention() -> Iterator[dict[str, Any]]:
 def judged(
     mask: attention.Mask, attend: Callable[..., jax.Array], given: Sequence[jax.Array]
 ) -> dict[str, Any]:
-    """How far attention is from XLA's in float32, forward and backward, or what it says."""
+    """Largest differences of attention from XLA's in float32, or its error."""
     with jax.default_matmul_precision("highest"):
         wanted = jax.device_get(passes(ours("xla"), mask, jnp.float32)(*given))
     try:
@@ -288,7 +288,7 @@ def compare_steps(scale: Scale) -> Records:
 
 
 def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Sequence[Any]]]:
-    """What is done, by name, in order."""
+    """Functions of all steps by name, in order."""
     batches = [b for b in scale.batches if b > 1]
     return {
         "attention": lambda: list(check_attention()),
@@ -320,8 +320,7 @@ def done(step: Callable[[], Sequence[Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared
     begun = time.perf_counter()

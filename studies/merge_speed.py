@@ -29,7 +29,7 @@ Way = Callable[[base.Merge, jax.Array], jax.Array]
 
 
 def _parts(merge: base.Merge, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the positions hold at first, what is added to them, and where."""
+    """Returns what the positions hold at first, what is added, and the targets of that."""
     assert merge.kept_weight is not None
     assert merge.removed_weight is not None
     kept = merge.kept_weight[:, :, None] * base.take(x, merge.kept)

@@ -219,8 +219,8 @@ def start_peer(device: str, dtype: str, python: str) -> Peer | None:
 
     Args:
       device: "cpu" or "cuda".
-      dtype: of the computation.
-      python: an interpreter with torch and timm.
+      dtype: Number type of the computation.
+      python: Interpreter with torch and timm.
     """
     arguments = (f"--threads={machine.cores()}", f"--device={device}", f"--dtype={dtype}")
     peer = Peer([python, str(_WORKER), *arguments])
@@ -233,8 +233,7 @@ def start_peer(device: str, dtype: str, python: str) -> Peer | None:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     process_tuning.keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared

@@ -495,8 +495,7 @@ def run_all() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     if unknown := set(_ARMS.value) - {*ARMS, UNTRAINED}:
         raise errors.UserError(f"--arms={','.join(sorted(unknown))}: there are {', '.join(ARMS)}.")
     if not _DATA_DIR.value or not _WEIGHTS.value:

@@ -1,4 +1,4 @@
-"""What a Predictor computes in vain: MACs of its calls over those of the images' own tokens.
+"""Adds up what a Predictor computes in vain: MACs of its calls over those of the images' tokens.
 
     python studies/schedule.py [--model=msvit_deit_small_patch16_224] [--tokens=128 --spread=30]
 

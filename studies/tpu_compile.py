@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of DeiT-S and MSViT in its layouts: docs/results/tpu_compile.md.
+"""Compiles DeiT-S and MSViT for TPUs in all layouts and writes docs/results/tpu_compile.md.
 
     python studies/tpu_compile.py [--only=predict:v5e:1x1,...]
 

@@ -16,7 +16,6 @@ from msvit_jax import config as configs
 from msvit_jax import errors
 from msvit_jax.aot import compiling, report, topology, variants
 from msvit_jax.data import sources
-from msvit_jax.errors import UserError
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Path of a config file, e.g. configs/digits_msvit.py.", required=True
@@ -47,8 +46,7 @@ CLASSES = 1000  # if neither config nor data set states the number
 
 def main(argv: Sequence[str]) -> None:
     """Compiles all requested variants and prints the results."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; keys are written --config.key=value.")
+    errors.refuse_arguments(argv, "keys are written --config.key=value")
     topology.without_a_tpu()
     chips = topology.find(_TOPOLOGY.value)
     config = _config()

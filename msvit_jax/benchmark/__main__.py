@@ -72,8 +72,7 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     kept = process_tuning.keep_freed_memory()
     usual = ["slots", "trimmed"] if _TRAIN.value else ["slots", "budget", "rows"]

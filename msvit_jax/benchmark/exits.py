@@ -23,7 +23,7 @@ from msvit_jax import config as configs
 from msvit_jax import evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
-from msvit_jax.errors import UserError, run
+from msvit_jax.errors import UserError, refuse_arguments, run
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.inference import Predictor
 from msvit_jax.models import registry
@@ -141,8 +141,7 @@ def _overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}.")
+    refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     kept = process_tuning.keep_freed_memory()
     given = flags.FLAGS

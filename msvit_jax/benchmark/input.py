@@ -147,8 +147,7 @@ _BATCHES = flags.DEFINE_integer(
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     jpegs = photo_jpegs(64)
     print(
         f"{len(jpegs)} JPEGs of {np.mean([len(jpeg) for jpeg in jpegs]) / 1000:.0f} kB on average"

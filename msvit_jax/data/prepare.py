@@ -292,8 +292,7 @@ def _named(names: Sequence[str]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Prepares the data set and prints a summary."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; the source is given as --source=...")
+    errors.refuse_arguments(argv, "the source is given as --source=...")
     given = flags.FLAGS
     options = {"name": given.name, "data_dir": given.data_dir, "on_error": given.on_error}
     from msvit_jax.data import prepare_masks  # which imports this module

@@ -121,7 +121,7 @@ def _reading(what: str) -> Iterator[None]:
 def _complete(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Returns records; a file that was cut off gives some without values."""
     for record in records:
-        if record["image"] is None or record["label"] is None:
+        if any(record[key] is None for key in ("image", LABEL, MASK) if key in record):
             raise ValueError("it lacks values")
     return records
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import optimize
 from scipy.special import softmax, xlogy
 
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 
 CRITERIA = ("confidence", "entropy", "random")
 NEVER = 2.0  # a threshold that no certainty reaches
@@ -60,8 +60,7 @@ def certainty(exit_logits: np.ndarray, criterion: str = "confidence", seed: int 
     Raises:
       UserError: The criterion is unknown.
     """
-    if criterion not in CRITERIA:
-        raise UserError(f"criterion={criterion!r} is not one of {', '.join(CRITERIA)}.")
+    check_choice("criterion", criterion, CRITERIA)
     if criterion == "random":
         return np.random.default_rng(seed).random(exit_logits.shape[:-1])
     shares = softmax(np.asarray(exit_logits, np.float64), axis=-1)

@@ -21,10 +21,7 @@ from msvit_jax.export.writing import check
 
 def main(argv: Sequence[str]) -> None:
     """Loads, writes, and prints one line of JSON."""
-    if len(argv) > 1:
-        raise errors.UserError(
-            f"Unexpected argument {argv[1]!r}; options are written --name=value."
-        )
+    errors.refuse_arguments(argv)
     checkpoint.quiet_orbax()
     given = flags.FLAGS
     options = Options(

@@ -13,7 +13,7 @@ from jax import Array
 from msvit_jax import paths
 from msvit_jax.data import image_files
 from msvit_jax.data.image_files import Found, ImageError, shown
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 
 File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
@@ -96,8 +96,7 @@ def open_images(images: Images, how: Reading) -> ImageSource:
       UserError: There are no images, they have a wrong shape, size or type, NaN pixels or floats
         that are not normalized, or a file is missing and `on_error` is 'stop'.
     """
-    if how.on_error not in ("stop", "skip"):
-        raise UserError(f"on_error={how.on_error!r} is neither 'stop' nor 'skip'.")
+    check_choice("on_error", how.on_error, ("stop", "skip"))
     if isinstance(images, File):
         images = [images]
     if not hasattr(images, "ndim"):

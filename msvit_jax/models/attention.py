@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from msvit_jax.errors import check_choice
 from msvit_jax.tokens.packing import NOBODY
 
 BiasFactors = tuple[Array, Array]
@@ -89,9 +90,7 @@ def attention(
     Raises:
       ValueError: The implementation is unknown, or does not support the mask.
     """
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"attention_impl={implementation!r} is not one of {names}.")
+    check_choice("attention_impl", implementation, IMPLEMENTATIONS)
     mask = mask or Mask()
     if mask.length_buckets and mask.bias is not None:
         raise ValueError("An attention bias cannot be combined with length buckets.")

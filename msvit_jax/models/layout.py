@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from msvit_jax.errors import check_choice
 from msvit_jax.models.attention import Mask
 from msvit_jax.tokens import packing
 
@@ -57,8 +58,7 @@ class Layout:
         Raises:
           ValueError: The sizes do not fit; the message says which would.
         """
-        if self.kind not in LAYOUTS:
-            raise ValueError(f"layout={self.kind!r} is not one of {', '.join(LAYOUTS)}.")
+        check_choice("layout", self.kind, LAYOUTS)
         if self.groups < 1:
             raise ValueError(f"row_groups={self.groups}; at least 1 is needed.")
         if self.kind in ("budget", "trimmed"):

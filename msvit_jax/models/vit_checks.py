@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from jax import Array
 
+from msvit_jax.errors import check_choice
 from msvit_jax.models.attention import IMPLEMENTATIONS
 from msvit_jax.models.block import GELUS
 from msvit_jax.models.embedding import POSITIONS
@@ -19,29 +20,21 @@ def check_attributes(vit: "ViT") -> None:
         raise ValueError(
             f"num_classes={vit.num_classes} is negative; use 0 for a feature extractor."
         )
-    if vit.pos_resize not in grid.RESIZINGS:
-        names = ", ".join(grid.RESIZINGS)
-        raise ValueError(f"pos_resize={vit.pos_resize!r} is not one of {names}.")
+    check_choice("pos_resize", vit.pos_resize, grid.RESIZINGS)
     if not int(vit.mlp_ratio * vit.width):
         raise ValueError(
             f"mlp_ratio={vit.mlp_ratio} with width={vit.width} makes MLPs without channels."
         )
     if vit.heads < 1 or vit.width % vit.heads:
         raise ValueError(f"width={vit.width} is not divisible by heads={vit.heads}.")
-    if vit.pool not in ("token", "mean"):
-        raise ValueError(f"pool={vit.pool!r} is neither 'token' nor 'mean'.")
+    check_choice("pool", vit.pool, ("token", "mean"))
     if vit.pool == "token" and not vit.class_token:
         raise ValueError("pool='token' needs class_token=True; use pool='mean' without one.")
-    if vit.attention_impl not in IMPLEMENTATIONS:
-        names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"attention_impl={vit.attention_impl!r} is not one of {names}.")
-    if vit.pos_init not in POSITIONS:
-        names = ", ".join(POSITIONS)
-        raise ValueError(f"pos_init={vit.pos_init!r} is not one of {names}.")
+    check_choice("attention_impl", vit.attention_impl, IMPLEMENTATIONS)
+    check_choice("pos_init", vit.pos_init, POSITIONS)
     if vit.pos_init == "sincos" and vit.width % 4:
         raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {vit.width}.")
-    if vit.gelu not in GELUS:
-        raise ValueError(f"gelu={vit.gelu!r} is not one of {', '.join(GELUS)}.")
+    check_choice("gelu", vit.gelu, GELUS)
     if vit.distilled and vit.pool != "token":
         raise ValueError("distilled=True needs pool='token'.")
     specs = vit.reductions
