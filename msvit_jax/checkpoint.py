@@ -420,7 +420,7 @@ def _steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def _steps_text(workdir: str | pathlib.Path, without: int) -> str:
-    return ", ".join(str(s) for s in _steps(workdir) if s != without) or "there is none"
+    return ", ".join(str(s) for s in _steps(workdir) if s != without) or "there is no other"
 
 
 def claim_workdir(workdir: str | pathlib.Path, config: config_dict.ConfigDict) -> None:

@@ -45,8 +45,7 @@ MSVIT = {**BOTH, "epochs": 1.4, "optimizer.warmup_epochs": 0.2}
 
 def main(argv: Sequence[str]) -> None:
     """Runs the demo."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}; see --help.")
+    errors.refuse_arguments(argv)
     process_tuning.keep_freed_memory()
     process_tuning.make_devices_of_cores()
     run(paths.parse(flags.FLAGS.workdir), {"data.data_dir": flags.FLAGS.data_dir})
@@ -174,6 +173,6 @@ def verdict(dense: dict[str, Any], msvit: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     # Here, because flags are global and other commands have some of these names too.
-    flags.DEFINE_string("workdir", "runs/demo", "Where both runs and the pictures go.")
-    flags.DEFINE_string("data_dir", "", "Where data sets are; empty: TFDS's default.")
+    flags.DEFINE_string("workdir", "runs/demo", "Folder for both runs and the pictures.")
+    flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
     errors.run(main)

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from msvit_jax.tree import path_name
+
 _CHECK = "check"  # key of a record's own digest
 _MASK = 2**64 - 1
 
@@ -34,7 +36,7 @@ def of_tree(tree: Any) -> dict[str, str]:
     if jax.process_count() > 1 and any(isinstance(leaf, jax.Array) for _, leaf in leaves):
         parts = multihost_utils.process_allgather(sums.view(np.uint32))  # JAX has no 64-bit types
         sums = np.asarray(parts).view(np.uint64).sum(axis=0, dtype=np.uint64)
-    return {_name(path): f"{int(s):016x}" for (path, _), s in zip(leaves, sums, strict=True)}
+    return {path_name(path): f"{int(s):016x}" for (path, _), s in zip(leaves, sums, strict=True)}
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,11 +64,6 @@ def unseal(record: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    names = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
-    return "/".join(map(str, names))
 
 
 def _local_sum(array: Any) -> int:

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 # Remedies for errors of the operating system whose own messages do not name one.
 _REMEDIES = {
@@ -38,6 +39,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises UserError, which lists the choices, unless an option has one of them."""
+    if value not in (known := list(choices)):
+        raise UserError(
+            f"{name}={value!r} is not one of {', '.join(known)}.{nearest(str(value), known)}"
+        )
+
+
 def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
     """Reads the numbers of a flag that is a list.
 
@@ -52,6 +61,12 @@ def numbers(flag: str, texts: Iterable[str]) -> tuple[float, ...]:
     if not all(map(math.isfinite, read)):
         raise UserError(f"--{flag}={','.join(texts)}: give finite numbers, separated by commas.")
     return read
+
+
+def refuse_arguments(argv: Sequence[str], hint: str = "options are written --name=value") -> None:
+    """Raises UserError, with a hint, for arguments of a command beside its flags."""
+    if len(argv) > 1:
+        raise UserError(f"Unexpected argument {argv[1]!r}; {hint}.")
 
 
 def describe(error: BaseException, *, named: bool = True) -> str:

@@ -37,7 +37,8 @@ def check_count(model: int, data: int, *, of: str = "The model", remedy: str = "
     """
     if model != data:
         raise UserError(
-            f"{of} has {model} classes, the data set {data}: its answers would mean nothing. "
+            f"{of} has {model} classes but the data set has {data}: its answers would mean "
+            "nothing. "
             + (remedy or "Use the data set that it was trained on, or a model of the data's.")
         )
 

@@ -7,18 +7,20 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from msvit_jax import peers
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, refuse_arguments
 
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, to run on several hosts that are no TPU pod."
+    "coordinator", None, "Address host:port of process 0, for several hosts that are not a TPU pod."
 )
-_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes, with --coordinator.")
-_INDEX = flags.DEFINE_integer("process_index", None, "This process, with --coordinator.")
+_COUNT = flags.DEFINE_integer("process_count", None, "Number of processes; needs --coordinator.")
+_INDEX = flags.DEFINE_integer(
+    "process_index", None, "Index of this process, from 0; needs --coordinator."
+)
 _TIMEOUT = flags.DEFINE_integer(
     "peer_timeout",
     45,
-    "Seconds to wait for other processes at the start, and without a sign of life of one of them "
-    "until it counts as gone.",
+    "Seconds to wait for the other processes at the start, and to go without a sign of life from "
+    "one of them before it counts as gone.",
     lower_bound=5,
 )
 # Set on machines of TPU pods and multi-slice jobs, and by cluster managers that JAX detects.
@@ -32,10 +34,7 @@ def started(argv: Sequence[str]) -> Iterator[None]:
     Raises:
       UserError: There are arguments that are not flags, or only some flags for several processes.
     """
-    if len(argv) > 1:
-        raise UserError(
-            f"Unexpected argument {argv[1]!r}; config keys are written --config.key=value."
-        )
+    refuse_arguments(argv, "config keys are written --config.key=value")
     given = (_COORDINATOR.value, _COUNT.value, _INDEX.value)
     if all(value is not None for value in given):
         peers.join(*given, timeout=_TIMEOUT.value)

@@ -201,7 +201,7 @@ class GateLoss(nn.Module):
             return GateLossOutput(self._batch_shaping(logits), terms)
         if self.kind == "gbas":
             return self._generalized(logits, terms)
-        raise ValueError(f"gate loss {self.kind!r} is none of none, rate, l0, bas, gbas.")
+        raise ValueError(f"gate loss {self.kind!r} is not one of none, rate, l0, bas, gbas.")
 
     def _sorted(self, logits: Array) -> Array:
         """Sorts each position's logits of fine in ascending order, within the clip."""

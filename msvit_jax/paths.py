@@ -50,7 +50,7 @@ def parse(path: PathLike) -> pathlib.Path:
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise UserError(f"A path is needed; {text!r} is none.")
+        raise UserError(f"{text!r} is not a path; give the path of a file or folder.")
     match = _ADDRESS.fullmatch(text) or _COLLAPSED.fullmatch(text)
     if match is None:
         return pathlib.Path(_home(text))
@@ -59,7 +59,7 @@ def parse(path: PathLike) -> pathlib.Path:
         return pathlib.Path(rest.removeprefix("localhost"))
     if scheme not in BACK_ENDS:
         known = ", ".join(f"{name}://" for name in BACK_ENDS)
-        raise UserError(f"{text!r}: addresses of this kind cannot be opened; there is {known}.")
+        raise UserError(f"{text!r}: addresses of this kind cannot be opened; use {known}.")
     if not rest.strip("/") or rest.startswith("/"):
         raise UserError(f"{text!r} names no bucket; write {scheme}://<bucket>/<path>.")
     _require(scheme, text)
@@ -72,8 +72,8 @@ def _home(text: str) -> str:
     expanded = os.path.expanduser(text)
     if text.startswith("~") and expanded == text:
         raise UserError(
-            f"{text!r} begins with the home of a user who is not known here; a folder that is "
-            f"called so is written ./{text}."
+            f"{text!r} begins with the home of a user who does not exist here. For a folder "
+            f"of that name, write ./{text}."
         )
     return expanded
 

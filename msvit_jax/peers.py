@@ -168,8 +168,8 @@ def _get(key: str, index: int) -> str:
                 raise
             if time.monotonic() > end:
                 raise UserError(
-                    f"Process {index} is not where the others are after {_SLOWEST:.0f} s; look at "
-                    "what it says."
+                    f"Process {index} has not caught up with the others after {_SLOWEST:.0f} s; "
+                    "look at its output."
                 ) from error
 
 
@@ -207,7 +207,7 @@ def agree(facts: Mapping[str, Any]) -> None:
         names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if names:
             raise UserError(
-                f"The processes of a job do the same, and process {index} has other values:"
+                f"All processes need the same settings, but process {index} has others:"
                 + "".join(
                     f"\n  {name}: {ours.get(name)!r} on process {state.process_id}, "
                     f"{theirs.get(name)!r} on process {index}"

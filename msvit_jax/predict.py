@@ -194,8 +194,8 @@ def _load(given: Options) -> tuple[Predictor, dict[str, Any]]:
         predictor = Predictor.load(given.weights, **options)
         if not predictor.model.num_classes:
             raise errors.UserError(
-                f"{given.weights!r} has no head, so there are no classes to tell; in Python "
-                "Predictor.load(...)(images).features has its features."
+                f"{given.weights!r} has no head, so it cannot classify. In Python, "
+                "Predictor.load(...)(images).features returns its features."
             )
         assert predictor.report is not None
         print(f"{given.weights}: {predictor.report}\n")
@@ -267,25 +267,33 @@ def _draw(
 
 if __name__ == "__main__":
     # Here, because flags are global and other commands have some of these names too.
-    flags.DEFINE_string("workdir", None, "Of a trained run.")
-    flags.DEFINE_string("weights", None, "Weights file instead of a run.")
-    flags.DEFINE_string("model", None, "Its model's name, where the file does not say it.")
-    flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
-    flags.DEFINE_integer("batch_size", 32, "Images run at a time.", lower_bound=1)
-    flags.DEFINE_string("layout", "auto", "'auto', 'slots', 'budget' or 'rows'.")
-    flags.DEFINE_float("tokens", None, "Mean number of patch tokens per image to set the gate to.")
-    flags.DEFINE_float("gmacs_budget", None, "Mean GMACs per image to set a cascade's exits to.")
+    flags.DEFINE_string("workdir", None, "Workdir of a trained run.")
+    flags.DEFINE_string("weights", None, "Weights file to use instead of a run.")
+    flags.DEFINE_string("model", None, "Name of the model, if the weights file does not state it.")
+    flags.DEFINE_string("which", "best", "Checkpoint to use: 'best', 'latest' or a step.")
+    flags.DEFINE_integer("batch_size", 32, "Number of images run at a time.", lower_bound=1)
+    flags.DEFINE_string(
+        "layout", "auto", "Layout of the tokens: 'auto', 'slots', 'budget' or 'rows'."
+    )
+    flags.DEFINE_float(
+        "tokens", None, "Mean number of patch tokens per image that the gate is set to."
+    )
+    flags.DEFINE_float(
+        "gmacs_budget", None, "Mean GMACs per image that a cascade's exits are set to."
+    )
     flags.DEFINE_string("pictures", None, "Folder for pictures of where the tokens went.")
     flags.DEFINE_string(
         "out",
         None,
-        ".csv or .jsonl file that gets each answer when it is there; a segmenter's folder of PNGs.",
+        "New .csv or .jsonl file for the answers, written as they come; for a segmenter, folder "
+        "for PNGs.",
     )
-    flags.DEFINE_enum("on_error", "skip", ["stop", "skip"], "What to do with bad files.")
+    flags.DEFINE_enum(
+        "on_error", "skip", ["stop", "skip"], "Whether to stop at unreadable files or skip them."
+    )
     flags.DEFINE_bool(
         "exif_orientation",
         None,
-        "Turn photos upright, or (--noexif_orientation) take them as stored; by default as the "
-        "model was trained.",
+        "Whether to rotate photos upright by their EXIF data; by default as the model was trained.",
     )
     errors.run(main)

@@ -74,7 +74,7 @@ def use_cores(count: int) -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(cores):
-        raise UserError(f"{count} cores are asked for; this process has 1 to {len(cores)}.")
+        raise UserError(f"Cannot use {count} cores; give a number from 1 to {len(cores)}.")
     os.sched_setaffinity(0, cores[:count])
 
 

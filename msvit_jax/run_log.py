@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from msvit_jax import event_files, paths
-from msvit_jax.errors import UserError
+from msvit_jax.errors import check_choice
 
 if TYPE_CHECKING:
     from msvit_jax.evaluate import Evaluation, Samples
@@ -69,8 +69,7 @@ class Logger:
         Raises:
           UserError: `terminal` is neither.
         """
-        if terminal not in ("lines", "bar"):
-            raise UserError(f"terminal={terminal!r} is neither 'lines' nor 'bar'.")
+        check_choice("terminal", terminal, ("lines", "bar"))
         self._steps, self._brief, self._quarters = steps, terminal == "bar", 0
         self._active = active
         if not active:

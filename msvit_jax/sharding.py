@@ -82,7 +82,7 @@ def check_batch(
         parts = f"{mesh.size} devices" + (
             f" x {microbatches} accumulation steps" if microbatches > 1 else ""
         )
-        raise UserError(f"{name}={batch_size} cannot be cut over {parts}; use {sizes}.")
+        raise UserError(f"{name}={batch_size} cannot be divided among {parts}; use {sizes}.")
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@ import jax
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Writes a key path of `jax.tree_util` as 'model/backbone/blocks_0/attn/qkv/kernel'."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flat_names(tree: Any) -> dict[str, Any]:

@@ -46,11 +46,13 @@ SMALL_TARGET = 0.25  # share of fine regions; smaller digits lie in fewer of the
 ARMS = ("dense", "MSViT")
 SMALL_ARMS = ("dense", "dense, longer", "lower resolution", "random gate", "center gate", "MSViT")
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Where the runs go.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "Of TFDS.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-_JOBS = flags.DEFINE_integer("jobs", os.cpu_count(), "Runs at a time, each on a core of its own.")
-_OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "results"), "Where the table goes.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the runs.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of the runs.")
+_JOBS = flags.DEFINE_integer(
+    "jobs", os.cpu_count(), "Number of runs at a time, each on its own core."
+)
+_OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "results"), "Folder for the table.")
 
 Figures = dict[str, Any]
 
@@ -121,9 +123,9 @@ class Study:
         """Evaluates an arm's last step, unless that is done; returns its figures.
 
         Args:
-          name: of a trained arm.
-          as_model: a name for the model around the same parameters, if it is another.
-          **overrides: keys of the config that make it another.
+          name: Name of a trained arm.
+          as_model: Name for the model around the same parameters, if it is another.
+          **overrides: Config keys to change.
         """
         workdir = pathlib.Path(self.workdir(name))
         result = workdir / f"{as_model or 'result'}.json"
@@ -238,9 +240,9 @@ def run_seeds(
     """Runs a study's arms with every seed; writes <name>.md and <name>.json.
 
     Args:
-      name: of the study.
-      arms: trains and evaluates one seed's.
-      report: makes the tables of the figures by seed and arm.
+      name: Name of the study.
+      arms: Function that trains and evaluates the arms of one seed.
+      report: Function that makes the tables from the figures by seed and arm.
 
     Returns:
       The figures by seed and arm.

@@ -59,14 +59,18 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with the prepared data s
 _WORKDIR = flags.DEFINE_string("workdir", "runs/photos", "Folder of the runs.")
 _OUT = flags.DEFINE_string("out", "", "Folder of photos.json and the gates; default: the workdir.")
 _SCALE = flags.DEFINE_enum("scale", "laptop", ["laptop", "gpu"], "Amount of training.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the runs.")
 _ARMS = flags.DEFINE_list("arms", [], "Names of arms to run; default: all.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Number of arms that run at a time.")
-_WARM = flags.DEFINE_bool("warm", False, "Fill the compilation cache while the dense model trains.")
+_WARM = flags.DEFINE_bool(
+    "warm", False, "Whether to fill the compilation cache while the dense model trains."
+)
 _MINUTES = flags.DEFINE_float("minutes", None, "Minutes after which no further arm is begun.")
-_ARM = flags.DEFINE_string("arm", "", "Run this one arm, in this process.")
+_ARM = flags.DEFINE_string("arm", "", "Name of the one arm to run in this process.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of --arm.")
-_SET = flags.DEFINE_multi_string("set", [], "Config keys of all arms: --set=data.workers=2.")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Config key of all arms, e.g. --set=data.workers=2; may be repeated."
+)
 
 Figures = dict[str, Any]
 # Two epochs in large batches, or as many steps as two cores do in some minutes.
@@ -491,8 +495,7 @@ def run_all() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     if unknown := set(_ARMS.value) - {*ARMS, UNTRAINED}:
         raise errors.UserError(f"--arms={','.join(sorted(unknown))}: there are {', '.join(ARMS)}.")
     if not _DATA_DIR.value or not _WEIGHTS.value:

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of DeiT-S and MSViT in its layouts: docs/results/tpu_compile.md.
+"""Compiles DeiT-S and MSViT for TPUs in all layouts and writes docs/results/tpu_compile.md.
 
     python studies/tpu_compile.py [--only=predict:v5e:1x1,...]
 
@@ -39,7 +39,7 @@ SYSTEMS: dict[str, list[str]] = {
         "--config.model.keep=(0.645,0.7,0.7)",
     ],
 }
-_ONLY = flags.DEFINE_list("only", list(RUNS), "Which of the runs.")
+_ONLY = flags.DEFINE_list("only", list(RUNS), "Names of the runs to compile.")
 HEAD = f"""# Compiled for TPUs
 
 What the TPU compiler says of `msvit_deit_small_patch16_224`, of `mergence_deit_small_patch16_224`

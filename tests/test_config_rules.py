@@ -104,7 +104,7 @@ def test_a_value_that_is_refused_is_not_kept():
 
 def test_another_number_of_classes_than_the_data_sets_is_refused():
     assert configs.resolve(tiny_run.config(model__num_classes=3), 3).model.num_classes == 3
-    with pytest.raises(UserError, match=r"3 classes, the data set 5.*model\.num_classes"):
+    with pytest.raises(UserError, match=r"3 classes but the data set has 5.*model\.num_classes"):
         configs.resolve(tiny_run.config(model__num_classes=3), 5)
 
 

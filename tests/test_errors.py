@@ -55,6 +55,22 @@ def test_numbers_of_flags():
             errors.numbers("t", bad)
 
 
+def test_arguments_beside_flags_are_refused_with_a_hint():
+    errors.refuse_arguments(["train.py"])
+    with pytest.raises(errors.UserError, match=r"'lr=1'; options are written --name=value\."):
+        errors.refuse_arguments(["train.py", "lr=1"])
+
+
+def test_choices_are_listed_with_the_nearest():
+    errors.check_choice("layout", "rows", {"slots": 0, "rows": 1})
+    for bad, message in (
+        ("row", r"layout='row' is not one of slots, rows\. Did you mean 'rows'\?"),
+        (None, r"layout=None is not one of slots, rows\.$"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            errors.check_choice("layout", bad, ("slots", "rows"))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -233,12 +233,12 @@ def test_budget_curve_of_a_cascade(cascade, capsys):
     assert (cascade / "budget_curve.png").stat().st_size > 1000
     assert "search" in capsys.readouterr().out
     assert list(budget_curve.fitted_thresholds(cascade, 2 * middle)) == found["thresholds"]
-    with pytest.raises(UserError, match="none spends"):
+    with pytest.raises(UserError, match="No thresholds in"):
         budget_curve.fitted_thresholds(cascade, 0.9 * middle)
 
 
 def test_a_budget_curve_that_is_not_possible_is_told(cascade, dense):
-    with pytest.raises(UserError, match="no cascade"):
+    with pytest.raises(UserError, match="not a cascade"):
         evaluate.evaluate_run(dense, curve={})
     with pytest.raises(UserError, match="below the cost of the first exit"):
         evaluate.evaluate_run(cascade, curve={"gmacs_budgets": [1e-9]})

@@ -110,7 +110,7 @@ def test_criteria():
     drawn = [exit_thresholds.certainty(logits, "random", seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).all()
-    with pytest.raises(UserError, match="'margin' is none of confidence, entropy, random"):
+    with pytest.raises(UserError, match="'margin' is not one of confidence, entropy, random"):
         exit_thresholds.certainty(logits, "margin")
 
 
@@ -153,11 +153,11 @@ def test_the_search_is_repeatable():
     [
         ((0.5,), "1 thresholds for 3 exits; give 2"),
         ((0.5, 0.6, 0.7, 0.0), "4 thresholds for 3 exits"),
-        ((0.0, 0.6, 0.9), "from the first exit to the last"),
-        ((float("nan"), 0.5), "each is a number from 0 up"),
-        ((-0.1, 0.5), "each is a number from 0 up"),
-        (0.5, "thresholds=0.5 are no sequence"),
-        (("high", 0.5), "no sequence of numbers"),
+        ((0.0, 0.6, 0.9), "the last exit answers every image"),
+        ((float("nan"), 0.5), "each must be a number of at least 0"),
+        ((-0.1, 0.5), "each must be a number of at least 0"),
+        (0.5, "thresholds=0.5 are not a sequence"),
+        (("high", 0.5), "not a sequence of numbers"),
     ],
 )
 def test_thresholds_that_are_not_possible_are_told(given, message):

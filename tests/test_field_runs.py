@@ -88,14 +88,14 @@ def _on(sets, name, **more):
 @pytest.mark.field(74)
 def test_training_with_another_number_of_classes_than_the_datas(tmp_path, sets):
     config = tiny_run.config(data__name="five", data__data_dir=sets, model__num_classes=3)
-    with pytest.raises(UserError, match="model has 3 classes, the data set 5"):
+    with pytest.raises(UserError, match="model has 3 classes but the data set has 5"):
         loop.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.field(75)
 def test_evaluating_on_classes_that_are_not_the_runs(run, sets, tmp_path):
-    with pytest.raises(UserError, match="3 classes, the data set 5"):
+    with pytest.raises(UserError, match="3 classes but the data set has 5"):
         evaluate.evaluate_run(run, overrides=_on(sets, "five"))
     with pytest.raises(UserError, match=r"other names.*'blue', 'green', 'red' against 'cyan'"):
         evaluate.evaluate_run(run, overrides=_on(sets, "named"))
@@ -131,7 +131,7 @@ def test_weights_files_are_compared_by_what_they_say_of_their_classes(run, sets,
     with pytest.raises(UserError, match="other names"):
         evaluate.evaluate_weights(str(file), str(config), overrides=_on(sets, "named"))
     on = [*_on(sets, "five"), "model.num_classes=3"]
-    with pytest.raises(UserError, match="3 classes, the data set 5"):
+    with pytest.raises(UserError, match="3 classes but the data set has 5"):
         evaluate.evaluate_weights(str(file), str(config), overrides=on)
 
 
@@ -171,7 +171,7 @@ def test_calibrating_exits_on_other_classes_is_refused(sets, run):
     from msvit_jax import sharding
     from msvit_jax.exits import budget_curve
 
-    with pytest.raises(UserError, match="3 classes, the data set 5"):
+    with pytest.raises(UserError, match="3 classes but the data set has 5"):
         budget_curve.curve_of_run(
             model, {}, run, split=None, batch_size=8, mesh=sharding.make_mesh(), data_config=config
         )
@@ -312,7 +312,7 @@ def test_batches_that_cannot_be_cut_name_sizes_that_can():
     mesh = sharding.make_mesh()
     for size in (0, -8, 3):
         with pytest.raises(
-            UserError, match=rf"cannot be cut over {mesh.size} devices; use {mesh.size}\."
+            UserError, match=rf"cannot be divided among {mesh.size} devices; use {mesh.size}\."
         ):
             sharding.check_batch(size, mesh)
 

@@ -16,7 +16,7 @@ NAMES = st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=6, unique
 
 def test_other_counts_are_refused_with_both():
     labels.check_count(3, 3)
-    with pytest.raises(UserError, match=r"The teacher has 3 classes, the data set 5"):
+    with pytest.raises(UserError, match=r"The teacher has 3 classes but the data set has 5"):
         labels.check_count(3, 5, of="The teacher")
 
 

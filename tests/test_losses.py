@@ -219,7 +219,7 @@ def test_hard_distillation_is_cross_entropy_with_the_teachers_label():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "gbsa"}, "none of none, rate"),
+        ({"kind": "gbsa"}, "not one of none, rate"),
         ({"kind": "bas", "prior": "gamma"}, "neither 'relaxed_bernoulli'"),
         ({"kind": "gbas", "start": "edge"}, "neither 'center'"),
         ({"kind": "gbas", "region_grid": (4, 4)}, "do not fit"),

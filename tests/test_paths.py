@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboardX import record_writer
 
 from msvit_jax import event_files, paths
-from msvit_jax.data import prepare
+from msvit_jax.data import source_files
 from msvit_jax.errors import UserError
 from msvit_jax.inference.images import find_files
 from tests.bucket import bucket
@@ -53,11 +53,11 @@ def test_addresses_stay_addresses(gs):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "A path is needed"),
-        ("a\0b", "A path is needed"),
-        ("~nobody_of_that_name/run", r"not known here.*\./~nobody"),
-        ("http://host/run", "'http://host/run'.*there is gs://"),
-        ("memory://run", "there is gs://"),
+        ("", "is not a path"),
+        ("a\0b", "is not a path"),
+        ("~nobody_of_that_name/run", r"does not exist here.*\./~nobody"),
+        ("http://host/run", "'http://host/run'.*use gs://"),
+        ("memory://run", "use gs://"),
         ("gs://", "names no bucket"),
         ("gs:///run", "names no bucket"),
     ],
@@ -233,7 +233,7 @@ def test_images_at_an_address_are_copied_first(gs, tmp_path, monkeypatch):
             folder = tmp_path / "store" / "b" / "photos" / split / name
             folder.mkdir(parents=True)
             Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / "x.png")
-    listed = prepare.list_files("gs://b/photos").files
+    listed = source_files.list_files("gs://b/photos").files
     assert sorted(str(file.path) for file in listed) == [
         f"{split}/{name}/x.png" for split in ("train", "validation") for name in ("a", "b")
     ]
@@ -242,7 +242,7 @@ def test_images_at_an_address_are_copied_first(gs, tmp_path, monkeypatch):
     assert len(found) == 3
     with pytest.raises(UserError, match="nothing at 'gs://b/none'"):
         find_files(["gs://b/none"])
-    with pytest.raises(UserError, match=r"http://host/x\.jpg.*there is gs://"):
+    with pytest.raises(UserError, match=r"http://host/x\.jpg.*use gs://"):
         find_files(["http://host/x.jpg"])
 
 

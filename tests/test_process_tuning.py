@@ -82,7 +82,7 @@ def test_a_process_keeps_to_its_cores():
     try:
         process_tuning.use_cores(1)
         assert len(os.sched_getaffinity(0)) == 1
-        with pytest.raises(UserError, match="2 cores are asked for; this process has 1 to 1"):
+        with pytest.raises(UserError, match="Cannot use 2 cores; give a number from 1 to 1"):
             process_tuning.use_cores(2)
     finally:
         os.sched_setaffinity(0, there)

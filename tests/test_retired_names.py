@@ -96,7 +96,7 @@ def test_no_page_or_config_has_one(path):
 
 def test_spelling_is_american():
     files = [*PAGES, *CONFIGS, *ROOT.glob("notebooks/*.ipynb"), ROOT / "CHANGELOG.md"]
-    for folder in ("msvit_jax", "studies", "benchmarks", "tools", "tests"):
+    for folder in ("msvit_jax", "studies", "tools", "tests"):
         files += ROOT.glob(f"{folder}/**/*.py")
     found = {
         (path.name, word.group())

@@ -34,7 +34,7 @@ def test_a_bar_alone_shows_few_lines_where_nobody_watches_and_records_all(tmp_pa
     assert "top1 12.00%" in said[0]
     assert "gate" not in said[0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 101
-    with pytest.raises(UserError, match="neither 'lines' nor 'bar'"):
+    with pytest.raises(UserError, match="is not one of lines, bar"):
         run_log.Logger(tmp_path, steps=1, start=0, active=True, terminal="none")
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import ExifTags, Image
 
-from msvit_jax.data import image_files, prepare
+from msvit_jax.data import image_files, source_files
 from msvit_jax.errors import UserError
 
 # Pillow's formats that it can write, too, with what makes the example less simple.
@@ -119,10 +119,10 @@ def read_archive(data: bytes, folder: pathlib.Path) -> str:
     file = folder / f"{len(os.listdir(folder))}.zip"
     file.write_bytes(data)
     try:
-        listing = prepare.list_files(str(file))
+        listing = source_files.list_files(str(file))
     except UserError as error:
         return str(error).replace(str(file), "FILE")
-    reasons = sorted({bad.reason for bad in prepare.find_unreadable(listing.files)})
+    reasons = sorted({bad.reason for bad in source_files.find_unreadable(listing.files)})
     return "; ".join(reasons) or "answered"
 
 

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / "tests" / "models" / "trained_gate.npz"
 SIZES = {"model.width": 32, "model.depth": 3, "model.heads": 4, "log_images": 0}
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/trained_gate", "Where both runs go.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/trained_gate", "Folder of both runs.")
 
 
 def main(argv: list[str]) -> None:

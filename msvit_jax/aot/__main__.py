@@ -16,24 +16,29 @@ from msvit_jax import config as configs
 from msvit_jax import errors
 from msvit_jax.aot import compiling, report, topology, variants
 from msvit_jax.data import sources
-from msvit_jax.errors import UserError
 
 _CONFIG = flags.DEFINE_string(
-    "config", None, "Config file, e.g. configs/digits_msvit.py.", required=True
+    "config", None, "Path of a config file, e.g. configs/digits_msvit.py.", required=True
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips to compile for, e.g. v5e:2x2, v4:2x2x4.", required=True
 )
-_WHAT = flags.DEFINE_enum("what", "train", compiling.WHAT, "Training step, or forward pass.")
+_WHAT = flags.DEFINE_enum(
+    "what", "train", compiling.WHAT, "Program to compile: a training step or prediction."
+)
 _LAYOUTS = flags.DEFINE_list(
     "layouts",
     None,
-    "Of dense, reduced, cascade, slots, budget, trimmed, alternatives, rows, ladder; the first is "
-    "compared with.",
+    "Layouts to compile, any of dense, reduced, cascade, slots, budget, trimmed, alternatives, "
+    "rows and ladder; the others are compared with the first.",
 )
-_TOKENS = flags.DEFINE_integer("tokens", 128, "Mean active patch tokens that layouts are made for.")
-_SPREAD = flags.DEFINE_float("spread", 30.0, "Their standard deviation, for rows and ladder.")
-_WIDTH = flags.DEFINE_integer("row_width", None, "Tokens of a row; by default whole TPU tiles.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Mean number of active patch tokens per image.")
+_SPREAD = flags.DEFINE_float(
+    "spread", 30.0, "Standard deviation of that number, for rows and ladder."
+)
+_WIDTH = flags.DEFINE_integer(
+    "row_width", None, "Number of tokens of a row; by default a whole number of TPU tiles."
+)
 
 DOES_NOT_FIT = 3  # the exit code
 CLASSES = 1000  # if neither config nor data set states the number
@@ -41,8 +46,7 @@ CLASSES = 1000  # if neither config nor data set states the number
 
 def main(argv: Sequence[str]) -> None:
     """Compiles all requested variants and prints the results."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; keys are written --config.key=value.")
+    errors.refuse_arguments(argv, "keys are written --config.key=value")
     topology.without_a_tpu()
     chips = topology.find(_TOPOLOGY.value)
     config = _config()

@@ -92,7 +92,7 @@ def variant(
     """
     if name not in KNOWN:
         raise UserError(
-            f"Unknown layout {name!r}.{nearest(name, KNOWN)} There is {', '.join(KNOWN)}."
+            f"Unknown layout {name!r}.{nearest(name, KNOWN)} The layouts are {', '.join(KNOWN)}."
         )
     model = configs.build_model(config)
     if name == CASCADE and model.is_cascade:

@@ -1,6 +1,7 @@
 """Compares the speed of a model with dynamic token counts and of its dense counterpart.
 
-The function is `run`; the command is `python -m msvit_jax.benchmark`.
+The function is `run`; the commands are `python -m msvit_jax.benchmark`, `.exits` for cascades and
+`.input` for the input pipeline.
 """
 
 from msvit_jax import extras

@@ -33,35 +33,46 @@ from msvit_jax.benchmark.options import DTYPES, REDUCED
 from msvit_jax.models.registry import MIXED_SCALE
 
 _MODEL = flags.DEFINE_string(
-    "model", "msvit_deit_small_patch16_224", "A model with a gate or with merging."
+    "model", "msvit_deit_small_patch16_224", "Name of a model with a gate or with merging."
 )
-_BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Images in a batch; several sizes.")
-_LAYOUTS = flags.DEFINE_list("layouts", None, "Of the dynamic sides; by default see above.")
-_TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens.")
-_SPREAD = flags.DEFINE_float("spread", 30, "Their standard deviation.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the computation.")
-_TRAIN = flags.DEFINE_bool("train", False, "Training steps instead of forward passes.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "How often all sides run, after two to warm up.")
-_SET = flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=width=64.")
+_BATCH = flags.DEFINE_list("batch", ["1", "32", "128"], "Batch sizes to measure, in images.")
+_LAYOUTS = flags.DEFINE_list(
+    "layouts",
+    None,
+    "Layouts to measure; by default slots, budget and rows, with --train slots and trimmed.",
+)
+_TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens per image.")
+_SPREAD = flags.DEFINE_float("spread", 30, "Standard deviation of that number.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Number type of the computation.")
+_TRAIN = flags.DEFINE_bool(
+    "train", False, "Whether to measure training steps instead of forward passes."
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 10, "Number of times that all cases run, after two warm-up rounds."
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Attribute of the models, e.g. --set=width=64; may be repeated."
+)
 _TOKEN_CAPACITY = flags.DEFINE_list(
-    "token_capacity", None, "Patch tokens per image: one number, or several."
+    "token_capacity", None, "Capacity in patch tokens per image: one number or several."
 )
-_ROWS = flags.DEFINE_integer("rows", None, "Rows of the whole batch; goes with --row_width.")
-_ROW_WIDTH = flags.DEFINE_integer("row_width", None, "Tokens of a row, prefix tokens included.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of token counts and decisions.")
+_ROWS = flags.DEFINE_integer("rows", None, "Number of rows for a batch; needs --row_width.")
+_ROW_WIDTH = flags.DEFINE_integer(
+    "row_width", None, "Number of tokens of a row, prefix tokens included."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of token counts and decisions.")
 
 
 def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     try:
         return tuple(int(text) for text in texts)
     except ValueError as error:
-        raise errors.UserError(f"--{name}={','.join(texts)}: whole numbers are needed.") from error
+        raise errors.UserError(f"--{name}={','.join(texts)}: give whole numbers.") from error
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     kept = process_tuning.keep_freed_memory()
     usual = ["slots", "trimmed"] if _TRAIN.value else ["slots", "budget", "rows"]

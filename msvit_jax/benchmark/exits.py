@@ -23,7 +23,7 @@ from msvit_jax import config as configs
 from msvit_jax import evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
-from msvit_jax.errors import UserError, run
+from msvit_jax.errors import UserError, refuse_arguments, run
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.inference import Predictor
 from msvit_jax.models import registry
@@ -67,11 +67,13 @@ def measure(
       UserError: The model is not a cascade, or the shares do not fit its exits.
     """
     if model not in registry.CASCADES:
-        raise UserError(f"{model!r} is no cascade; there are {', '.join(registry.CASCADES)}.")
+        raise UserError(
+            f"{model!r} is not a cascade; choose one of {', '.join(registry.CASCADES)}."
+        )
     cascade = registry.create_model(model, **overrides)
     stages = len(cascade.exit_tokens)
     if len(shares) != stages or abs(sum(shares) - 1) > 1e-6 or min(shares) < 0:
-        raise UserError(f"--shares={list(shares)}: {stages} shares are needed that sum to 1.")
+        raise UserError(f"--shares={list(shares)}: give {stages} shares that sum to 1.")
     taken = {k: v for k, v in overrides.items() if k in registry.dense_options(model)}
     if cascade.image_size % cascade.grid_size == 0:  # as many tokens as the last stage
         taken["patch_size"] = cascade.image_size // cascade.grid_size
@@ -139,8 +141,7 @@ def _overrides(texts: Sequence[str]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}.")
+    refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     kept = process_tuning.keep_freed_memory()
     given = flags.FLAGS
@@ -157,10 +158,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", "dvt_deit_small", "A cascade.")
-    flags.DEFINE_integer("batch", 32, "Images of a call of a compiled program.")
-    flags.DEFINE_integer("images", 256, "Images that are answered in each round.")
-    flags.DEFINE_list("shares", ["0.5", "0.3", "0.2"], "Of the images that leave at each exit.")
-    flags.DEFINE_integer("rounds", 5, "How often all cases run, after one round to warm up.")
-    flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=width=64.")
+    flags.DEFINE_string("model", "dvt_deit_small", "Name of a cascade.")
+    flags.DEFINE_integer("batch", 32, "Number of images in a call of a compiled program.")
+    flags.DEFINE_integer("images", 256, "Number of images that are classified in each round.")
+    flags.DEFINE_list(
+        "shares", ["0.5", "0.3", "0.2"], "Share of the images that leave at each exit."
+    )
+    flags.DEFINE_integer(
+        "rounds", 5, "Number of times that all cases run, after one warm-up round."
+    )
+    flags.DEFINE_multi_string(
+        "set", [], "Attribute of the models, e.g. --set=width=64; may be repeated."
+    )
     run(main)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from ml_collections import config_dict
 
 from msvit_jax import config as configs
-from msvit_jax.errors import UserError, nearest
+from msvit_jax.errors import UserError, check_choice, nearest
 from msvit_jax.models import registry
 from msvit_jax.models.registry import MIXED_SCALE, model_options
 
@@ -79,11 +79,10 @@ class Options:
         for layout in self.layouts:
             if layout not in known:
                 raise UserError(
-                    f"Unknown layout {layout!r} of {self.what}; there are {', '.join(known)}."
+                    f"Unknown layout {layout!r} of {self.what}; choose one of {', '.join(known)}."
                     f"{nearest(layout, known)}"
                 )
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}.")
+        check_choice("dtype", self.dtype, DTYPES)
         if not self.batches or min(self.batches) < 1 or self.rounds < 1:
             raise UserError("batch and rounds must be 1 or more.")
 

@@ -73,33 +73,33 @@ def _evaluate_run(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "The run's workdir.")
-    flags.DEFINE_string("config", None, "Config of the model and data for --weights.")
-    flags.DEFINE_string("weights", None, "Weights file to evaluate instead of a checkpoint.")
-    flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
-    flags.DEFINE_string("split", None, "Split to evaluate; the config's eval_split if unset.")
+    flags.DEFINE_string("workdir", None, "Workdir of the run to evaluate.")
+    flags.DEFINE_string("config", None, "Config file that names the model and data of --weights.")
+    flags.DEFINE_string("weights", None, "Weights file to evaluate instead of a run.")
+    flags.DEFINE_string("which", "best", "Checkpoint to evaluate: 'best', 'latest' or a step.")
+    flags.DEFINE_string("split", None, "Split to evaluate; by default the config's eval_split.")
     flags.DEFINE_integer(
-        "batch_size", None, "Global batch size; the config's if unset.", lower_bound=1
+        "batch_size", None, "Global batch size; by default the config's.", lower_bound=1
     )
-    flags.DEFINE_bool("sweep", False, "Also draw the curve over gate thresholds.")
+    flags.DEFINE_bool("sweep", False, "Whether to draw the curve over gate thresholds, too.")
     flags.DEFINE_list(
-        "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds of --sweep."
+        "thresholds", [f"{t:g}" for t in np.linspace(0.1, 0.9, 9)], "Gate thresholds for --sweep."
     )
     flags.DEFINE_bool(
-        "budget_curve", False, "Also draw a cascade's accuracy over compute, exits chosen by image."
+        "budget_curve", False, "Whether to draw a cascade's accuracy over compute, too."
     )
     flags.DEFINE_list(
         "gmacs_budgets",
         [],
-        "Mean GMACs per image of --budget_curve; ten from first to last exit if unset.",
+        "Mean GMACs per image for --budget_curve; by default ten from the first exit to the last.",
     )
     flags.DEFINE_enum(
-        "criterion", "confidence", CRITERIA, "What says how sure an exit is, for --budget_curve."
+        "criterion", "confidence", CRITERIA, "Measure of an exit's certainty for --budget_curve."
     )
     flags.DEFINE_integer(
         "fit_examples",
         20_000,
-        "Training images that --budget_curve fits thresholds on.",
+        "Number of training images that --budget_curve fits thresholds on.",
         lower_bound=1,
     )
 

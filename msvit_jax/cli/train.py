@@ -30,6 +30,8 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     # Here, because flags are global and other commands have some of these names too.
-    flags.DEFINE_string("config", None, "Config file, e.g. configs/digits_vit.py.", required=True)
-    flags.DEFINE_string("workdir", None, "Where checkpoints and logs go.", required=True)
+    flags.DEFINE_string(
+        "config", None, "Path of a config file, e.g. configs/digits_vit.py.", required=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints and logs.", required=True)
     errors.run(functools.partial(main, overrides=config.take_overrides(sys.argv)))

@@ -79,7 +79,7 @@ def _of_workers(batches: Iterable[Any]) -> Iterator[Any]:
         if "terminated unexpectedly" not in str(error):
             raise
         raise UserError(
-            "A worker process of data.workers was killed, perhaps because memory was full; fewer "
-            "data.workers or less data.prefetch need less. The same command goes on from the last "
+            "A worker process of data.workers was killed, perhaps because memory was full. Use "
+            "fewer data.workers or less data.prefetch; the same command goes on from the last "
             "checkpoint."
         ) from error

@@ -196,7 +196,7 @@ class TrainTransform(grain.transforms.RandomMap):
 def _checked_resize(name: str) -> str:
     if name not in decode.RESIZES:
         known = ", ".join(decode.RESIZES)
-        raise UserError(f"data.resize={name!r} is unknown; there is {known}.")
+        raise UserError(f"data.resize={name!r} is unknown; choose one of {known}.")
     if name == "opencv":
         decode.import_opencv()
     return name

@@ -8,15 +8,10 @@ anything is written. Unreadable files are listed by name, together with skipped 
 problems with the classes. Images with masks are told by their folders, see `prepare_masks`.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import itertools
-import multiprocessing
-import os
 import re
 import unicodedata
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,91 +22,17 @@ from absl import flags
 
 from msvit_jax import errors, paths
 from msvit_jax.data import image_files, sources
-from msvit_jax.data.image_files import ImageError, shown
+from msvit_jax.data.image_files import shown
+from msvit_jax.data.source_files import (
+    Listing,
+    SourceFile,
+    Unreadable,
+    find_unreadable,
+    list_files,
+)
 from msvit_jax.errors import UserError
 
-LAYOUT = "Expected split/class/file, for instance train/cat/1.jpg and validation/cat/2.jpg."
 NAMED = 20  # most files or classes listed in a message
-
-_DEFLATE64 = 9  # compression by Windows Explorer of files larger than 2 GB
-_UNZIP = "unpack the archive with another tool, for instance 7-Zip, and give the folder"
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-    """One image file in a folder or archive.
-
-    Attributes:
-        container: Path of the folder or zip archive.
-        path: Path within the container, as split/class/file with forward slashes.
-        entry: Name in the archive if it differs from `path`; else empty.
-    """
-
-    container: str
-    path: str
-    entry: str = ""
-
-    @property
-    def split(self) -> str:
-        """Name of the split, the first level of the path."""
-        return self.path.split("/")[0]
-
-    @property
-    def label(self) -> str:
-        """Name of the class, the second level of the path."""
-        return self.path.split("/")[1]
-
-    def read(self) -> bytes:
-        """Returns the file's bytes.
-
-        Raises:
-            ImageError: The file cannot be read, or its length is not that of an image.
-        """
-        archive = _archive(self.container)
-        if archive is None:
-            return image_files.read_bytes(Path(self.container, self.path))
-        return _read_entry(archive, self.entry or self.path)
-
-
-@image_files.guarded()
-def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    info = archive.getinfo(name)
-    if info.flag_bits & 0x1:
-        raise ImageError(f"it is locked with a password; {_UNZIP}")
-    if info.compress_type == _DEFLATE64:
-        raise ImageError(f"it is compressed by Deflate64, which Python cannot read; {_UNZIP}")
-    image_files.check_length(info.file_size)
-    try:
-        return archive.read(name)
-    except NotImplementedError as error:
-        method = f"compressed by method {info.compress_type}, which Python cannot read"
-        raise ImageError(f"it is {method}; {_UNZIP}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """A file that is not an image or cannot be decoded completely."""
-
-    file: SourceFile
-    reason: str
-
-    def __str__(self) -> str:
-        return f"  {shown(self.file.container)}: {shown(self.file.path)}: {self.reason}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """Contents of a folder or archive.
-
-    Attributes:
-        files: Visible files, sorted by path.
-        folders: Paths of its folders, with forward slashes.
-        passed_over: Paths that were skipped, by reason.
-    """
-
-    files: list[SourceFile]
-    folders: set[str]
-    passed_over: dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,9 +182,9 @@ def _check_accessible(passed_over: Mapping[str, Sequence[str]]) -> None:
     lost = {reason: paths for reason, paths in passed_over.items() if reason not in harmless}
     if lost:
         raise UserError(
-            "Some of what lies there cannot be read; nothing was written.\n  "
+            "Some files or folders cannot be read; nothing was written.\n  "
             + "\n  ".join(image_files.passed_over_lines(lost, NAMED))
-            + "\nRepair or remove it, or leave it out with --on_error=skip."
+            + "\nRepair or remove them, or leave them out with --on_error=skip."
         )
 
 
@@ -285,115 +206,6 @@ def _write(name: str, files: Sequence[SourceFile], root: Path) -> Path:
         return sources.prepare_aside(builder, root)
     except FileExistsError as error:
         raise taken(name, root) from error
-
-
-def list_any(container: str) -> Listing:
-    """Lists a folder or zip in order, whatever its layout; links to folders are followed.
-
-    A source at an address (gs://...) is copied first, see `paths.fetch`.
-
-    Raises:
-        UserError: The source is missing, or neither a folder nor an archive.
-    """
-    place = paths.fetch(container)
-    if not os.path.exists(place):
-        raise UserError(f"--source={shown(container)} does not exist.")
-    archive = _archive(str(place))
-    return _list_folder(place) if archive is None else _list_archive(str(place), archive)
-
-
-def list_files(container: str) -> Listing:
-    """Lists a folder or zip of split/class/file in order, see `list_any`.
-
-    Raises:
-        UserError: The source cannot be listed, or has a wrong layout.
-    """
-    listing = list_any(container)
-    misplaced = [file.path for file in listing.files if not _is_placed(file.path)]
-    if misplaced:
-        raise UserError(
-            f"{shown(container)} has {len(misplaced)} files that are not in split/class/file, the "
-            f"first is {shown(misplaced[0])}. {LAYOUT}"
-        )
-    for first, second in itertools.pairwise(listing.files):
-        if first.path == second.path:
-            raise UserError(f"{shown(container)} holds {shown(first.path)} twice.")
-    if not listing.files:
-        passed = image_files.passed_over_lines(listing.passed_over)
-        told = "".join(f" Passed over: {line}." for line in passed)
-        raise UserError(f"{shown(container)} holds no files. {LAYOUT}{told}")
-    return listing
-
-
-def _list_folder(place: Path) -> Listing:
-    found = image_files.walk(place)
-    files = [SourceFile(str(place), path.relative_to(place).as_posix()) for path in found.files]
-    folders = {path.relative_to(place).as_posix() for path in found.folders}
-    return Listing(sorted(files, key=lambda file: file.path), folders, found.passed_over)
-
-
-def _list_archive(place: str, archive: zipfile.ZipFile) -> Listing:
-    files, folders, passed_over = [], set(), image_files.Found()
-    for entry in archive.infolist():
-        path = entry.filename
-        if "/" not in path:  # some Windows tools use backslashes, against the format's rules
-            path = path.replace("\\", "/")
-        path = path.removeprefix("./")
-        if any(map(image_files.is_hidden, path.split("/"))) and ".." not in path.split("/"):
-            passed_over.pass_over(path, image_files.HIDDEN)
-        elif path.endswith("/"):
-            folders.add(path.rstrip("/"))
-        else:
-            files.append(SourceFile(place, path, "" if path == entry.filename else entry.filename))
-    return Listing(sorted(files, key=lambda file: file.path), folders, passed_over.passed_over)
-
-
-def _is_placed(path: str) -> bool:
-    parts = path.split("/")
-    return len(parts) == 3 and not any(part in ("", ".", "..") for part in parts)
-
-
-@functools.cache
-def _archive(container: str) -> zipfile.ZipFile | None:
-    """Opens a zip archive once per process; None for a folder."""
-    if os.path.isdir(container):
-        return None
-    if not os.path.isfile(container):  # a pipe would block
-        raise UserError(f"{shown(container)} is neither a folder nor a zip archive.")
-    try:
-        with image_files.guarded():
-            return zipfile.ZipFile(container)
-    except ImageError as error:
-        raise UserError(
-            f"{shown(container)} is neither a folder nor a zip archive that can be read ({error})."
-        ) from error
-
-
-def find_unreadable(files: Iterable[SourceFile], workers: int = 1) -> list[Unreadable]:
-    """Decodes every file completely and returns those for which that fails.
-
-    Raises:
-        UserError: A worker process was killed, for instance for lack of memory.
-    """
-    if workers <= 1:
-        return [bad for bad in map(_check, files) if bad]
-    context = multiprocessing.get_context("spawn")
-    try:
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            return [bad for bad in pool.map(_check, files, chunksize=64) if bad]
-    except concurrent.futures.BrokenExecutor as error:
-        raise UserError(
-            "A process that checks files was ended, perhaps for want of memory; use fewer "
-            "--workers."
-        ) from error
-
-
-def _check(file: SourceFile) -> Unreadable | None:
-    try:
-        image_files.decode(file.read())
-    except ImageError as error:
-        return Unreadable(file, str(error))
-    return None
 
 
 def check_name(name: str, root: Path) -> None:
@@ -421,7 +233,7 @@ def _check_unique(files: Sequence[SourceFile]) -> None:
         if first.path == second.path:
             raise UserError(
                 f"{shown(first.path)} is in both {shown(first.container)} and "
-                f"{shown(second.container)}."
+                f"{shown(second.container)}; remove one of them."
             )
 
 
@@ -437,7 +249,9 @@ def _check_splits(files: Iterable[SourceFile]) -> None:
 def _check_splits_left(files: Sequence[SourceFile], good: Sequence[SourceFile]) -> None:
     lost = {file.split for file in files} - {file.split for file in good}
     if lost:
-        raise UserError(f"No file of split {', '.join(sorted(lost))} can be read as an image.")
+        raise UserError(
+            f"No file of split {', '.join(sorted(lost))} can be read as an image; repair one."
+        )
 
 
 def _notes(listings: Sequence[Listing], good: Sequence[SourceFile]) -> Iterator[str]:
@@ -478,8 +292,7 @@ def _named(names: Sequence[str]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Prepares the data set and prints a summary."""
-    if len(argv) > 1:
-        raise UserError(f"Unexpected argument {argv[1]!r}; the source is given as --source=...")
+    errors.refuse_arguments(argv, "the source is given as --source=...")
     given = flags.FLAGS
     options = {"name": given.name, "data_dir": given.data_dir, "on_error": given.on_error}
     from msvit_jax.data import prepare_masks  # which imports this module
@@ -506,11 +319,15 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     # Here, because the module is imported under its own name, too.
-    flags.DEFINE_multi_string("source", None, "Folder or zip of split/class/file.", required=True)
+    flags.DEFINE_multi_string(
+        "source", None, "Folder or zip archive of split/class/file; may be repeated.", required=True
+    )
     flags.DEFINE_string("name", None, "Name of the data set to make.", required=True)
     flags.DEFINE_string("data_dir", "", "Folder of data sets; empty for TFDS's default.")
-    flags.DEFINE_enum("on_error", "stop", ["stop", "skip"], "What to do with bad files.")
-    flags.DEFINE_integer("workers", 1, "Processes that check the files.")
+    flags.DEFINE_enum(
+        "on_error", "stop", ["stop", "skip"], "Whether to stop at unreadable files or skip them."
+    )
+    flags.DEFINE_integer("workers", 1, "Number of processes that check the files.")
     flags.DEFINE_string(
         "classes",
         None,

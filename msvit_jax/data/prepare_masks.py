@@ -27,7 +27,8 @@ from msvit_jax import paths
 from msvit_jax.data import decode, image_files, sources
 from msvit_jax.data import prepare as files
 from msvit_jax.data.image_files import ImageError, shown
-from msvit_jax.data.prepare import Prepared, SourceFile, Unreadable
+from msvit_jax.data.prepare import Prepared
+from msvit_jax.data.source_files import SourceFile, Unreadable, list_any
 from msvit_jax.errors import UserError
 from msvit_jax.segmentation import IGNORED, MaskClasses, to_classes
 
@@ -59,7 +60,7 @@ class Described:
 
 def holds_masks(containers: Sequence[str]) -> bool:
     """Tells whether all sources have the folders of one of the two layouts."""
-    return all(_kinds(files.list_any(container).files) for container in containers)
+    return all(_kinds(list_any(container).files) for container in containers)
 
 
 def _kinds(listed: Sequence[SourceFile]) -> bool:
@@ -99,7 +100,7 @@ def prepare(
     root = sources.data_root(data_dir)
     files.check_name(name, root)
     paths.check_writable(root, "data_dir", make=False)
-    listings = [files.list_any(each) for each in containers]
+    listings = [list_any(each) for each in containers]
     pairs = pair([file for each in listings for file in each.files])
     described = None if classes is None else read_classes(classes)
     bad = [found for found in (_check(each, described) for each in pairs) if found]
@@ -142,7 +143,9 @@ def pair(listed: Sequence[SourceFile]) -> list[Pair]:
         place = masks if kind == MASKS else images
         if (split, stem) in place:
             other = place[split, stem].path
-            raise UserError(f"{shown(other)} and {shown(file.path)} have one name; rename one.")
+            raise UserError(
+                f"{shown(other)} and {shown(file.path)} have the same name; rename one."
+            )
         place[split, stem] = file
     for these, others, missing in ((images, masks, "mask"), (masks, images, "image")):
         alone = [these[key].path for key in these if key not in others]
@@ -193,7 +196,7 @@ def read_classes(path: str) -> Described:
         raise UserError(f"--classes={shown(path)} does not exist.") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"--classes={shown(path)} is not as it has to be ({type(error).__name__}: {error}); "
+            f"--classes={shown(path)} is not valid ({type(error).__name__}: {error}); "
             'write {"classes": ["road", "sky"], "ignore_label": 255}, and "palette" if pixels of '
             "masks are colors."
         ) from error

@@ -40,8 +40,8 @@ def read(
         mask = to_classes(decode.decode_mask_values(mask, exif_orientation), classes)
     except ValueError as error:
         raise UserError(
-            f"Cannot use the mask of {example['name']}: {error}. Mend it and prepare the data set "
-            "again, or set data.mask_classes and data.ignore_label to what its masks hold."
+            f"Cannot use the mask of {example['name']}: {error}. Repair it and prepare the data "
+            "set again, or set data.mask_classes and data.ignore_label to what its masks hold."
         ) from error
     if mask.shape != pixels.shape[:2]:
         (height, width), (rows, columns) = pixels.shape[:2], mask.shape
@@ -49,7 +49,7 @@ def read(
         hint = " Is the image turned by its EXIF data? Try data.exif_orientation=False." * turned
         raise UserError(
             f"{example['name']}: its image has {height} x {width} px, its mask {rows} x {columns}; "
-            f"they have to be of one size.{hint}"
+            f"they must have the same size.{hint}"
         )
     return pixels, mask
 

@@ -288,7 +288,7 @@ def _find(name: str, root: Path) -> Path:
     matching = [folder for folder in prepared if version in ("", folder.name)]
     if prepared and not matching:
         versions = ", ".join(sorted(folder.name for folder in prepared))
-        raise UserError(f"Data set {path!r} has no version {version}; there is {versions}.")
+        raise UserError(f"Data set {path!r} has no version {version}; it has {versions}.")
     if not matching:
         raise UserError(f"No data set {path!r} in {root}. {_how_to_make(path, root)}")
     return max(matching, key=lambda folder: tfds.core.Version(folder.name))
@@ -310,7 +310,9 @@ def _how_to_make(path: str, root: Path) -> str:
         "python -m msvit_jax.data.prepare --source=<folder or zip of split/class/file> "
         f"--name={name} --data_dir={root}"
     )
-    return f"It is no TFDS data set either.{nearest(name, known | prepared)} Your images: {command}"
+    return (
+        f"It is not a TFDS data set either.{nearest(name, known | prepared)} Your images: {command}"
+    )
 
 
 def _prepare_embedded(name: str, root: Path) -> Path:
@@ -321,11 +323,11 @@ def _prepare_embedded(name: str, root: Path) -> Path:
     if config not in configs:
         raise UserError(
             f"{EMBEDDED} has no config {config!r}.{nearest(config, configs)} "
-            f"There is {', '.join(sorted(configs))}."
+            f"Its configs are {', '.join(sorted(configs))}."
         )
     offered = str(scattered_digits.ScatteredDigits.VERSION)
     if version not in ("", offered):
-        raise UserError(f"{EMBEDDED} has no version {version}; there is {offered}.")
+        raise UserError(f"{EMBEDDED} has no version {version}; it has {offered}.")
     folder = root / EMBEDDED / config / offered
     if not (folder / "dataset_info.json").exists():
         _prepare_aside(config, root, folder)

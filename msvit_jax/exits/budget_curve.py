@@ -200,7 +200,7 @@ def fitted_thresholds(workdir: str | pathlib.Path, gmacs_budget: float) -> tuple
     fitting = [row for row in json.loads(path.read_text()) if row["budget"] <= gmacs_budget + 1e-12]
     if not fitting:
         raise UserError(
-            f"Of the thresholds in {path} none spends {gmacs_budget:.4g} GMACs or less; fit some "
+            f"No thresholds in {path} spend {gmacs_budget:.4g} GMACs or less; fit some "
             f"with eval.py --budget_curve --gmacs_budgets={gmacs_budget:.4g}."
         )
     return tuple(max(fitting, key=lambda row: row["budget"])["thresholds"])
@@ -241,7 +241,7 @@ def curve_of_run(
         config.data = data_config
     name = config.model.name
     if not model.is_cascade:
-        raise UserError(f"{name!r} is no cascade, so there are no exits to choose from.")
+        raise UserError(f"{name!r} is not a cascade, so there are no exits to choose from.")
     for gmacs_budget in gmacs_budgets:
         exit_thresholds.check_budget(gmacs_budget * 1e9, model.exit_macs())
     labels.check_count(model.num_classes, len(data.class_names(config.data)))

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import optimize
 from scipy.special import softmax, xlogy
 
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 
 CRITERIA = ("confidence", "entropy", "random")
 NEVER = 2.0  # a threshold that no certainty reaches
@@ -60,8 +60,7 @@ def certainty(exit_logits: np.ndarray, criterion: str = "confidence", seed: int 
     Raises:
       UserError: The criterion is unknown.
     """
-    if criterion not in CRITERIA:
-        raise UserError(f"criterion={criterion!r} is none of {', '.join(CRITERIA)}.")
+    check_choice("criterion", criterion, CRITERIA)
     if criterion == "random":
         return np.random.default_rng(seed).random(exit_logits.shape[:-1])
     shares = softmax(np.asarray(exit_logits, np.float64), axis=-1)
@@ -89,7 +88,7 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
     try:
         given = tuple(float(t) for t in thresholds)
     except (TypeError, ValueError) as error:
-        raise UserError(f"thresholds={thresholds!r} are no sequence of numbers.") from error
+        raise UserError(f"thresholds={thresholds!r} are not a sequence of numbers.") from error
     if len(given) == stages - 1:
         given = (*given, ALWAYS)
     if len(given) != stages:
@@ -98,11 +97,11 @@ def check(thresholds: Sequence[float], stages: int) -> tuple[float, ...]:
             "to the last but one."
         )
     if not np.isfinite(given).all() or min(given) < 0:
-        raise UserError(f"thresholds={given}: each is a number from 0 up.")
+        raise UserError(f"thresholds={given}: each must be a number of at least 0.")
     if given[-1] != ALWAYS:
         raise UserError(
-            f"thresholds={given} go from the first exit to the last, which answers all that are "
-            f"left: the last threshold is {ALWAYS:g}, or is left out."
+            f"thresholds={given}: the last exit answers every image that is left, so its threshold "
+            f"must be {ALWAYS:g} or be left out."
         )
     return given
 

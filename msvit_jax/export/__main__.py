@@ -21,10 +21,7 @@ from msvit_jax.export.writing import check
 
 def main(argv: Sequence[str]) -> None:
     """Loads, writes, and prints one line of JSON."""
-    if len(argv) > 1:
-        raise errors.UserError(
-            f"Unexpected argument {argv[1]!r}; options are written --name=value."
-        )
+    errors.refuse_arguments(argv)
     checkpoint.quiet_orbax()
     given = flags.FLAGS
     options = Options(
@@ -46,24 +43,26 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     # Defined here because flags are global and other commands use some of the same names.
-    flags.DEFINE_string("workdir", None, "Of a trained run.", required=True)
-    flags.DEFINE_string("which", "best", "'best', 'latest', or the step of a checkpoint.")
-    flags.DEFINE_string("format", None, "What to write; see above.", required=True)
-    flags.DEFINE_string("out", None, "File or directory to make.", required=True)
+    flags.DEFINE_string("workdir", None, "Workdir of a trained run.", required=True)
+    flags.DEFINE_string("which", "best", "Checkpoint to export: 'best', 'latest' or a step.")
     flags.DEFINE_string(
-        "layout", None, "compiled, onnx; of a model with a gate: 'slots' or 'budget'."
+        "format", None, "Format to write, one of those listed above.", required=True
+    )
+    flags.DEFINE_string("out", None, "Path of the new file or directory.", required=True)
+    flags.DEFINE_string(
+        "layout", None, "Layout of a model with a gate, 'slots' or 'budget' (compiled, onnx)."
     )
     flags.DEFINE_integer(
-        "token_capacity", None, "compiled, onnx: patch tokens per image, with --layout=budget."
+        "token_capacity", None, "Patch tokens per image with --layout=budget (compiled, onnx)."
     )
     flags.DEFINE_float(
         "gmacs_budget",
         None,
-        "compiled, onnx: of a cascade, mean GMACs per image by the thresholds that eval.py fitted.",
+        "Mean GMACs per image of a cascade, by thresholds that eval.py fitted (compiled, onnx).",
     )
-    flags.DEFINE_float("threshold", None, "compiled, onnx: of the gate, instead of the model's.")
-    flags.DEFINE_list("thresholds", None, "compiled, onnx: of a cascade's exits but the last.")
+    flags.DEFINE_float("threshold", None, "Threshold of the gate (compiled, onnx).")
+    flags.DEFINE_list("thresholds", None, "Thresholds of all exits but the last (compiled, onnx).")
     flags.DEFINE_string(
-        "pixels", "uint8", "compiled, onnx: type of the pixels, 'uint8' or 'float32'."
+        "pixels", "uint8", "Type of the pixels, 'uint8' or 'float32' (compiled, onnx)."
     )
     errors.run(main)

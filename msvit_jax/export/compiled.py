@@ -23,7 +23,7 @@ from flax.traverse_util import unflatten_dict
 from jax import Array, export
 
 from msvit_jax.data import image_files
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.exits.budget_curve import fitted_thresholds
 from msvit_jax.export import run as runner
@@ -178,8 +178,7 @@ def portable(model: ImageModel) -> ImageModel:
 
 def resolve_settings(model: ImageModel, bundle: ExportBundle, options: Options) -> dict[str, Any]:
     """Checks the options and returns the settings that run.py needs besides the functions."""
-    if options.pixels not in PIXELS:
-        raise UserError(f"pixels={options.pixels!r} is none of {', '.join(PIXELS)}.")
+    check_choice("pixels", options.pixels, PIXELS)
     if model.task == SEGMENTATION:
         raise UserError(
             f"{bundle.name!r} answers pixel by pixel; segmenters are exported as weights, with "
@@ -209,8 +208,7 @@ def _gate_settings(model: ImageModel, options: Options) -> dict[str, Any]:
             "layout='rows' packs a batch of one size, and exported functions take batches of any; "
             "use layout='budget' with token_capacity=."
         )
-    if layout not in LAYOUTS:
-        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     if (layout == "budget") != (options.token_capacity is not None):
         raise UserError(
             "layout='budget' needs token_capacity=, patch tokens per image; only this "
@@ -218,7 +216,9 @@ def _gate_settings(model: ImageModel, options: Options) -> dict[str, Any]:
         )
     adjustable = model.has_threshold
     if options.threshold is not None and not adjustable:
-        raise UserError("fine_share is given: the gate decides by rank and has no threshold.")
+        raise UserError(
+            "threshold is for gates that decide by one; with fine_share the gate decides by rank."
+        )
     if layout == "budget":
         _with_capacity(model, options.token_capacity)  # checks it
     threshold = model.threshold if options.threshold is None else options.threshold

@@ -183,9 +183,9 @@ def compare(path: pathlib.Path, example: list[Any], answers: dict[str, Any]) -> 
         away = np.inf if (np.isnan(given) != np.isnan(expected)).any() else away
         if not away <= TOLERANCE * largest:
             raise UserError(
-                f"{path.name}: onnxruntime {onnxruntime.__version__} gives other {name} than the "
-                f"model, by {away / largest:.1e} of the largest; nothing was written. Use "
-                "--format=compiled."
+                f"{path.name}: onnxruntime {onnxruntime.__version__} gives {name} that "
+                f"differ from the model's by {away / largest:.1e} of the largest value; nothing "
+                "was written. Use --format=compiled."
             )
         if name == "logits":
             difference = float(away / largest)

@@ -110,4 +110,7 @@ def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
     with paths.whole(out) as part:
         yield part
         if out.exists():
-            raise UserError(f"{str(out)!r} was made by somebody else meanwhile; it is left as is.")
+            raise UserError(
+                f"{str(out)!r} was made by another process meanwhile and is left as it is; give "
+                "another --out."
+            )

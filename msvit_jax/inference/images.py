@@ -13,7 +13,7 @@ from jax import Array
 from msvit_jax import paths
 from msvit_jax.data import image_files
 from msvit_jax.data.image_files import Found, ImageError, shown
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 
 File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
@@ -96,8 +96,7 @@ def open_images(images: Images, how: Reading) -> ImageSource:
       UserError: There are no images, they have a wrong shape, size or type, NaN pixels or floats
         that are not normalized, or a file is missing and `on_error` is 'stop'.
     """
-    if how.on_error not in ("stop", "skip"):
-        raise UserError(f"on_error={how.on_error!r} is neither 'stop' nor 'skip'.")
+    check_choice("on_error", how.on_error, ("stop", "skip"))
     if isinstance(images, File):
         images = [images]
     if not hasattr(images, "ndim"):
@@ -109,7 +108,7 @@ def open_images(images: Images, how: Reading) -> ImageSource:
     if all(isinstance(image, File) for image in images):
         return _from_files([pathlib.Path(str(path)) for path in images], how)
     if any(isinstance(image, File) for image in images):
-        raise UserError("The list holds both paths and arrays; give either the one or the other.")
+        raise UserError("The list holds both paths and arrays; give one or the other.")
     return _from_list([_as_array(image) for image in images], how)
 
 
@@ -117,7 +116,7 @@ def _as_list(images: Any) -> list[Any]:
     if isinstance(images, Mapping):
         raise UserError(
             f"Images are arrays, or paths of image files, not a {type(images).__name__} with "
-            f"{', '.join(map(repr, images))}; of a data set's batch give batch['image']."
+            f"{', '.join(map(repr, images))}; give the images of a batch, batch['image']."
         )
     try:
         return list(images)
@@ -248,7 +247,7 @@ def _check_values(images: np.ndarray | Sequence[np.ndarray], how: Reading) -> No
     remedy = "give uint8 pixels of 0 to 255, or (pixels / 255 - model.mean) / model.std."
     if max(-least, greatest) > _NORMALIZED_MOST * possible:
         raise UserError(
-            f"Float images must be normalized: of this model's they lie within {possible:.3g}, and "
+            f"Float images must be normalized: this model's lie within {possible:.3g}, and "
             f"these have values of {least:.4g} to {greatest:.4g}; {remedy}"
         )
     if 0 <= least < greatest <= 1 and mean.min() > 0:
@@ -268,7 +267,7 @@ def _check_finite(images: np.ndarray | Sequence[np.ndarray]) -> None:
     if bad:
         named = ", ".join(map(str, bad[:_NAMED])) + (", ..." if len(bad) > _NAMED else "")
         which = f"image {named} has" if len(bad) == 1 else f"{len(bad)} images ({named}) have"
-        raise UserError(f"NaN or infinite pixels: {which} them. Mend or leave out these images.")
+        raise UserError(f"NaN or infinite pixels: {which} them. Repair or leave out these images.")
 
 
 def _local(pattern: str) -> str:

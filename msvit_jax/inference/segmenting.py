@@ -12,7 +12,7 @@ from PIL import Image
 from msvit_jax import paths
 from msvit_jax.data import image_files
 from msvit_jax.data.image_files import ImageError, shown
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 from msvit_jax.inference.images import Reading
 from msvit_jax.segmentation import IGNORED, Stitcher, Windows, palette
 
@@ -63,8 +63,7 @@ def open_any(images: Any, how: Reading) -> Iterator[np.ndarray | ImageError]:
       UserError: There are no images, one is no uint8 [H, W, 3], or a file cannot be read and
         `on_error` is 'stop'.
     """
-    if how.on_error not in ("stop", "skip"):
-        raise UserError(f"on_error={how.on_error!r} is neither 'stop' nor 'skip'.")
+    check_choice("on_error", how.on_error, ("stop", "skip"))
     if isinstance(images, str | pathlib.Path):
         images = [images]
     if isinstance(images, np.ndarray) and images.ndim == 3:
@@ -74,7 +73,7 @@ def open_any(images: Any, how: Reading) -> Iterator[np.ndarray | ImageError]:
         raise UserError("There are no images to segment: the list is empty.")
     files = [isinstance(image, str | pathlib.Path) for image in listed]
     if any(files) and not all(files):
-        raise UserError("The list holds both paths and arrays; give either the one or the other.")
+        raise UserError("The list holds both paths and arrays; give one or the other.")
     if not all(files):
         listed = [_checked(image) for image in listed]
     return (_read(image, how) for image in listed)

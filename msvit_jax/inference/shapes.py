@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, check_choice
 from msvit_jax.inference.schedule import Buckets, Cheapest, Policy, Rows, Shape
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.tokens import grid
@@ -40,8 +40,7 @@ def make_policy(
     Raises:
       UserError: Options do not fit the model or each other.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     if not model.has_gate or layout == "slots":
         kind, whole = ("slots" if model.has_gate else "dense"), model.max_tokens
         return Buckets([Shape(kind, batch, whole, batch * float(model.macs(whole)))])

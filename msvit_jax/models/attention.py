@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from msvit_jax.errors import check_choice
 from msvit_jax.tokens.packing import NOBODY
 
 BiasFactors = tuple[Array, Array]
@@ -89,12 +90,10 @@ def attention(
     Raises:
       ValueError: The implementation is unknown, or does not support the mask.
     """
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"attention_impl={implementation!r} is none of {names}.")
+    check_choice("attention_impl", implementation, IMPLEMENTATIONS)
     mask = mask or Mask()
     if mask.length_buckets and mask.bias is not None:
-        raise ValueError("A bias of attention has no meaning for rows that are laid end to end.")
+        raise ValueError("An attention bias cannot be combined with length buckets.")
     if not mask.length_buckets:
         return _attend(query, key, value, mask, implementation)
     parts = [

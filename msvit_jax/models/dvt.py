@@ -225,13 +225,17 @@ class DVT(BackboneMixin, nn.Module):
         vit = self.backbone
         if not self.grid_sizes or list(self.grid_sizes) != sorted(set(self.grid_sizes)):
             raise ValueError(
-                f"grid_sizes={self.grid_sizes}: one or more are needed, each larger than before."
+                f"grid_sizes={self.grid_sizes}: give one or more, each larger than the one before."
             )
         if not vit.num_classes:
-            raise ValueError("num_classes=0: a cascade needs classes to leave its exits by.")
+            raise ValueError(
+                "num_classes=0: a cascade needs classes, whose probabilities decide its exits."
+            )
         for name, wanted in (("distilled", False), ("scan_layers", False), ("reducer", "none")):
             if getattr(vit, name) != wanted:
-                raise ValueError(f"{name}={getattr(vit, name)!r} is not for a cascade's stages.")
+                raise ValueError(
+                    f"{name}={getattr(vit, name)!r} cannot be used in the stages of a cascade."
+                )
         for side in self.grid_sizes:
             self._stage(side).check()
 
@@ -364,7 +368,7 @@ class DVT(BackboneMixin, nn.Module):
         if stage == 0:
             return lambda layer: (None, None)
         if handed is None:
-            raise ValueError(f"Stage {stage} wants what stage {stage - 1} handed on.")
+            raise ValueError(f"Stage {stage} needs the carry of stage {stage - 1}; run that first.")
         reuse, there = self.reuse[stage - 1], handed
         mixed = reuse.mixed_scores(there)
         return lambda layer: (reuse.relation_of(layer, mixed), reuse.features_of(layer, there))

@@ -90,7 +90,7 @@ def untrained_logits(kind: str, pixels: Array) -> Array:
     elif kind == "entropy":
         probability = 1 - _entropy(pixels) / np.float32(np.log2(_ENTROPY_BINS))
     else:
-        raise ValueError(f"gate={kind!r} is none of {', '.join(GATES)}.")
+        raise ValueError(f"gate={kind!r} is not one of {', '.join(GATES)}.")
     edge = 1e-6
     return jax.scipy.special.logit(jnp.clip(probability, edge, 1 - edge))
 

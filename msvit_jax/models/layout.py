@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from msvit_jax.errors import check_choice
 from msvit_jax.models.attention import Mask
 from msvit_jax.tokens import packing
 
@@ -57,8 +58,7 @@ class Layout:
         Raises:
           ValueError: The sizes do not fit; the message says which would.
         """
-        if self.kind not in LAYOUTS:
-            raise ValueError(f"layout={self.kind!r} is none of {', '.join(LAYOUTS)}.")
+        check_choice("layout", self.kind, LAYOUTS)
         if self.groups < 1:
             raise ValueError(f"row_groups={self.groups}; at least 1 is needed.")
         if self.kind in ("budget", "trimmed"):
@@ -80,7 +80,7 @@ class Layout:
 
     def _check_rows(self, largest: int) -> None:
         if self.rows < 1:
-            raise ValueError("layout='rows' needs rows=, how many there are for a whole batch.")
+            raise ValueError("layout='rows' needs rows=, the number of rows for a whole batch.")
         if self.row_width < largest:
             raise ValueError(
                 f"row_width={self.row_width} is too small: one image can need {largest} tokens "

@@ -23,7 +23,8 @@ from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
 from msvit_jax.models.output import Output, also_empty
-from msvit_jax.models.vit import ViT, check_images
+from msvit_jax.models.vit import ViT
+from msvit_jax.models.vit_checks import check_images
 from msvit_jax.tokens import grid
 
 

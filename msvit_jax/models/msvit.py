@@ -15,13 +15,16 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.errors import check_choice
 from msvit_jax.models import gate as gates
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.embedding import PatchEmbed
+from msvit_jax.models.encoded import patch_positions, patch_targets
 from msvit_jax.models.output import Features, GateOutput, Output, also_empty
-from msvit_jax.models.vit import ViT, check_images, patch_positions, patch_targets
+from msvit_jax.models.vit import ViT
+from msvit_jax.models.vit_checks import check_images
 from msvit_jax.tokens import alternatives, grid, packing
 
 COARSE_EMBEDDINGS = ("shared", "mean", "separate")
@@ -114,13 +117,8 @@ class MSViT(BackboneMixin, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
-        if self.gate not in gates.GATES:
-            raise ValueError(f"gate={self.gate!r} is none of {', '.join(gates.GATES)}.")
-        if self.coarse_embedding not in COARSE_EMBEDDINGS:
-            raise ValueError(
-                f"coarse_embedding={self.coarse_embedding!r} is none of "
-                f"{', '.join(COARSE_EMBEDDINGS)}."
-            )
+        check_choice("gate", self.gate, gates.GATES)
+        check_choice("coarse_embedding", self.coarse_embedding, COARSE_EMBEDDINGS)
         if self.fine_share is not None and not 0 <= self.fine_share <= 1:
             raise ValueError(f"fine_share={self.fine_share} is not between 0 and 1.")
         if self.image_size % self.coarse_size:

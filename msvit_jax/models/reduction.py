@@ -17,7 +17,7 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import reducers
-from msvit_jax.errors import nearest
+from msvit_jax.errors import check_choice, nearest
 from msvit_jax.models.attention import Mask, join_buckets, split_buckets
 from msvit_jax.reducers import base
 from msvit_jax.tokens.packing import NOBODY
@@ -99,8 +99,7 @@ def reduction_specs(
     Raises:
       ValueError: The values are not possible.
     """
-    if reducer not in reducers.NAMES:
-        raise ValueError(f"reducer={reducer!r} is none of {', '.join(reducers.NAMES)}.")
+    check_choice("reducer", reducer, reducers.NAMES)
     if reducer == "none":
         return {}
     kind = reducers.REDUCERS[reducer]

@@ -14,6 +14,7 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.errors import check_choice
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import Block, LayerNorm, init_weights
 from msvit_jax.models.interface import SEGMENTATION
@@ -168,8 +169,7 @@ class Segmenter(BackboneMixin, nn.Module):
 
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
-        if self.decoder not in DECODERS:
-            raise ValueError(f"decoder={self.decoder!r} is none of {', '.join(DECODERS)}.")
+        check_choice("decoder", self.decoder, DECODERS)
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes}; segmentation needs a class.")
         if self.encoder.num_classes:

@@ -11,56 +11,27 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 from flax.core import FrozenDict
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
-from msvit_jax.models import reduction
-from msvit_jax.models.attention import IMPLEMENTATIONS, Mask
-from msvit_jax.models.block import GELUS, Block, LayerNorm, init_weights
+from msvit_jax.models import reduction, vit_checks
+from msvit_jax.models.attention import Mask
+from msvit_jax.models.block import Block, LayerNorm, init_weights
 from msvit_jax.models.embedding import (
-    POSITIONS,
     PatchEmbed,
     sequence_positions,
     sincos_positions,
 )
+from msvit_jax.models.encoded import Encoded, patch_positions, patch_targets
 from msvit_jax.models.interface import ModelDefaults
 from msvit_jax.models.output import Features, Output, also_empty
-from msvit_jax.models.reduction import ReductionSpec, ReductionState
-from msvit_jax.reducers import base as reducing
+from msvit_jax.models.reduction import ReductionSpec
 from msvit_jax.tokens import grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@struct.dataclass
-class Encoded:
-    """Tokens after the blocks and the last norm.
-
-    Attributes:
-      tokens: [B, N, D] tokens, fewer than went in if layers reduced them.
-      state: Reduction state of the tokens; None if no layer reduces them.
-      targets: Tuple with, for each reduction, [B, N] int32: index of the input token that each
-        input token was merged into, its own if it was not merged; -1 if it was dropped.
-    """
-
-    tokens: Array
-    state: ReductionState | None = None
-    targets: tuple[Array, ...] = ()
-
-    def unmerge(self) -> Array:
-        """Gives each input token the token it became part of: [B, N, D]; zeros if dropped."""
-        if self.state is None:
-            return self.tokens
-        return reducing.unmerge(self.tokens, self.state.position)
-
-    @property
-    def alive(self) -> Array | None:
-        """Whether each input token was not dropped: [B, N] bool; None if none can be."""
-        return None if self.state is None else self.state.position >= 0
 
 
 class ViT(ModelDefaults, nn.Module):
@@ -198,61 +169,11 @@ class ViT(ModelDefaults, nn.Module):
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
         self.check_grid()
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes={self.num_classes}; 0 makes a feature extractor.")
-        if self.pos_resize not in grid.RESIZINGS:
-            names = ", ".join(grid.RESIZINGS)
-            raise ValueError(f"pos_resize={self.pos_resize!r} is none of {names}.")
-        if not int(self.mlp_ratio * self.width):
-            raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} leaves MLPs of width {self.width} nothing."
-            )
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"width={self.width} is not divisible by heads={self.heads}.")
-        if self.pool not in ("token", "mean"):
-            raise ValueError(f"pool={self.pool!r} is neither 'token' nor 'mean'.")
-        if self.pool == "token" and not self.class_token:
-            raise ValueError("pool='token' needs class_token=True; use pool='mean' without one.")
-        if self.attention_impl not in IMPLEMENTATIONS:
-            names = ", ".join(IMPLEMENTATIONS)
-            raise ValueError(f"attention_impl={self.attention_impl!r} is none of {names}.")
-        if self.pos_init not in POSITIONS:
-            names = ", ".join(POSITIONS)
-            raise ValueError(f"pos_init={self.pos_init!r} is none of {names}.")
-        if self.pos_init == "sincos" and self.width % 4:
-            raise ValueError(f"pos_init='sincos' needs a width divisible by 4, not {self.width}.")
-        if self.gelu not in GELUS:
-            raise ValueError(f"gelu={self.gelu!r} is none of {', '.join(GELUS)}.")
-        if self.distilled and self.pool != "token":
-            raise ValueError("distilled=True needs pool='token'.")
-        specs = self.reductions
-        if specs and self.scan_layers:
-            raise ValueError(
-                f"reducer={self.reducer!r} needs scan_layers=False: layers differ in length."
-            )
-        counts = any(spec.make().counts_sizes for spec in specs.values())
-        if counts and self.attention_impl == "pallas":
-            raise ValueError(
-                f"reducer={self.reducer!r} needs attention that counts tokens by their sizes; "
-                "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
-            )
+        vit_checks.check_attributes(self)
 
     def check_grid(self) -> None:
         """Raises ValueError unless the images divide into the grid's patches."""
-        if self.fixed_grid_size is None and self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
-            )
-        if self.fixed_grid_size is not None and not 1 <= self.fixed_grid_size <= self.image_size:
-            raise ValueError(
-                f"fixed_grid_size={self.grid_size} is not from 1 to image_size={self.image_size}."
-            )
-        if self.padding[1] >= self.effective_patch_size:
-            raise ValueError(
-                f"fixed_grid_size={self.grid_size} does not fit an image of {self.image_size} px: "
-                f"patches of {self.effective_patch_size} px reach {sum(self.padding)} px beyond "
-                "it, so that some see nothing of it. Take another grid or another image size."
-            )
+        vit_checks.check_grid(self)
 
     @property
     def backbone(self) -> "ViT":
@@ -494,11 +415,11 @@ class ViT(ModelDefaults, nn.Module):
 
     def check_shape(self, images: Array) -> None:
         """Raises ValueError unless the model takes images of this shape."""
-        check_images(images, self.patch_size if self.fixed_grid_size is None else 1)
+        vit_checks.check_images(images, self.patch_size if self.fixed_grid_size is None else 1)
         side = self.image_size
         if self.fixed_grid_size is not None and images.shape[1:3] != (side, side):
             raise ValueError(
-                f"The grid of {self.grid_size} is one of images of {side} x {side} px, not of "
+                f"With fixed_grid_size={self.grid_size} images must be {side} x {side} px, not "
                 f"{images.shape[1]} x {images.shape[2]}; resize them."
             )
 
@@ -521,31 +442,4 @@ class ViT(ModelDefaults, nn.Module):
             merge_positions=patch_positions(encoded, self.prefix_length),
             merge_targets=patch_targets(encoded.targets, self.prefix_length),
             features=None if self.num_classes else self.features(x, tuple(size)),
-        )
-
-
-def patch_positions(encoded: Encoded, prefix: int) -> tuple[Array, ...] | None:
-    """Returns `Output.merge_positions` for images that each have a row of their own."""
-    if encoded.state is None:
-        return None
-    return tuple(position[:, prefix:] for position in encoded.state.history)
-
-
-def patch_targets(merge_targets: tuple[Array, ...], prefix: int) -> tuple[Array, ...] | None:
-    """Makes `Output.merge_targets` of targets in sequences with their prefix: each [B, P + N]."""
-    return tuple(jnp.maximum(target[:, prefix:] - prefix, -1) for target in merge_targets) or None
-
-
-def check_images(images: Array, multiple: int) -> None:
-    """Raises ValueError unless images are [B, H, W, 3], H and W divisible by `multiple`."""
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"Images must be [batch, height, width, 3], got shape {tuple(images.shape)}; "
-            "convert gray or RGBA images to RGB and add a batch axis to a single one."
-        )
-    height, width = images.shape[1:3]
-    if height % multiple or width % multiple:
-        raise ValueError(
-            f"An image of {height} x {width} px does not divide into patches of {multiple} px; "
-            f"resize it to a multiple of {multiple}."
         )

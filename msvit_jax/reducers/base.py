@@ -86,7 +86,7 @@ class Merge:
         moved = (
             self.removed_weight[:, :, None] * take(x, self.removed).astype(jnp.float32)
         ).astype(x.dtype)
-        # On CPU a scatter is faster (benchmarks/merge.py); a TPU is made for products.
+        # On CPU a scatter is faster (studies/merge_speed.py); a TPU is made for products.
         merged = lax.platform_dependent(
             onto, moved, self.target, cpu=add_by_scatter, default=add_by_product
         )

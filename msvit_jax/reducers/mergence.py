@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from msvit_jax.errors import check_choice
 from msvit_jax.reducers import base
 from msvit_jax.reducers.topk import keep_highest
 
@@ -30,10 +31,7 @@ class Mergence(base.Reducer):
 
     def check_options(self) -> None:
         """Raises ValueError for unknown merge weights."""
-        if self.merge_weights not in WEIGHTS:
-            raise ValueError(
-                f"merge_weights={self.merge_weights!r} is none of {', '.join(WEIGHTS)}."
-            )
+        check_choice("merge_weights", self.merge_weights, WEIGHTS)
 
     def macs(self, before: np.ndarray, after: np.ndarray, width: int, heads: int) -> np.ndarray:
         """Counts importance, similarities and merging; see `Reducer.macs`."""

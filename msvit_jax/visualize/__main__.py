@@ -18,14 +18,18 @@ from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.visualize import examples, exits, segments
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Of a trained run with a gate, a reducer or exits.", required=True
+    "workdir", None, "Workdir of a trained run with a gate, a reducer or exits.", required=True
 )
-_OUT = flags.DEFINE_string("out", None, "Where pictures go; by default <workdir>/pictures.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "'best', 'latest', or a step.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Instead of the one that the run was trained on.")
-_EXAMPLES = flags.DEFINE_integer("examples", 8, "How many, where no images are given.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the pictures; by default <workdir>/pictures.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "best", "Checkpoint to use: 'best', 'latest' or a step."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets; by default the run's.")
+_EXAMPLES = flags.DEFINE_integer(
+    "examples", 8, "Number of examples to draw if no images are given."
+)
 _GMACS_BUDGET = flags.DEFINE_float(
-    "gmacs_budget", None, "Of a cascade, mean GMACs per image by fitted thresholds (eval.py)."
+    "gmacs_budget", None, "Mean GMACs per image of a cascade, by thresholds that eval.py fitted."
 )
 
 

@@ -3,19 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from msvit_jax.weights.formats import (
-        FORMATS,
+    from msvit_jax.weights.formats import FORMATS, LoadedWeights, to_theirs
+    from msvit_jax.weights.loading import (
         Loaded,
-        LoadedWeights,
         class_names,
         declared_options,
-        file_of,
         load,
         load_model,
         load_params,
         read,
-        to_theirs,
     )
+    from msvit_jax.weights.opened import file_of
     from msvit_jax.weights.ours import build_model, describe, save
 
 __all__ = [
@@ -34,13 +32,16 @@ __all__ = [
     "save",
     "to_theirs",
 ]
-_OURS = ("build_model", "describe", "save")
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: reading runs needs Orbax, and some modules here are also commands.
     if name in __all__:
-        from msvit_jax.weights import formats, ours
+        from msvit_jax.weights import formats, loading, opened, ours
 
-        return getattr(ours if name in _OURS else formats, name)
+        return next(
+            vars(module)[name]
+            for module in (formats, opened, loading, ours)
+            if name in vars(module)
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -255,7 +255,7 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
     if _listed(names):
         names = dict(enumerate(names))
     if not isinstance(names, Mapping):
-        found.problems.append(f"{CONFIG}: id2label is no list of names: {names!r}")
+        found.problems.append(f"{CONFIG}: id2label is not a list of names: {names!r}")
     elif any(str(v) != f"LABEL_{k}" for k, v in names.items()):
         order = sorted(names, key=_as_number)
         if list(map(_as_number, order)) != list(range(len(order))):

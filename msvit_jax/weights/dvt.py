@@ -125,13 +125,13 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
 
 def main(argv: Sequence[str]) -> None:
     """Converts a file as the command line says."""
-    # Imported here because formats imports this module.
-    from msvit_jax.weights import formats
+    # Imported here because loading imports this module.
+    from msvit_jax.weights import loading
 
     del argv
     given = flags.FLAGS
     model = create_model(given.model)
-    params, _ = formats.load_params(given.source, model)
+    params, _ = loading.load_params(given.source, model)
     flat = flat_names(params)
     about = {"model": {"name": given.model}, "mean": model.mean, "std": model.std}
     ours.save(given.out, flat, about)
@@ -142,8 +142,13 @@ if __name__ == "__main__":
     from absl import flags  # only needed by the command
 
     flags.DEFINE_string(
-        "model", None, "dvt_deit_small, dvt_t2t_vit_12 or dvt_t2t_vit_14.", required=True
+        "model",
+        None,
+        "Name of the model: dvt_deit_small, dvt_t2t_vit_12 or dvt_t2t_vit_14.",
+        required=True,
     )
-    flags.DEFINE_string("source", None, "The official .pth or .pth.tar file.", required=True)
-    flags.DEFINE_string("out", None, "The .safetensors file to write.", required=True)
+    flags.DEFINE_string(
+        "source", None, "Path of the official .pth or .pth.tar file.", required=True
+    )
+    flags.DEFINE_string("out", None, "Path of the .safetensors file to write.", required=True)
     errors.run(main)

@@ -107,7 +107,7 @@ def _read_parts(path: pathlib.Path) -> Flat:
     parts = sorted(set(map(str, where.values())))
     for part in parts:
         if pathlib.PurePath(part).name != part or part.endswith(INDEX):
-            raise UserError(f"{str(path)!r} names {part!r}, which is no weights file beside it.")
+            raise UserError(f"{str(path)!r} names {part!r}, which is not a weights file beside it.")
     missing = [part for part in parts if not path.with_name(part).is_file()]
     if missing:
         raise UserError(
@@ -229,5 +229,7 @@ def read_json(text: str, path: str | pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{str(path)!r} holds damaged JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} holds JSON of {type(value).__name__}, not of names.")
+        raise UserError(
+            f"{str(path)!r} holds a JSON {type(value).__name__} instead of named values."
+        )
     return value

@@ -154,7 +154,7 @@ def read(path: pathlib.Path) -> Any:
     main = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(main) != 1:
         first = ", ".join(list(members)[:3]) or "nothing"
-        raise ValueError(f"it is no file of torch.save, but a zip archive of {first}")
+        raise ValueError(f"it was not written by torch.save: it is a zip archive of {first}")
     folder = main[0].removesuffix("data.pkl")
     order = f"{folder}byteorder"
     if order in members and archive.read(order) != b"little":

@@ -48,7 +48,7 @@ def test_libtpu_absent():
         (["--topology=v5e:2x2", "--layouts=dense,row"], "Unknown layout 'row'. Did you mean"),
         (
             ["--topology=v5e:2x2", "--config.batch_size=30"],
-            "batch_size=30 cannot be cut over 4 devices; use 28 or 32.",
+            "batch_size=30 cannot be divided among 4 devices; use 28 or 32.",
         ),
         (
             ["--topology=v5e:2x2", "--layouts=budget", "--tokens=99"],

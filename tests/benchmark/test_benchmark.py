@@ -204,7 +204,7 @@ def test_last_line_is_json():
 def test_error_without_a_traceback():
     done = _command("--batch=few")
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --batch=few: whole numbers are needed."
+    assert done.stderr.strip() == "error: --batch=few: give whole numbers."
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "studies" / "gpu.py"
 
 
 @pytest.mark.slow

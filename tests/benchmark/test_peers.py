@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "peers.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "studies" / "peers.py"
 STUB = """#!{python}
 import json, sys
 log = open({log!r}, "w")

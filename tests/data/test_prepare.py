@@ -15,7 +15,7 @@ from PIL import Image
 
 from msvit_jax import config as configs
 from msvit_jax import data
-from msvit_jax.data import image_files, prepare, sources
+from msvit_jax.data import image_files, prepare, source_files, sources
 from msvit_jax.errors import UserError
 
 
@@ -316,9 +316,9 @@ def test_entries_that_cannot_be_read_are_told_or_skipped(kind, files, tmp_path):
     changed(path, *field, entry=b"train/cat/0.jpg")
     with pytest.raises(UserError, match=rf"1 of 10 files.*\n.*train/cat/0\.jpg: .*{reason}"):
         make(path, tmp_path)
-    prepare._archive.cache_clear()
-    listing = prepare.list_files(str(path))
-    (bad,) = prepare.find_unreadable(listing.files)
+    source_files._archive.cache_clear()
+    listing = source_files.list_files(str(path))
+    (bad,) = source_files.find_unreadable(listing.files)
     assert bad.file.path == "train/cat/0.jpg"
 
 
@@ -350,7 +350,7 @@ def test_special_files_are_told_and_never_opened(folder, tmp_path):
     assert [bad.reason for bad in made.skipped] == ["it is empty (0 bytes)"]
     os.mkfifo(tmp_path / "pipe.zip")
     with pytest.raises(UserError, match=r"pipe\.zip is neither a folder nor a zip"):
-        prepare.list_files(str(tmp_path / "pipe.zip"))
+        source_files.list_files(str(tmp_path / "pipe.zip"))
 
 
 @pytest.mark.field(47)
@@ -413,7 +413,7 @@ def test_missing_data_sets_come_with_the_command_that_makes_them(folder, tmp_pat
         sources.open_dataset("petz", str(tmp_path))
     with pytest.raises(UserError, match=r"Did you mean 'cifar100'\?"):
         sources.open_dataset("cifar1000", str(tmp_path))
-    with pytest.raises(UserError, match=r"no version 2\.0\.0; there is 1\.0\.0"):
+    with pytest.raises(UserError, match=r"no version 2\.0\.0; it has 1\.0\.0"):
         sources.open_dataset("pets:2.0.0", str(tmp_path))
 
 
@@ -421,7 +421,7 @@ def test_missing_data_sets_come_with_the_command_that_makes_them(folder, tmp_pat
     ("name", "message"),
     [
         ("scattered_digits/hart", r"no config 'hart'. Did you mean 'hard'\?"),
-        ("scattered_digits:9.0.0", "no version 9.0.0; there is 1.0.0"),
+        ("scattered_digits:9.0.0", "no version 9.0.0; it has 1.0.0"),
     ],
 )
 def test_unknown_variants_of_the_embedded_set_are_named(name, message, tmp_path):

@@ -265,10 +265,10 @@ def test_what_cannot_be_paired_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", "is not as it has to be"),
+        ("[", "is not valid"),
         ('{"names": []}', "KeyError"),
         ('{"classes": ["a", "b"], "ignore_label": 0}', "ignored value 0 is a class's"),
-        ('{"classes": ["a"], "palette": [[0, 0]]}', "is not as it has to be"),
+        ('{"classes": ["a"], "palette": [[0, 0]]}', "is not valid"),
     ],
 )
 def test_a_file_of_classes_that_says_too_little(tmp_path, text, message):

@@ -403,9 +403,9 @@ BAD = [
     ("plain", {"threshold": 0.5}, "threshold is for models with a gate"),
     ("plain", {"token_capacity": 7}, "token_capacity is for models with a gate"),
     ("plain", {"thresholds": (0.5,)}, "one exit"),
-    ("plain", {"pixels": "int8"}, "'int8' is none of uint8, float32"),
+    ("plain", {"pixels": "int8"}, "'int8' is not one of uint8, float32"),
     ("budget", {"layout": "rows"}, "exported functions take batches of any"),
-    ("budget", {"layout": "rings"}, "'rings' is none of slots, budget"),
+    ("budget", {"layout": "rings"}, "'rings' is not one of slots, budget"),
     ("budget", {"layout": "budget"}, "'budget' needs token_capacity="),
     ("budget", {"token_capacity": 7}, "only this layout takes it"),
     (

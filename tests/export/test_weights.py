@@ -162,7 +162,7 @@ def test_formats_that_are_not_there_are_told_with_those_that_are(tmp_path):
 MISFITS = [
     ("t2t_vit_12", {}, "timm", "no T2T-ViT"),
     ("dvt_deit_small", {}, "huggingface", "this model is a cascade"),
-    ("vit_tiny_patch16_224", {}, "dvt", "this model is no cascade"),
+    ("vit_tiny_patch16_224", {}, "dvt", "this model is not a cascade"),
     ("vit_tiny_patch16_224", {"pool": "mean"}, "huggingface", "not with pool='mean'"),
     ("deit_tiny_distilled_patch16_224", {}, "big_vision", "distilled"),
 ]
@@ -190,7 +190,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 def test_what_somebody_else_made_meanwhile_stays(tmp_path, monkeypatch):
     out = tmp_path / "model"
     monkeypatch.setattr(formats, "_write_json", lambda *_: out.write_text("theirs"))
-    with pytest.raises(UserError, match="by somebody else"):
+    with pytest.raises(UserError, match="by another process"):
         write(made.source("vit_tiny_patch16_224"), "huggingface", out)
     assert out.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

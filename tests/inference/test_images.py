@@ -136,7 +136,7 @@ def test_bad_files_are_skipped_where_asked_for(tmp_path):
         bad: "it is no image, or of a format that is not read here",
         tmp_path / "gone.png": "No such file or directory",
     }
-    with pytest.raises(UserError, match="on_error='ignore' is neither"):
+    with pytest.raises(UserError, match="on_error='ignore' is not one of stop, skip"):
         open_images(paths, Reading(SIZE, on_error="ignore"))
 
 

@@ -343,7 +343,7 @@ def test_predictions_read_well():
 
 
 BAD = [
-    ({"layout": "rings"}, "layout='rings' is none of auto, slots"),
+    ({"layout": "rings"}, "layout='rings' is not one of auto, slots"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"buckets": (40, 65)}, "bucket of 65 tokens is not possible.*16 to 64 patch tokens"),
     ({"buckets": (15,)}, "bucket of 15 tokens"),

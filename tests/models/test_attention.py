@@ -160,7 +160,7 @@ def test_shelves_equal_their_rows_one_by_one(masked):
 
 def test_what_is_not_possible_is_told():
     query, key, value = random_qkv(0, 1, 4)
-    with pytest.raises(ValueError, match="'flash' is none of auto, xla"):
+    with pytest.raises(ValueError, match="'flash' is not one of auto, xla"):
         attention(query, key, value, implementation="flash")
     with pytest.raises(ValueError, match="no gradient to the weights"):
         attention(query, key, value, Mask(weights=jnp.ones((1, 4))), implementation="pallas")

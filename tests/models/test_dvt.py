@@ -269,10 +269,10 @@ def test_recomputed_blocks_have_the_same_gradient():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"grid_sizes": (3, 2)}, "larger than before"),
-        ({"grid_sizes": ()}, "one or more"),
+        ({"grid_sizes": (3, 2)}, "larger than the one before"),
+        ({"grid_sizes": ()}, "give one or more"),
         ({"grid_sizes": (2, 40)}, "not from 1 to image_size=16"),
-        ({"grid_sizes": (2, 7)}, "some see nothing"),
+        ({"grid_sizes": (2, 7)}, "some would lie outside"),
         ({"patch_size": 4}, "no option 'patch_size'"),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_t2t_grid_that_does_not_fit_is_told():
 
 def test_a_stage_without_what_it_reuses_and_a_wrong_image_size_are_told():
     model, variables, images = make()
-    with pytest.raises(ValueError, match="Stage 1 wants what stage 0 handed on"):
+    with pytest.raises(ValueError, match="Stage 1 needs the carry of stage 0"):
         model.apply(variables, images, stage=1, method="run_stage")
-    with pytest.raises(ValueError, match="one of images of 16 x 16 px"):
+    with pytest.raises(ValueError, match="images must be 16 x 16 px"):
         model.apply(variables, jnp.zeros((1, 20, 20, 3)))

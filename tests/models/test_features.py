@@ -9,7 +9,7 @@ import pytest
 from msvit_jax import Predictor, create_model
 from msvit_jax.errors import UserError
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import adapt, formats
+from msvit_jax.weights import adapt, formats, loading
 from tests import jitted
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 0, "image_size": 16, "patch_size": 4}
@@ -95,18 +95,18 @@ def test_a_head_is_left_out_where_the_model_has_none():
     flat = {name: np.ones(s.shape, np.float32) for name, s in shapes.items()}
     headless = with_head.clone(num_classes=0)
     for form in ("timm", "huggingface", "big_vision"):
-        found = formats.convert(formats.to_theirs(form, flat, with_head), headless)
+        found = loading.convert(formats.to_theirs(form, flat, with_head), headless)
         told = {f"head/{part} (the model has no head)" for part in ("kernel", "bias")}
         assert set(found.unused) == told
         found.params_for(headless)
         back = formats.to_theirs(form, found.flat, headless)
         assert not any("head" in name or "classifier" in name for name in back)
         with pytest.raises(UserError, match=r"features alone \(num_classes=0\)"):
-            formats.convert(back, with_head).params_for(with_head)
+            loading.convert(back, with_head).params_for(with_head)
 
 
 def test_what_needs_classes_says_so():
     with pytest.raises(UserError, match="a cascade needs classes"):
         create_model("dvt_deit_small", num_classes=0)
-    with pytest.raises(UserError, match="0 makes a feature extractor"):
+    with pytest.raises(UserError, match="use 0 for a feature extractor"):
         create_model("deit_tiny_patch16_224", num_classes=-1)

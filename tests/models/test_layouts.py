@@ -237,7 +237,7 @@ def test_layouts_run_sharded_and_move_no_tokens_between_devices(layout, options)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layout": "packed"}, "layout='packed' is none of slots"),
+        ({"layout": "packed"}, "layout='packed' is not one of slots"),
         ({"layout": "budget"}, "needs token_capacity="),
         (
             {"layout": "budget", "token_capacity": 37},

@@ -308,9 +308,9 @@ def test_macs_fall_with_the_tokens():
     ("options", "message"),
     [
         ({"image_size": 40}, "coarse patch of 16 px"),
-        ({"gate": "magic"}, "none of mlp"),
+        ({"gate": "magic"}, "not one of mlp"),
         ({"fine_share": 1.5}, "between 0 and 1"),
-        ({"coarse_embedding": "none"}, "neither 'shared' nor 'separate'"),
+        ({"coarse_embedding": "none"}, "not one of shared, mean, separate"),
     ],
 )
 def test_bad_options_are_told(options, message):

@@ -252,7 +252,7 @@ def test_macs_are_the_encoders_and_a_decoder_that_sees_the_whole_grid():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decoder": "unet"}, "decoder='unet' is none of linear, mask"),
+        ({"decoder": "unet"}, "decoder='unet' is not one of linear, mask"),
         ({"num_classes": 0}, "segmentation needs a class"),
         ({"decoder": "mask", "decoder_heads": 3}, "not divisible by decoder_heads=3"),
         ({"encoder": "dvt_deit_small"}, "no features to decode"),

@@ -296,7 +296,7 @@ def test_wrong_images_are_told(shape, message):
     [
         ({"image_size": 33}, "not divisible by patch_size"),
         ({"heads": 3}, "not divisible by heads"),
-        ({"pool": "max"}, "neither 'token' nor 'mean'"),
+        ({"pool": "max"}, "is not one of token, mean"),
         ({"class_token": False}, "needs class_token"),
         ({"distilled": True, "pool": "mean"}, "needs pool='token'"),
     ],

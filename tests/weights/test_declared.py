@@ -233,7 +233,7 @@ def test_the_metadata_of_a_file_is_followed(tmp_path):
 def test_patches_that_are_not_square_are_refused():
     state = weights.to_theirs("timm", flat(model()), model())
     state["patch_embed.proj.weight"] = np.ones((16, 3, 4, 8), np.float32)
-    source = weights.formats.convert(state, model())
+    source = weights.loading.convert(state, model())
     with pytest.raises(UserError, match=r"patch_embed/proj/kernel: \(4, 8, 3, 16\) in the source"):
         source.params_for(model())
 
@@ -278,7 +278,7 @@ NONSENSE = [
     ({"layer_norm_eps": float("nan")}, {}, r"layer_norm_eps\): norm_epsilon=nan"),
     ({"layer_norm_eps": "1e-5"}, {}, r"layer_norm_eps\): norm_epsilon=1e-5 is not"),
     ({"id2label": {"1": "a", "2": "b", "3": "c"}}, {}, "id2label has the labels 1, 2, 3"),
-    ({"id2label": "abc"}, {}, "id2label is no list of names"),
+    ({"id2label": "abc"}, {}, "id2label is not a list of names"),
 ]
 
 

@@ -149,7 +149,7 @@ def test_half_precision_becomes_float32(tmp_path):
 
 def test_a_damaged_description_is_told(tmp_path):
     path = tmp_path / "w.safetensors"
-    for text, match in (("{", "damaged JSON"), ("3", "of int, not of names")):
+    for text, match in (("{", "damaged JSON"), ("3", "a JSON int instead")):
         save_file({"a": np.ones(1)}, path, metadata={"msvit_jax": text})
         with pytest.raises(UserError, match=match):
             weights.describe(path)
@@ -189,8 +189,8 @@ def test_weights_in_several_files(tmp_path):
     ("where", "match"),
     [
         ({"a": "first.safetensors", "b": "first.safetensors"}, r"1 arrays .* lack: b"),
-        ({"a": "../first.safetensors"}, "no weights file beside it"),
-        ({"a": "model.safetensors.index.json"}, "no weights file beside it"),
+        ({"a": "../first.safetensors"}, "not a weights file beside it"),
+        ({"a": "model.safetensors.index.json"}, "not a weights file beside it"),
         ({}, "weight_map"),
         (3, "weight_map"),
     ],

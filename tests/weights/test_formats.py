@@ -13,7 +13,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.models.registry import CASCADES
 from msvit_jax.tokens import grid
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import adapt, formats
+from msvit_jax.weights import adapt, loading
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 TINY = {**SMALL, "image_size": 16, "patch_size": 4}
@@ -61,7 +61,7 @@ def test_every_model_comes_back_exactly_or_is_refused(form):
         prefix = "" if trunk is whole else "backbone/"
         flat = {prefix + key: x for key, x in random_like(shapes_of(trunk)).items()}
         theirs = weights.to_theirs(form, flat, model)
-        found = formats.convert(theirs, model)
+        found = loading.convert(theirs, model)
         assert (found.format, found.unused) == (form, ())
         assert found.flat.keys() == flat.keys()
         for key, x in flat.items():
@@ -111,7 +111,7 @@ def tiny(**changes):
 
 def test_weights_of_no_known_format_are_told_with_those_tried():
     with pytest.raises(UserError, match=r"ours, timm, huggingface, big_vision, dvt: layer1\.0"):
-        formats.convert({"layer1.0.conv1.weight": np.zeros(3)}, tiny())
+        loading.convert({"layer1.0.conv1.weight": np.zeros(3)}, tiny())
 
 
 def test_weights_of_another_model_are_told_with_all_misfits():
@@ -119,17 +119,17 @@ def test_weights_of_another_model_are_told_with_all_misfits():
     with pytest.raises(
         UserError, match=r"\(12 misfits\)(.|\n)*blocks\.2\.mlp\.fc2\.bias: unexpect"
     ):
-        formats.convert(timm_state(deeper), tiny())
+        loading.convert(timm_state(deeper), tiny())
     with pytest.raises(UserError, match=r"12 misfits(.|\n)*blocks\.2\.norm1\.weight: missing"):
-        formats.convert(timm_state(tiny()), deeper)
+        loading.convert(timm_state(tiny()), deeper)
     with pytest.raises(UserError, match=r"3 misfits(.|\n)*dist_token: unexpected"):
-        formats.convert(timm_state(distilled), tiny())
-    wider = formats.convert(timm_state(tiny()), tiny()).flat
+        loading.convert(timm_state(distilled), tiny())
+    wider = loading.convert(timm_state(tiny()), tiny()).flat
     wide = timm_state(tiny(width=32))
     with pytest.raises(
         UserError, match=r"blocks\.0\.norm1\.weight: \(32,\) in the source, \(16,\)"
     ):
-        formats.convert(wide, tiny())
+        loading.convert(wide, tiny())
     assert wider.keys() == shapes_of(tiny()).keys()
 
 
@@ -137,23 +137,23 @@ def test_heads_of_another_shape_in_heads_are_told():
     """big_vision's files say how many heads there are."""
     state = weights.to_theirs("big_vision", random_like(shapes_of(tiny())), tiny())
     with pytest.raises(UserError, match=r"query/kernel: \(16, 2, 8\) in the source, \(16, 4, 4\)"):
-        formats.convert(state, tiny(heads=4))
+        loading.convert(state, tiny(heads=4))
 
 
 def test_cascades_of_another_variant_are_told():
     model = create_model("dvt_deit_small", **SMALL)
     flat = random_like(shapes_of(model))
     state = weights.to_theirs("dvt", flat, model)
-    found = formats.convert(state, model)
+    found = loading.convert(state, model)
     assert found.format == "dvt"
     jax.tree.map(np.testing.assert_array_equal, found.flat, flat)
     other = create_model("dvt_deit_small", **{**SMALL, "depth": 3})
     with pytest.raises(UserError, match=r"less_token\.blocks\.2\.norm1\.weight: missing"):
-        formats.convert(state, other)
-    with pytest.raises(UserError, match="this model is no cascade"):
-        formats.convert(state, tiny())
+        loading.convert(state, other)
+    with pytest.raises(UserError, match="this model is not a cascade"):
+        loading.convert(state, tiny())
     with pytest.raises(UserError, match="this model is a cascade"):
-        formats.convert(timm_state(tiny()), other)
+        loading.convert(timm_state(tiny()), other)
 
 
 def test_new_names_of_transformers_are_known():
@@ -173,20 +173,20 @@ def test_new_names_of_transformers_are_known():
             name = name.replace(old, by)
         new[name] = x
     assert {"vit.layers.1.attention.q_proj.bias", "vit.layers.0.mlp.fc2.weight"} <= new.keys()
-    expected = formats.convert(state, model).flat
-    jax.tree.map(np.testing.assert_array_equal, formats.convert(new, model).flat, expected)
+    expected = loading.convert(state, model).flat
+    jax.tree.map(np.testing.assert_array_equal, loading.convert(new, model).flat, expected)
 
 
 def test_heads_that_read_something_else_are_left_out():
     dino = tiny(layer_scale=1e-5)
     state = weights.to_theirs("huggingface", random_like(shapes_of(dino)), dino)
     state["classifier.weight"] = np.ones((3, 32), np.float32)
-    found = formats.convert(state, dino)
+    found = loading.convert(state, dino)
     assert found.unused == ("classifier.weight", "classifier.bias")
     assert "head/kernel" not in found.flat
     state = weights.to_theirs("big_vision", random_like(shapes_of(tiny())), tiny())
     state |= {"pre_logits/kernel": np.ones((16, 16)), "pre_logits/bias": np.ones(16)}
-    found = formats.convert(state, tiny())
+    found = loading.convert(state, tiny())
     assert sorted(found.unused) == [
         "head/bias",
         "head/kernel",
@@ -199,14 +199,14 @@ def test_heads_that_read_something_else_are_left_out():
 def test_old_spellings_of_dinov2_and_of_jax_checkpoints():
     dino = tiny(layer_scale=1e-5, register_tokens=2)
     state = timm_state(dino)
-    expected = formats.convert(state, dino).flat
+    expected = loading.convert(state, dino).flat
     state["register_tokens"] = state.pop("reg_token")
     state["mask_token"] = np.zeros((1, 16), np.float32)
-    found = formats.convert(state, dino)
+    found = loading.convert(state, dino)
     assert found.unused == ("mask_token",)
     jax.tree.map(np.testing.assert_array_equal, found.flat, expected)
     state = weights.to_theirs("big_vision", random_like(shapes_of(tiny())), tiny())
-    expected = formats.convert(state, tiny()).flat
+    expected = loading.convert(state, tiny()).flat
     for spelled in (
         lambda n: "opt/target/" + n,
         lambda n: (
@@ -217,7 +217,7 @@ def test_old_spellings_of_dinov2_and_of_jax_checkpoints():
         ),
         lambda n: n.replace("posembed_input/", ""),
     ):
-        found = formats.convert({spelled(n): x for n, x in state.items()}, tiny())
+        found = loading.convert({spelled(n): x for n, x in state.items()}, tiny())
         jax.tree.map(np.testing.assert_array_equal, found.flat, expected)
 
 

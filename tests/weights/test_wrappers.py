@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from msvit_jax import Predictor, create_model, weights
 from msvit_jax.errors import UserError
 from msvit_jax.tree import flat_names
-from msvit_jax.weights import adapt, formats, wrappers
+from msvit_jax.weights import adapt, loading, wrappers
 from tests.weights.saved import namespace, torch_save
 
 OPTIONS = {"width": 16, "depth": 2, "heads": 2, "num_classes": 3, "image_size": 16, "patch_size": 4}
@@ -77,18 +77,18 @@ def test_prefixes_in_every_kind_of_file(tmp_path, suffix, prefix):
 @pytest.mark.parametrize("form", ["timm", "huggingface", "big_vision"])
 @pytest.mark.parametrize("prefix", ["module.", "model.", "params/", "opt/target/"])
 def test_prefixes_in_every_format(form, prefix):
-    found = formats.convert(prefixed(state(form), prefix), model())
+    found = loading.convert(prefixed(state(form), prefix), model())
     assert (found.format, found.unused, found.notes) == (form, (), ())
     equal(found.flat, flat())
 
 
 @pytest.mark.parametrize("prefix", ["params/", "model/", "module/", "ema_params/"])
 def test_our_own_names(prefix):
-    equal(formats.convert(prefixed(flat(), prefix), model()).flat, flat())
+    equal(loading.convert(prefixed(flat(), prefix), model()).flat, flat())
     mixed = create_model("msvit_tiny_patch16_224", **OPTIONS)
     shapes = flat_names(adapt.model_shapes(mixed))
     ours = {name: np.ones(s.shape, np.float32) for name, s in shapes.items()}
-    equal(formats.convert(prefixed(ours, prefix), mixed).flat, ours)
+    equal(loading.convert(prefixed(ours, prefix), mixed).flat, ours)
 
 
 @pytest.mark.field(49, 56)
@@ -151,28 +151,28 @@ def test_models_that_no_rule_chooses_between_are_refused(keys):
     for key in keys:
         arrays |= prefixed(state(), f"{key}." if key else "")
     with pytest.raises(UserError, match=r"several models: below .*Save the one you mean"):
-        formats.convert(arrays, model())
+        loading.convert(arrays, model())
 
 
 def test_a_name_with_and_without_its_wrapper_is_refused():
     with pytest.raises(UserError, match=r"module\.\S+ is there twice"):
-        formats.convert(state() | prefixed(state(), "module."), model())
+        loading.convert(state() | prefixed(state(), "module."), model())
 
 
 def test_a_head_beside_its_backbone_is_taken():
     arrays = {f"{'' if n.startswith('head.') else 'backbone.'}{n}": x for n, x in state().items()}
-    equal(formats.convert(arrays, model()).flat, flat())
+    equal(loading.convert(arrays, model()).flat, flat())
     dino = prefixed(state(), "student.backbone.") | {"student.head.mlp.0.weight": np.ones((3, 3))}
-    found = formats.convert(dino, model())
+    found = loading.convert(dino, model())
     assert found.unused == ("student.head.mlp.0.weight",)
     equal(found.flat, flat())
 
 
 def test_what_lies_beside_a_model_is_told_in_groups():
     arrays = prefixed(state(), "model.") | {f"optimizer.{i}": np.ones(2) for i in range(5)}
-    assert formats.convert(arrays, model()).unused == ("optimizer (5 arrays)",)
+    assert loading.convert(arrays, model()).unused == ("optimizer (5 arrays)",)
     moments = prefixed(state("big_vision"), "params/") | prefixed(state("big_vision", 1), "opt/mu/")
-    equal(formats.convert(moments, model()).flat, flat())
+    equal(loading.convert(moments, model()).flat, flat())
 
 
 def test_counters_and_indices_are_no_parameters():
@@ -181,12 +181,12 @@ def test_counters_and_indices_are_no_parameters():
         "norm.num_batches_tracked": np.array(4),
         "relative_position_index": np.arange(16).reshape(4, 4),
     }
-    found = formats.convert(state() | extras, model())
+    found = loading.convert(state() | extras, model())
     assert sorted(found.unused) == sorted(extras)
     equal(found.flat, flat())
     quantized = state() | {"head.weight": np.ones((3, 16), np.int8)}
     with pytest.raises(UserError, match=r"head\.weight is of int8.*before it was quantized"):
-        formats.convert(quantized, model())
+        loading.convert(quantized, model())
 
 
 def test_what_cannot_be_read_lists_what_the_file_holds(tmp_path):
@@ -213,12 +213,12 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, value):
             read(path, model())
     beyond = state() | {name: state()[name].astype(np.float64) * 1e39}
     with pytest.raises(UserError, match="beyond float32"):
-        formats.convert(beyond, model())
+        loading.convert(beyond, model())
 
 
 def test_a_head_of_zeros_is_told():
     zeros = {n: np.zeros_like(x) if n.startswith("head") else x for n, x in state().items()}
-    assert formats.convert(zeros, model()).notes == (
+    assert loading.convert(zeros, model()).notes == (
         "head/kernel is all zeros: every class gets the same answer",
     )
 

@@ -1,6 +1,6 @@
 """Measures images per second and core of the training input pipeline, and of tf.data if installed.
 
-    python -m msvit_jax.data.benchmark [--rounds=7]
+    python -m msvit_jax.benchmark.input [--rounds=7]
 
 JPEGs of ImageNet's typical size (500 x 375 pixels, about 110 kB) are cut from scikit-learn's two
 photographs. Both pipelines do the same work: read from memory, random resized crop to 224 pixels
@@ -137,14 +137,17 @@ def _pipelines(jpegs: Sequence[bytes]) -> dict[str, Iterator[Any]]:
     return found
 
 
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Measurements of each pipeline.", lower_bound=1)
-_BATCHES = flags.DEFINE_integer("batches", 8, "Batches of 64 in one measurement.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 7, "Number of measurements of each pipeline.", lower_bound=1
+)
+_BATCHES = flags.DEFINE_integer(
+    "batches", 8, "Number of batches of 64 images in one measurement.", lower_bound=1
+)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     jpegs = photo_jpegs(64)
     print(
         f"{len(jpegs)} JPEGs of {np.mean([len(jpeg) for jpeg in jpegs]) / 1000:.0f} kB on average"

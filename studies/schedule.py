@@ -1,6 +1,6 @@
-"""What a Predictor computes in vain: MACs of its calls over those of the images' own tokens.
+"""Adds up what a Predictor computes in vain: MACs of its calls over those of the images' tokens.
 
-    python benchmarks/schedule.py [--model=msvit_deit_small_patch16_224] [--tokens=128 --spread=30]
+    python studies/schedule.py [--model=msvit_deit_small_patch16_224] [--tokens=128 --spread=30]
 
 Nothing is run: token counts are drawn, and the shapes that the Predictor would choose are added up.
 The figures are the same on every machine. Padding of batches, budgets and rows is in them; the
@@ -18,10 +18,14 @@ from msvit_jax.evaluate import table
 from msvit_jax.inference import shapes
 from msvit_jax.inference.schedule import Queue
 
-_MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "With a gate.")
+_MODEL = flags.DEFINE_string(
+    "model", "msvit_deit_small_patch16_224", "Name of a model with a gate."
+)
 _TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of patch tokens per image.")
 _SPREAD = flags.DEFINE_float("spread", 30, "Standard deviation of that number.")
-_PROGRAMS = flags.DEFINE_integer("max_programs", 24, "As of the Predictor.")
+_PROGRAMS = flags.DEFINE_integer(
+    "max_programs", 24, "Most programs, as the Predictor's max_programs."
+)
 SIZES = ((1, 1), (1, 32), (8, 32), (32, 32), (50, 32), (256, 32), (2000, 32), (2000, 128))
 DRAWS = 10
 

@@ -1,6 +1,6 @@
-"""What a GPU gives in a few minutes: right before fast, dense beside timm, dynamic, training.
+"""Measures a GPU in a few minutes: right before fast, dense beside timm, dynamic, training.
 
-    python benchmarks/gpu.py --out=gpu.json [--minutes=6] [--small]
+    python studies/gpu.py --out=gpu.json [--minutes=6] [--small]
 
 In this order, as far as the minutes go; the file is written after every step, and what was left
 out or failed is named in it:
@@ -39,10 +39,12 @@ from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
 from msvit_jax.models import attention, registry
 from msvit_jax.tokens.packing import NOBODY
 
-_OUT = flags.DEFINE_string("out", "gpu.json", "Where the figures go.")
-_MINUTES = flags.DEFINE_float("minutes", 6, "After which nothing more is begun.")
-_SMALL = flags.DEFINE_bool("small", False, "A model of two layers and few images.")
-_STEPS = flags.DEFINE_list("steps", ["attention", "layouts", "forward", "exits", "train"], "Which.")
+_OUT = flags.DEFINE_string("out", "gpu.json", "JSON file for the figures.")
+_MINUTES = flags.DEFINE_float("minutes", 6, "Minutes after which no further step is begun.")
+_SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers and few images.")
+_STEPS = flags.DEFINE_list(
+    "steps", ["attention", "layouts", "forward", "exits", "train"], "Steps to run."
+)
 
 TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
 HEADS, CHANNELS = 6, 64
@@ -52,16 +54,16 @@ Records = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """Amount of measuring.
 
     Attributes:
-      batches: of forward passes.
-      train: batch size of training steps.
-      rounds: of each comparison.
-      overrides: of all models.
-      dtype: of the computation.
-      tome: overrides that make the dense model one with ToMe.
-      images: that go through the cascades.
+      batches: Batch sizes of forward passes.
+      train: Batch size of training steps.
+      rounds: Number of rounds of each comparison.
+      overrides: Attributes of all models, as key=value.
+      dtype: Number type of the computation.
+      tome: Overrides that make the dense model one with ToMe.
+      images: Number of images that go through the cascades.
     """
 
     batches: tuple[int, ...] = (32, 256, 1)
@@ -155,7 +157,7 @@ def check_attention() -> Iterator[dict[str, Any]]:
 def judged(
     mask: attention.Mask, attend: Callable[..., jax.Array], given: Sequence[jax.Array]
 ) -> dict[str, Any]:
-    """How far attention is from XLA's in float32, forward and backward, or what it says."""
+    """Largest differences of attention from XLA's in float32, or its error."""
     with jax.default_matmul_precision("highest"):
         wanted = jax.device_get(passes(ours("xla"), mask, jnp.float32)(*given))
     try:
@@ -286,7 +288,7 @@ def compare_steps(scale: Scale) -> Records:
 
 
 def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Sequence[Any]]]:
-    """What is done, by name, in order."""
+    """Functions of all steps by name, in order."""
     batches = [b for b in scale.batches if b > 1]
     return {
         "attention": lambda: list(check_attention()),
@@ -318,8 +320,7 @@ def done(step: Callable[[], Sequence[Any]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared
     begun = time.perf_counter()

@@ -1,6 +1,6 @@
 """Our dense model, and layouts of the mixed-scale one, beside timm's model on PyTorch.
 
-    python benchmarks/peers.py --batch=1,32 [--torch_python=PATH] [--layouts=budget] [--compile]
+    python studies/peers.py --batch=1,32 [--torch_python=PATH] [--layouts=budget] [--compile]
 
 The same architecture, random weights, forward passes, the same number of threads (on a processor)
 or the same device (on a GPU). PyTorch runs in a process of its own, under the interpreter
@@ -32,16 +32,24 @@ from msvit_jax import errors, process_tuning
 from msvit_jax.benchmark import Options, machine, report, sides, turns
 from msvit_jax.config import split_override
 
-_MODEL = flags.DEFINE_string("model", "msvit_deit_small_patch16_224", "A mixed-scale model.")
-_BATCH = flags.DEFINE_list("batch", ["1", "32"], "Images in a batch; several sizes.")
-_LAYOUTS = flags.DEFINE_list("layouts", [], "Layouts of the mixed-scale model to measure as well.")
-_TOKENS = flags.DEFINE_float("tokens", 128, "Their mean number of active patch tokens.")
-_SPREAD = flags.DEFINE_float("spread", 30, "Its standard deviation.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of both.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "Turns of each side, after two to warm up.")
-_SET = flags.DEFINE_multi_string("set", [], "Attributes of the models: --set=depth=4.")
-_COMPILE = flags.DEFINE_bool("compile", False, "Measure torch.compile, too.")
-_THREADS = flags.DEFINE_integer("threads", None, "Of each side; default: the cores there are.")
+_MODEL = flags.DEFINE_string(
+    "model", "msvit_deit_small_patch16_224", "Name of a mixed-scale model."
+)
+_BATCH = flags.DEFINE_list("batch", ["1", "32"], "Batch sizes to measure, in images.")
+_LAYOUTS = flags.DEFINE_list("layouts", [], "Layouts of the mixed-scale model to measure, too.")
+_TOKENS = flags.DEFINE_float("tokens", 128, "Mean number of active patch tokens per image in them.")
+_SPREAD = flags.DEFINE_float("spread", 30, "Standard deviation of that number.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "Number type of both models."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Number of turns of each side, after two to warm up.")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Attribute of the models, e.g. --set=depth=4; may be repeated."
+)
+_COMPILE = flags.DEFINE_bool("compile", False, "Whether to measure torch.compile, too.")
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "Number of threads of each side; by default all cores."
+)
 _PYTHON = flags.DEFINE_string("torch_python", sys.executable, "Interpreter with torch and timm.")
 
 _WORKER = pathlib.Path(__file__).with_name("timm_worker.py")
@@ -211,8 +219,8 @@ def start_peer(device: str, dtype: str, python: str) -> Peer | None:
 
     Args:
       device: "cpu" or "cuda".
-      dtype: of the computation.
-      python: an interpreter with torch and timm.
+      dtype: Number type of the computation.
+      python: Interpreter with torch and timm.
     """
     arguments = (f"--threads={machine.cores()}", f"--device={device}", f"--dtype={dtype}")
     peer = Peer([python, str(_WORKER), *arguments])
@@ -225,8 +233,7 @@ def start_peer(device: str, dtype: str, python: str) -> Peer | None:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    if len(argv) > 1:
-        raise errors.UserError(f"Unexpected argument {argv[1]!r}.")
+    errors.refuse_arguments(argv)
     logging.set_verbosity(logging.ERROR)
     process_tuning.keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared

@@ -1,6 +1,6 @@
 """Merging by a product with a one-hot matrix beside merging by scatter-add, in turns.
 
-    python benchmarks/merge.py [--model=deit_small_patch16_224] [--keep=0.7]
+    python studies/merge_speed.py [--model=deit_small_patch16_224] [--keep=0.7]
 
 For every layer of a model that reduces: milliseconds to merge a batch's removed tokens into their
 targets, each way compiled alone and warm; the median of all turns and half of the range between the
@@ -20,16 +20,16 @@ from msvit_jax.benchmark import machine
 from msvit_jax.evaluate import table
 from msvit_jax.reducers import base
 
-_MODEL = flags.DEFINE_string("model", "deit_small_patch16_224", "A plain ViT's name.")
-_KEEP = flags.DEFINE_float("keep", 0.7, "Of the patch tokens, in each layer that reduces.")
-_BATCH = flags.DEFINE_list("batch", ["1", "32"], "Images.")
-_TURNS = flags.DEFINE_integer("turns", 60, "Turns; each way is timed once in each.")
+_MODEL = flags.DEFINE_string("model", "deit_small_patch16_224", "Name of a plain ViT.")
+_KEEP = flags.DEFINE_float("keep", 0.7, "Share of the patch tokens that a reducing layer keeps.")
+_BATCH = flags.DEFINE_list("batch", ["1", "32"], "Batch sizes, in images.")
+_TURNS = flags.DEFINE_integer("turns", 60, "Number of turns; each way is timed once in each.")
 
 Way = Callable[[base.Merge, jax.Array], jax.Array]
 
 
 def _parts(merge: base.Merge, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the positions hold at first, what is added to them, and where."""
+    """Returns what the positions hold at first, what is added, and the targets of that."""
     assert merge.kept_weight is not None
     assert merge.removed_weight is not None
     kept = merge.kept_weight[:, :, None] * base.take(x, merge.kept)

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msvit_jax.data import benchmark
+from msvit_jax.benchmark import input as input_benchmark
 
 
 def test_jpegs_are_of_imagenets_size():
-    jpegs = benchmark.photo_jpegs(8)
+    jpegs = input_benchmark.photo_jpegs(8)
     assert {Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs} == {(500, 375)}
     assert 60_000 < np.mean([len(jpeg) for jpeg in jpegs]) < 160_000
 
 
 def test_our_side_runs_the_training_transform():
-    batch = next(benchmark.our_batches(benchmark.photo_jpegs(4)))
+    batch = next(input_benchmark.our_batches(input_benchmark.photo_jpegs(4)))
     assert batch["image"].shape == (64, 224, 224, 3)
     assert batch["image"].std() > 20
 
 
 @pytest.mark.slow
 def test_last_line_is_json():
-    command = [sys.executable, "-m", "msvit_jax.data.benchmark", "--rounds=1", "--batches=1"]
+    command = [sys.executable, "-m", "msvit_jax.benchmark.input", "--rounds=1", "--batches=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["pillow_images_per_second"] > 1
