@@ -6,7 +6,8 @@
 Fine patches of 8 px, coarse ones of 16 px: 16 regions, 16 to 64 tokens an image. The decoder sees
 all 64 cells, with coarse tokens repeated over theirs.
 Cost: 2 epochs, 3 to 5 minutes on one CPU core, after the dense run.
-Expect: 30 to 34 of 64 tokens; mIoU near the dense segmenter's.
+Expect: from a dense one of 76.4 %, after 80 steps on a quarter of the images mIoU 76.6 % at 32.8 of
+64 tokens, on a quarter of the validation images; a whole run was not made.
 """
 
 from ml_collections import config_dict

@@ -4,7 +4,8 @@
 
 Starts from scratch; --config.init_from=runs/digits_vit starts from a classifier.
 Cost: 4 epochs, 3 to 5 minutes on one CPU core.
-Expect: the mIoU of digit and background rises from evaluation to evaluation.
+Expect: mIoU of digit and background 75.6 % after 59 steps and 76.4 % after 118; a whole run was not
+made.
 """
 
 from ml_collections import config_dict
