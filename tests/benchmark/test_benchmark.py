@@ -153,7 +153,7 @@ def test_sides_take_turns():
         ({"model": DENSE}, rf"'{DENSE}' is dense: nothing to compare. Give a model with a gate"),
         ({"model": "dvt_deit_small"}, "msvit_jax.benchmark.exits --model=dvt_deit_small"),
         ({"model": "msvit_tiny"}, "There is no model 'msvit_tiny'"),
-        ({"dtype": "float64"}, "dtype='float64' is none of"),
+        ({"dtype": "float64"}, "dtype='float64' is not one of"),
         ({"batches": (0,)}, "batch and rounds must be 1 or more"),
         ({"tokens": 17.0}, "tokens=17 is not possible"),
         ({"overrides": ("depht=3",)}, "no option 'depht'"),

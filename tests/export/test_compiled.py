@@ -414,7 +414,7 @@ BAD = [
         "token_capacity=17 is not possible.* 4 to 16 patch",
     ),
     ("budget", {"layout": "budget", "token_capacity": 7.5}, "7.5 is not a whole number"),
-    ("share", {"threshold": 0.5}, "has no threshold"),
+    ("share", {"threshold": 0.5}, "the gate decides by rank"),
     ("plain", {"gmacs_budget": 1.0}, "gmacs_budget is for cascades"),
     ("cascade", {"thresholds": (0.5, 0.4, 0.3)}, "3 thresholds for 2 exits"),
     ("cascade", {"layout": "budget"}, "layout is for models with a gate"),

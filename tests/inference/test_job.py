@@ -16,7 +16,7 @@ REGIONS, SIZE = 4, 2
 class FakeExecutables:
     """In the place of a model: an image's first pixel is its name, the second its fine regions."""
 
-    gated, classes = True, 1
+    gated, answer_shape = True, (1,)
 
     def __init__(self, batch, misfits):
         self.batch, self.misfits = batch, misfits
