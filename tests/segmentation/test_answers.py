@@ -37,11 +37,11 @@ def run(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("layout", ["slots", "auto"])
-def test_images_of_any_size_are_answered_in_their_order(made, layout):
+@pytest.mark.parametrize("options", [{"layout": "slots"}, {"layout": "budget", "buckets": (10,)}])
+def test_images_of_any_size_are_answered_in_their_order(made, options):
     model, variables = made
     given = images((16, 16), (24, 40), (10, 30), (16, 16))
-    predictor = Predictor(model, variables, batch_size=8, layout=layout)
+    predictor = Predictor(model, variables, batch_size=8, **options)
     answers = list(predictor.segment(given, probabilities=True))
     assert [a.labels.shape for a in answers] == [x.shape[:2] for x in given]
     for image, answer in zip(given, answers, strict=True):
