@@ -1,6 +1,6 @@
 """Checks of a vision transformer's attributes and of the images that it is given."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jax import Array
 
@@ -10,11 +10,8 @@ from msvit_jax.models.block import GELUS
 from msvit_jax.models.embedding import POSITIONS
 from msvit_jax.tokens import grid
 
-if TYPE_CHECKING:
-    from msvit_jax.models.vit import ViT
 
-
-def check_attributes(vit: "ViT") -> None:
+def check_attributes(vit: Any) -> None:
     """Raises ValueError for attributes that do not fit together."""
     if vit.num_classes < 0:
         raise ValueError(
@@ -50,7 +47,7 @@ def check_attributes(vit: "ViT") -> None:
         )
 
 
-def check_grid(vit: "ViT") -> None:
+def check_grid(vit: Any) -> None:
     """Raises ValueError unless the images divide into the grid's patches."""
     if vit.fixed_grid_size is None and vit.image_size % vit.patch_size:
         raise ValueError(
