@@ -38,7 +38,7 @@ def random_like(shapes, seed=0):
 def cannot(name, form):
     """Why a format has no such model."""
     if form == "dvt":
-        return "no cascade"
+        return "not a cascade"
     if "t2t" in name:
         return "no T2T-ViT"
     if "distilled" in name and form == "big_vision":
