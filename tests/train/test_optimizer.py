@@ -4,10 +4,12 @@ import numpy as np
 import optax
 import pytest
 
+from msvit_jax import config
 from msvit_jax.errors import UserError
 from msvit_jax.train import optimizer
 
 OPTIONS = {
+    **config.base().optimizer.to_dict(),
     "learning_rate": 0.1,
     "min_learning_rate": 0.01,
     "warmup_epochs": 0.0,
