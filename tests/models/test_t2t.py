@@ -21,7 +21,7 @@ TINY = {"image_size": 32, "width": 16, "depth": 1, "heads": 2, "num_classes": 5}
 
 @functools.cache
 def make(**overrides):
-    model = msvit_jax.create_model("t2t_vit_12", **(TINY | {"grid": 2} | overrides))
+    model = msvit_jax.create_model("t2t_vit_12", **(TINY | {"fixed_grid_size": 2} | overrides))
     side = model.image_size
     images = jax.random.normal(jax.random.key(1), (2, side, side, 3))
     return model, init(model, images), images
