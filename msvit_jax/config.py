@@ -101,6 +101,9 @@ def base() -> config_dict.ConfigDict:
         "workers": 0,  # decoding processes; 0: threads of this process
         "prefetch": 4,  # batches made in advance
         "cache": False,  # keep decoded images in memory
+        # keep the training split on the devices and cut images there: for small data sets whose
+        # images have one size; evaluation images stay in memory
+        "on_device": False,
     }
     config.batch_size = 128  # global, images per optimizer step
     config.eval_batch_size = optional(int)  # None: batch_size

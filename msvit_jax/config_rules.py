@@ -215,6 +215,7 @@ RULES: dict[str, Rule] = {
     "data.workers": _NOT_NEGATIVE,
     "data.prefetch": _NOT_NEGATIVE,
     "data.cache": Flag(),
+    "data.on_device": Flag(),
     "optimizer.name": OneOf(("adamw", "sgd")),
     "optimizer.schedule": OneOf(("cosine", "poly")),
     "optimizer.power": _POSITIVE,

@@ -42,6 +42,7 @@ from msvit_jax.tokens.packing import NOBODY
 _OUT = flags.DEFINE_string("out", "gpu.json", "JSON file for the figures.")
 _MINUTES = flags.DEFINE_float("minutes", 6, "Minutes after which no further step is begun.")
 _SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers and few images.")
+_BATCHES = flags.DEFINE_list("batches", [], "Batch sizes of forward passes; default: all.")
 _STEPS = flags.DEFINE_list(
     "steps", ["attention", "layouts", "forward", "exits", "train"], "Steps to run."
 )
@@ -326,6 +327,8 @@ def main(argv: Sequence[str]) -> None:
     begun = time.perf_counter()
     process_tuning.keep_freed_memory()
     scale = SMALL if _SMALL.value else Scale()
+    if _BATCHES.value:
+        scale = dataclasses.replace(scale, batches=tuple(map(int, _BATCHES.value)))
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     peer = peers.start_peer(device, scale.dtype, sys.executable)
     result: dict[str, Any] = {**machine.describe(), "peer": peer.about if peer else None}

@@ -8,24 +8,31 @@ DINOV2 is a pretrained ViT-S/14 in any format that the library reads, DATA a fol
 all from the same dense model (photos/vit_small.py), for equally many steps:
 
 * longer, lower_98, lower_84, lower_70: the dense model, at 112 px and at lower resolutions
-* msvit, msvit_24, msvit_narrow, gate_frozen: learned gates, evaluated at several thresholds
+* msvit, msvit_24, msvit_free, msvit_mean, msvit_fast, msvit_narrow, gate_alone: learned gates,
+  evaluated at several thresholds; the three in the middle with more freedom between places, another
+  coarse embedding, and a gate that learns faster; the last with a frozen backbone
 * entropy, random, center, entropy_24: gates that learn nothing, at equal tokens
 * mergence, tome, topk, evit: at two thirds of dense's MACs; mergence_half, tome_half: at half
 * both: mixed scale, then merged, at half
 * dvt_2, dvt_3: cascades, with exits chosen per image
-* untrained: dense's weights as they are, in mixed scale or merged
+* untrained: dense's weights as they are, in mixed scale or merged, at 112 and 168 px; among its
+  gates is that of msvit_narrow and the first seed, beside the backbones of all seeds
+* speed: images/s of the main arms through the Predictor, in turns, when all else has ended
 
 Thresholds are fitted on training images. Everything is judged after its last step, on the whole
 validation split. Each arm is a process of its own; what is done already is not done again, so the
 study can be interrupted. Writes photos.json after every arm, photos.md and photos.png at the end.
 
 Cost: --scale=laptop trains for 178 steps of 32 images, some 6 minutes an arm on two CPU cores;
---scale=gpu for two epochs in batches of 128, a minute or two an arm, most of it compilation.
+--scale=gpu for five epochs in batches of 128 (the dense model for two before) with the training
+split on the device, about a minute an arm, most of it compilation.
 """
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -36,20 +43,18 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from matplotlib import pyplot
-from tables import markdown, with_spread
+from photos_page import SPEED, TARGETS, UNTRAINED, Figures, write_page
 
-from msvit_jax import checkpoint, data, errors, evaluate, sharding, tree
+from msvit_jax import checkpoint, data, errors, evaluate, pixels, sharding, tree
 from msvit_jax import config as configs
 from msvit_jax.exits import budget_curve
-from msvit_jax.inference import calibrate
+from msvit_jax.inference import Predictor, calibrate
 from msvit_jax.train import loop
 from msvit_jax.weights import adapt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "photos"
 FITTED = 1024  # training images that thresholds are fitted on
-TARGETS = (24.0, 25.0, 32.0, 34.0, 38.4, 40.0, 48.0)  # mean tokens of 64
 SAVED = (1.3, 1.6, 2.0)  # dense's MACs over the budgets that exits are chosen for
 
 _WEIGHTS = flags.DEFINE_string(
@@ -62,6 +67,7 @@ _SCALE = flags.DEFINE_enum("scale", "laptop", ["laptop", "gpu"], "Amount of trai
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the runs.")
 _ARMS = flags.DEFINE_list("arms", [], "Names of arms to run; default: all.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Number of arms that run at a time.")
+_NICE = flags.DEFINE_integer("nice", 10, "Niceness of --warm processes, so that dense is first.")
 _WARM = flags.DEFINE_bool(
     "warm", False, "Whether to fill the compilation cache while the dense model trains."
 )
@@ -72,12 +78,19 @@ _SET = flags.DEFINE_multi_string(
     "set", [], "Config key of all arms, e.g. --set=data.workers=2; may be repeated."
 )
 
-Figures = dict[str, Any]
-# Two epochs in large batches, or as many steps as two cores do in some minutes.
+# Some epochs in large batches, or as many steps as two cores do in some minutes.
 SCALES: dict[str, dict[str, Any]] = {
-    "gpu": {"batch_size": 128, "eval_batch_size": 256, "epochs": 2.0, "dtype": "bfloat16"},
+    "gpu": {
+        "batch_size": 128,
+        "eval_batch_size": 256,
+        "epochs": 5.0,
+        "dtype": "bfloat16",
+        "data.on_device": True,
+    },
     "laptop": {"batch_size": 32, "eval_batch_size": 64, "epochs": 0.6},
 }
+DENSE_EPOCHS = {"gpu": 2.0, "laptop": 0.6}
+SPEED_IMAGES = {"gpu": 2048, "laptop": 256}
 RATE = {"gpu": 2.0, "laptop": 1.0}  # the configs' learning rates are for batches of 32
 
 
@@ -131,9 +144,19 @@ ARMS = {
     "lower_98": Arm("vit_small_longer", {"data.image_size": 98}),
     "lower_70": Arm("vit_small_longer", {"data.image_size": 70}),
     "msvit_narrow": Arm("msvit_small", {"model.gate_hidden": NARROW}),
-    "gate_frozen": Arm("msvit_small_gate", {"model.gate_hidden": NARROW}),
+    "gate_alone": Arm("msvit_small_gate", {"model.gate_hidden": NARROW}),
+    "msvit_free": Arm("msvit_small", {"loss.gate.sigma": 0.3}),
+    "msvit_mean": Arm("msvit_small", {"model.coarse_embedding": "mean"}),
+    "msvit_fast": Arm(
+        "msvit_small", {"loss.gate.sigma": 0.3, "optimizer.gate_learning_rate": 1e-2}
+    ),
 }
-UNTRAINED = "untrained"
+LAST = (UNTRAINED, SPEED)  # what needs trained arms
+# Arms whose speed is measured.
+TIMED = (
+    *("dense", "lower_98", "lower_84", "lower_70", "msvit", "msvit_24", "entropy", "mergence"),
+    *("tome", "mergence_half", "tome_half", "both", "dvt_2", "dvt_3"),
+)
 
 
 # --- one arm, in a process of its own -------------------------------------------------------------
@@ -152,7 +175,7 @@ def make_config(arm: Arm, seed: int, start: str, **overrides: Any) -> Any:
     given = {
         **scale,
         **faster,
-        "eval_every_epochs": scale["epochs"],
+        "eval_every_epochs": 1000.0,  # after the last step
         "checkpoint.keep_latest": 1,
         "log_images": 0,
         "data.data_dir": _DATA_DIR.value,
@@ -169,7 +192,7 @@ def probabilities(model: Any, params: Any, config: Any) -> np.ndarray:
     """The gate's probabilities of staying coarse on training images: [FITTED, R]."""
 
     def run(params: Any, images: jax.Array) -> jax.Array:
-        images = evaluate.normalize(images, model.mean, model.std)
+        images = pixels.normalize(images, model.mean, model.std)
         return jax.nn.sigmoid(model.apply({"params": params}, images, method="gate_logits"))
 
     step = jax.jit(run)
@@ -207,7 +230,10 @@ def train_arm(name: str, arm: Arm, seed: int) -> Figures:
     start = _WEIGHTS.value if _WARM.value or name == "dense" else str(workdir("dense", seed))
     overrides: dict[str, Any] = {}
     if _WARM.value:
+        os.nice(_NICE.value)
         overrides = {"steps": 1, "data.eval_split": "val[:64]"}
+    if name == "dense":
+        overrides["epochs"] = DENSE_EPOCHS[_SCALE.value]
     config = make_config(arm, seed, start, **overrides)
     if arm.tokens:
         model = configs.build_model(configs.resolve(config, 10))
@@ -255,36 +281,85 @@ def save_half(file: str, params: Any) -> None:
 
 def judge_untrained(seed: int) -> Figures:
     """Evaluates dense's weights in mixed scale, merged, and at lower resolutions."""
-    folder = workdir("dense", seed)
-    source = tree.flat_names(checkpoint.load_params(folder, "latest"))
+    source = tree.flat_names(checkpoint.load_params(workdir("dense", seed), "latest"))
     found: Figures = {}
 
-    def judged(arm: Arm) -> Judge:
-        config = make_config(arm, seed, "")
-        config = configs.resolve(config, 10)
+    def judged(arm: Arm, gate: Mapping[str, np.ndarray] | None = None) -> Judge:
+        config = configs.resolve(make_config(arm, seed, ""), 10)
         model = configs.build_model(config)
-        fresh = model.init(
-            jax.random.key(0), np.zeros((1, *(model.image_size,) * 2, 3), np.float32)
-        )
-        taken, _ = adapt.adapt_weights(source, fresh["params"])
-        params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh["params"])
+        image = np.zeros((1, model.image_size, model.image_size, 3), np.float32)
+        fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
+        taken, _ = adapt.adapt_weights({**source, **(gate or {})}, fresh)
+        params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh)
         return Judge(model, params, config)
 
     tokens = (32.0, 38.4, 48.0)
     for embedding in ("shared", "mean"):
-        arm = Arm("msvit_small", fixed_gate("entropy", **{"model.coarse_embedding": embedding}))
-        found[f"entropy, {embedding}"] = judged(arm).at_tokens(tokens)
+        given = fixed_gate("entropy", **{"model.coarse_embedding": embedding})
+        found[f"entropy, {embedding}"] = judged(Arm("msvit_small", given)).at_tokens(tokens)
     for kind in ("random", "center"):
-        shares = {"model.fine_share": 0.0}
         rows = []
         for count in tokens:
-            shares["model.fine_share"] = round((count - 16) / 3) / 16
-            rows.append(judged(Arm("msvit_small", fixed_gate(kind, **shares)))())
+            share = round((count - 16) / 3) / 16
+            rows.append(
+                judged(Arm("msvit_small", fixed_gate(kind, **{"model.fine_share": share})))()
+            )
         found[kind] = rows
     for size in (98, 84, 70):
         found[f"lower_{size}"] = [judged(Arm("vit_small", {"data.image_size": size}))()]
     for name in ("tome", "tome_half", "topk", "evit"):
         found[name] = [judged(ARMS[name])()]
+    # A gate that learned beside one backbone, beside another, and at a resolution it never saw.
+    file = out() / "gate_msvit_narrow_0.npz"
+    larger = {"data.image_size": 168}
+    found["dense, 168 px"] = [judged(Arm("vit_small", larger))()]
+    given = fixed_gate("entropy", **larger)
+    found["entropy, 168 px"] = judged(Arm("msvit_small", given)).at_tokens((72.0, 90.0))
+    if file.exists():
+        gate = {f"gate_mlp/{k}": np.asarray(v, np.float32) for k, v in np.load(file).items()}
+        narrow = {"model.gate_hidden": NARROW}
+        found["gate of msvit_narrow 0"] = judged(Arm("msvit_small", narrow), gate).at_tokens(tokens)
+        wide = judged(Arm("msvit_small", narrow | larger), gate)
+        found["gate of msvit_narrow 0, 168 px"] = wide.at_tokens((72.0, 90.0))
+    return {"figures": found}
+
+
+def measure_speed(seed: int) -> Figures:
+    """Measures images/s of trained arms through their Predictors, in turns, warm."""
+    folders = {name: workdir(name, seed) for name in TIMED}
+    dense = checkpoint.load_run(folders["dense"], "latest").model
+    budget = float(dense.macs(dense.grid_size**2)) / 1e9 / 1.6
+    batch = SCALES[_SCALE.value]["eval_batch_size"]
+    pixels_of: dict[int, np.ndarray] = {}
+
+    def ready(name: str) -> Predictor | None:
+        if not result_file(name, seed).exists():
+            return None
+        given = {"gmacs_budget": budget} if name.startswith("dvt") else {}
+        return Predictor.load(folders[name], "latest", batch_size=batch, **given)
+
+    found: Figures = {}
+    predictors = {name: p for name in folders if (p := ready(name)) is not None}
+    for predictor in predictors.values():
+        size = predictor.model.image_size
+        if size not in pixels_of:
+            config = make_config(Arm("vit_small", {"data.image_size": size}), seed, "")
+            batches = data.eval_batches(config.data, batch_size=64)
+            enough = itertools.islice(batches, SPEED_IMAGES[_SCALE.value] // 64)
+            pixels_of[size] = np.concatenate([b["image"] for b in enough])
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles, side by side
+        run = lambda p: p(pixels_of[p.model.image_size])  # noqa: E731
+        list(pool.map(run, predictors.values()))
+    seconds: dict[str, list[float]] = {name: [] for name in predictors}
+    for _ in range(7):
+        for name, predictor in predictors.items():
+            begun = time.perf_counter()
+            predictor(pixels_of[predictor.model.image_size])
+            seconds[name].append(time.perf_counter() - begun)
+    for name, predictor in predictors.items():
+        rates = len(pixels_of[predictor.model.image_size]) / np.asarray(seconds[name])
+        low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75))
+        found[name] = {"images_per_second": middle, "quartiles": [low, high], "batch": batch}
     return {"figures": found}
 
 
@@ -294,6 +369,8 @@ def run_one() -> None:
     begun = time.perf_counter()
     if name == UNTRAINED:
         figures = judge_untrained(seed)
+    elif name == SPEED:
+        figures = measure_speed(seed)
     else:
         arm = Arm("vit_small") if name == "dense" else ARMS[name]
         figures = train_arm(name, arm, seed)
@@ -367,137 +444,38 @@ class Runner:
         )
 
 
-# --- the page -------------------------------------------------------------------------------------
-
-
-def points(results: Mapping[str, Mapping[str, Figures]]) -> dict[str, list[tuple[float, ...]]]:
-    """(tokens, GMACs, top-1 of each seed ...) of each arm as it was trained."""
-    found = {}
-    for name, by_seed in results.items():
-        rows = [f["figures"] for f in by_seed.values() if "top1" in f["figures"]]
-        if rows:
-            tokens, macs = (
-                float(np.mean([r[k] for r in rows])) for k in ("tokens_mean", "gmacs_mean")
-            )
-            found[name] = [(tokens, macs, *(r["top1"] for r in rows))]
-    return found
-
-
-def write_page(results: Mapping[str, Mapping[str, Figures]]) -> None:
-    """Writes photos.md and photos.png from the figures of all arms."""
-    trained = points(results)
-    dense = trained["dense"][0][1]
-    rows = [
-        [name, f"{tokens:.1f}", f"{macs / dense:.3f}", with_spread(top1), str(len(top1))]
-        for name, ((tokens, macs, *top1),) in trained.items()
-    ]
-    head = ["arm", "tokens", "MACs over dense's", "top-1 (%)", "seeds"]
-    parts = [HEADER, markdown(head, rows)]
-    if learned := [n for n, f in results.items() if any("at_tokens" in x for x in f.values())]:
-        head = ["tokens asked for", *learned]
-        cells = [[f"{target:g}", *(_at(results[n], target) for n in learned)] for target in TARGETS]
-        parts += [THRESHOLDS, markdown(head, cells)]
-    if cascades := [n for n, f in results.items() if any("curve" in x for x in f.values())]:
-        parts += [EXITS, markdown(["cascade", "", "GMACs", "top-1 (%)"], _exits(results, cascades))]
-    if found := results.get(UNTRAINED):
-        figures = next(iter(found.values()))["figures"]
-        cells = [
-            [name, f"{r['tokens_mean']:.1f}", f"{r['gmacs_mean'] / dense:.3f}", f"{r['top1']:.2f}"]
-            for name, judged in figures.items()
-            for r in judged
-        ]
-        parts += [
-            AS_IT_IS,
-            markdown(["dense's weights", "tokens", "MACs over dense's", "top-1 (%)"], cells),
-        ]
-    (out() / "photos.md").write_text("\n\n".join(parts) + "\n")
-    draw(trained, dense)
-
-
-def _at(by_seed: Mapping[str, Figures], target: float) -> str:
-    rows = [r for f in by_seed.values() for r in f.get("at_tokens", []) if r["asked"] == target]
-    if not rows:
-        return ""
-    tokens = np.mean([r["tokens_mean"] for r in rows])
-    return f"{with_spread([r['top1'] for r in rows])} at {tokens:.1f}"
-
-
-def _exits(results: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -> list[list[str]]:
-    rows = []
-    for name in names:
-        curves = [f["curve"] for f in results[name].values() if "curve" in f]
-        for row in curves[0]:
-            if row["kind"] != "geometric":
-                kind = row["kind"] if row["budget"] is None else f"at most {row['budget']:.3f}"
-                same = [
-                    r
-                    for c in curves
-                    for r in c
-                    if (r["kind"], r["budget"]) == (row["kind"], row["budget"])
-                ]
-                macs = np.mean([r["gmacs_mean"] for r in same])
-                rows.append([name, kind, f"{macs:.3f}", with_spread([r["top1"] for r in same])])
-    return rows
-
-
-def draw(trained: Mapping[str, list[tuple[float, ...]]], dense: float) -> None:
-    """Draws top-1 over MACs."""
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), constrained_layout=True)
-    for name, ((_, macs, *top1),) in trained.items():
-        kind = "o" if "msvit" in name or name == "both" else "s"
-        axes.plot(macs / dense, np.mean(top1), kind)
-        axes.annotate(
-            name,
-            (macs / dense, np.mean(top1)),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.set(xlabel="MACs of an image, over the dense model's", ylabel="top-1 (%)")
-    axes.grid(alpha=0.3)
-    figure.savefig(out() / "photos.png", dpi=120)
-    pyplot.close(figure)
-
-
-HEADER = """# Photographs
-
-Made by `python studies/photos.py`, whose docstring says what each arm is: mean and standard
-deviation over seeds, the whole validation split, every model after its last step; tokens and MACs
-are means over images."""
-THRESHOLDS = """## One gate at several thresholds
-
-Top-1 and tokens, with thresholds fitted to a mean number of tokens on training images."""
-EXITS = """## Cascades
-
-Every exit alone, and exits chosen per image by thresholds fitted on training images."""
-AS_IT_IS = """## Without training"""
-
-
 def run_all() -> None:
     """Runs the dense models, then the arms, seed by seed."""
-    names = _ARMS.value or [*ARMS, UNTRAINED]
+    names = _ARMS.value or [*ARMS, *LAST]
     seeds = [int(seed) for seed in _SEEDS.value]
     runner = Runner()
     with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
         dense = {seed: pool.submit(runner.run, "dense", seed) for seed in seeds}
+        trained = [name for name in names if name not in LAST]
         if _WARM.value:
-            warm = [pool.submit(runner.run, n, 0, warm=True) for n in names if n != UNTRAINED]
-            concurrent.futures.wait(warm)
-        waited = []
-        for seed in seeds:
-            if dense[seed].result():
-                waited += [pool.submit(runner.run, name, seed) for name in names]
-        concurrent.futures.wait(waited)
+            concurrent.futures.wait([pool.submit(runner.run, n, 0, warm=True) for n in trained])
+        for last in ([], [UNTRAINED]):
+            waited = [
+                pool.submit(runner.run, name, seed)
+                for seed in seeds
+                if dense[seed].result()
+                for name in (last or trained)
+                if name in names
+            ]
+            concurrent.futures.wait(waited)
+    if SPEED in names and "dense" in runner.results:
+        runner.run(SPEED, seeds[0])  # alone
     if "dense" in runner.results:
-        write_page(runner.results)
+        write_page(runner.results, out())
     print(f"written: {out() / 'photos.json'}, photos.md, photos.png")
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     errors.refuse_arguments(argv)
-    if unknown := set(_ARMS.value) - {*ARMS, UNTRAINED}:
-        raise errors.UserError(f"--arms={','.join(sorted(unknown))}: there are {', '.join(ARMS)}.")
+    if unknown := set(_ARMS.value) - {*ARMS, *LAST}:
+        known = ", ".join([*ARMS, *LAST])
+        raise errors.UserError(f"--arms={','.join(sorted(unknown))}: there are {known}.")
     if not _DATA_DIR.value or not _WEIGHTS.value:
         raise errors.UserError("Give --weights=DINOV2 and --data_dir=DATA; see the docstring.")
     run_one() if _ARM.value else run_all()

@@ -227,11 +227,19 @@ class EvalBatches(Iterable[Batch]):
         self._config = config
         self._examples = examples
         self._rows = rows
+        self._kept: list[Batch] | None = None
 
     def __len__(self) -> int:
         return -(-len(self._examples) // (self._rows.local * self._rows.count))
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._config.on_device:
+            return self._made()
+        if self._kept is None:  # as small as the training split, which the devices hold
+            self._kept = list(self._made())
+        return iter(self._kept)
+
+    def _made(self) -> Iterator[Batch]:
         config, rows = self._config, self._rows
         padded = len(self) * rows.local * rows.count
         transform = functools.partial(
@@ -275,11 +283,26 @@ def _train_examples(config: ConfigDict) -> Any:
         return examples
     if config.workers:
         raise UserError("data.cache keeps images in this process; set data.workers to 0 with it.")
+    return _decoded(_key(config, builder), examples)
+
+
+def decoded_examples(config: ConfigDict) -> "_CachedExamples":
+    """Returns the training split with decoded images, resized where every epoch needs the same.
+
+    Raises:
+        UserError: An image cannot be read.
+    """
+    builder = _opened(config)
+    examples = sources.open_split(builder, config.train_split, config.target)
+    return _decoded(_key(config, builder), examples)
+
+
+def _key(config: ConfigDict, builder: Any) -> "_Key":
     size = config.image_size if config.crop_scale is None else None
     key: _Key = (str(builder.data_dir), config.train_split, size, config.exif_orientation, None)
     if config.target == sources.MASK:
         key = (*key[:2], None, key[3], segmentation.mask_classes(builder, config))
-    return _decoded(key, examples)
+    return key
 
 
 class _CachedExamples(collections.UserList[dict[str, Any]]):

@@ -20,6 +20,7 @@ from ml_collections import config_dict
 
 from msvit_jax import checkpoint, data, flops, labels, paths, peers, sharding, tasks, weights
 from msvit_jax import config as configs
+from msvit_jax.data import on_device
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
 from msvit_jax.models.interface import ImageModel
@@ -294,12 +295,11 @@ class _Run:
 
     def batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
         """Iterates over global batches on the devices, a few ahead."""
-        host = data.train_iterator(
-            self.config.data,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start,
-        )
+        config = self.config
+        which = {"batch_size": config.batch_size, "seed": config.seed, "start_step": start}
+        if config.data.on_device:
+            return on_device.train_iterator(config.data, mesh=self.mesh, **which)
+        host = data.train_iterator(config.data, **which)
         return data.device_batches(host, lambda b: sharding.shard_batch(self.mesh, b))
 
     def _stopping(self, step: int, stop: "StopRequest") -> bool:

@@ -1,0 +1,151 @@
+"""A training split that stays on the devices: crops, flips and shifts are made there.
+
+For data sets of some gigabytes at most, where the processor could not make images as fast as the
+devices learn from them. Which examples a batch holds, and how each is cut, depends on (seed, step)
+alone, for any number of processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from msvit_jax import sharding
+from msvit_jax.data import decode, pipeline, sources
+from msvit_jax.errors import UserError
+
+# Keys of a config's `data` section that need the processor, with the values that leave them out.
+HOST_ONLY = {"color_jitter": 0.0, "erasing": 0.0, "randaugment.num_ops": 0, "resize": "pillow"}
+
+
+def train_iterator(
+    config: ConfigDict, *, batch_size: int, seed: int, mesh: Mesh, start_step: int = 0
+) -> Iterator[dict[str, Array]]:
+    """Yields the global batches of steps `start_step`, `start_step` + 1, ...
+
+    Every epoch has its own order, and a batch may span two epochs. Images are cut by
+    `jax.image.scale_and_translate` (cubic, antialiased), within a few gray levels of Pillow.
+
+    Args:
+      config: The `data` section of a config.
+      batch_size: Global batch size B.
+      seed: Seed of the examples' order and augmentation.
+      mesh: Mesh of devices; each holds the whole split.
+      start_step: First step to yield.
+
+    Yields:
+      {'image': uint8 [B, S, S, 3], 'label': int32 [B]}, cut over the mesh.
+
+    Raises:
+      UserError: The config asks for what is only made by the processor, the images differ in size,
+        or one cannot be read.
+    """
+    _check(config)
+    images, labels = _stacked(config)
+    whole = sharding.replicated(mesh)
+    images, labels = jax.device_put((images, labels), whole)
+    count, height, width = images.shape[:3]
+    cut = jax.jit(_cut, static_argnames="size", out_shardings=sharding.batch_sharding(mesh))
+    step = start_step
+    while True:
+        rng = np.random.default_rng((seed, step))
+        boxes, shifts, flips = draw(config, rng, batch_size, height, width)
+        chosen = _examples_of(step, batch_size, count, seed)
+        yield cut(images, labels, chosen, boxes, shifts, flips, size=config.image_size)
+        step += 1
+
+
+def draw(
+    config: ConfigDict, rng: np.random.Generator, batch: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draws how each image of a batch is cut.
+
+    Returns:
+      Boxes float32 [B, 4] (left, upper, right, lower), shifts int32 [B, 2] (down, right) and
+      whether to mirror, bool [B].
+    """
+    boxes = np.tile(np.asarray([0, 0, width, height], np.float32), (batch, 1))
+    if config.crop_scale is not None:
+        scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
+        drawn = [decode.random_box(width, height, scale, ratio, rng) for _ in range(batch)]
+        boxes = np.asarray(drawn, np.float32)
+    flips = rng.random(batch) < 0.5 if config.flip else np.zeros(batch, bool)
+    reach = config.pad_shift
+    shifts = rng.integers(-reach, reach + 1, (batch, 2), dtype=np.int32)
+    return boxes, shifts, flips
+
+
+def _examples_of(step: int, batch: int, count: int, seed: int) -> np.ndarray:
+    """Returns the examples of a step's batch: places in one order after the other, [B]."""
+    first, last = step * batch, (step + 1) * batch - 1
+    epochs = range(first // count, last // count + 1)
+    orders = [np.random.default_rng((seed, epoch, count)).permutation(count) for epoch in epochs]
+    start = first - epochs[0] * count
+    return np.concatenate(orders)[start : start + batch].astype(np.int32)
+
+
+def _cut(
+    images: Array,
+    labels: Array,
+    chosen: Array,
+    boxes: Array,
+    shifts: Array,
+    flips: Array,
+    size: int,
+) -> dict[str, Array]:
+    """Cuts, mirrors and shifts the chosen images."""
+    picked = images[chosen]
+    if images.shape[1:3] != (size, size):
+        picked = jax.vmap(resized_crop, (0, 0, None))(picked, boxes, size)
+    picked = jnp.where(flips[:, None, None, None], picked[:, :, ::-1], picked)
+    places = (shifts[:, :, None] + jnp.arange(size)[None, None]).clip(
+        0, size - 1
+    )  # the border fills the gap
+    picked = jax.vmap(lambda x, at: x[at[0]][:, at[1]])(picked, places)
+    return {"image": picked, "label": labels[chosen]}
+
+
+def resized_crop(image: Array, box: Array, size: int) -> Array:
+    """Cuts a box (left, upper, right, lower) out of uint8 [H, W, 3]; returns uint8 [S, S, 3].
+
+    Unlike Pillow, which cuts first, pixels around the box count at its border.
+    """
+    corner, far = box[:2][::-1], box[2:][::-1]  # rows first
+    scale = size / (far - corner)
+    resized = jax.image.scale_and_translate(
+        image.astype(jnp.float32), (size, size, 3), (0, 1), scale, -corner * scale, "cubic"
+    )
+    return jnp.rint(resized).clip(0, 255).astype(jnp.uint8)
+
+
+def _check(config: ConfigDict) -> None:
+    if config.target == sources.MASK:
+        raise UserError("data.on_device holds images for classification, no masks; leave it out.")
+    plain = dict(HOST_ONLY)
+    for key, off in plain.items():
+        section, _, name = key.rpartition(".")
+        value = config[section][name] if section else config[key]
+        if value != off:
+            raise UserError(
+                f"data.{key}={value!r} is made by the processor, not on the devices; set it to "
+                f"{off!r} or leave data.on_device out."
+            )
+
+
+def _stacked(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes the training split: uint8 [N, H, W, 3] and int32 [N]."""
+    examples: Sequence[dict[str, Any]] = pipeline.decoded_examples(config)
+    shapes = {example["image"].shape for example in examples}
+    if len(shapes) > 1:
+        raise UserError(
+            f"data.on_device needs images of one size; {config.name} has {len(shapes)} sizes. "
+            "Resize them before msvit prepare, set data.crop_scale to None, or leave "
+            "data.on_device out."
+        )
+    labels = np.asarray([example["label"] for example in examples], np.int32)
+    return np.stack([example["image"] for example in examples]), labels
