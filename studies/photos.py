@@ -336,7 +336,11 @@ def measure_speed(seed: int) -> Figures:
         if not result_file(name, seed).exists():
             return None
         given = {"gmacs_budget": budget} if name.startswith("dvt") else {}
-        return Predictor.load(folders[name], "latest", batch_size=batch, **given)
+        try:
+            return Predictor.load(folders[name], "latest", batch_size=batch, **given)
+        except errors.UserError as error:  # no thresholds within the budget
+            print(f"{name}: {error}", flush=True)
+            return None
 
     found: Figures = {}
     predictors = {name: p for name in folders if (p := ready(name)) is not None}
