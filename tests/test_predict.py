@@ -142,7 +142,9 @@ def test_bad_files_stop_it_before_the_work(here, predictor, monkeypatch):
     for name in ("photos/a.png", "photos/b.png"):
         with open(name, "wb") as file:
             file.write(b"no image")
-    monkeypatch.setattr(predictor._executables, "put", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(
+        predictor._executables, "upload", lambda _: pytest.fail("the work was begun")
+    )
     with pytest.raises(UserError, match=r"2 of 9 files .*\n  photos/a\.png: .*\n  photos/b\.png:"):
         here("photos", on_error="stop")
 
@@ -150,15 +152,15 @@ def test_bad_files_stop_it_before_the_work(here, predictor, monkeypatch):
 def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monkeypatch):
     """Whatever ends it: what was computed is there."""
     whole, _ = here("photos")
-    decide, calls = predictor._executables.put, []
+    upload, calls = predictor._executables.upload, []
 
-    def breaks(images, places):
+    def breaks(images):
         calls.append(len(images))
-        if sum(calls) > 110:  # of 134: each image is seen by the gate and then by the model
+        if sum(calls) > 55:  # of 67
             raise MemoryError
-        return decide(images, places)
+        return upload(images)
 
-    monkeypatch.setattr(predictor._executables, "put", breaks)
+    monkeypatch.setattr(predictor._executables, "upload", breaks)
     for index in range(60):
         shutil.copy("photos/0.png", f"photos/more{index}.png")
     with pytest.raises(MemoryError):
@@ -183,7 +185,9 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
     ],
 )
 def test_places_to_write_are_tried_first(options, message, here, predictor, monkeypatch):
-    monkeypatch.setattr(predictor._executables, "put", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setattr(
+        predictor._executables, "upload", lambda _: pytest.fail("the work was begun")
+    )
     with pytest.raises(UserError, match=message):
         here("photos", **options)
 

@@ -20,6 +20,8 @@ import numpy as np
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.inference.executables import ExecutableCache
 from msvit_jax.inference.images import ImageSource
+from msvit_jax.inference.pool import ImagePool
+from msvit_jax.inference.schedule import PADDING
 from msvit_jax.models.dvt import Exit
 
 _ON_THE_WAY = 2  # calls in flight before the answers of the oldest are read
@@ -62,7 +64,7 @@ class CascadeJob:
         """
         self._executables, self._stages = executables, stages
         self._thresholds = exit_thresholds.check(thresholds, stages)
-        self._images: dict[int, np.ndarray] = {}  # until they are answered
+        self._images = ImagePool(executables, stages)
         self._waiting = [_Waiting() for _ in range(stages)]
         self._full: collections.deque[tuple[int, list[int], Any]] = collections.deque()
         self._on_the_way: collections.deque[tuple[int, list[int], Exit]] = collections.deque()
@@ -88,8 +90,9 @@ class CascadeJob:
                 if chunk is None:
                     chunks = None
                 else:
-                    self._images.update(zip(*chunk, strict=True))
-                    self._start(0, list(chunk[0]), None)
+                    numbers, images = chunk
+                    self._images.add(numbers, self._executables.upload(images))
+                    self._start(0, list(numbers), None)
             elif self._on_the_way:
                 answered(self._finish())
             else:
@@ -103,8 +106,8 @@ class CascadeJob:
 
     def _start(self, stage: int, numbers: list[int], handed: Any) -> None:
         """Starts a batch on the devices; its answers are read later."""
-        images = [self._images[number] for number in numbers]
-        batch = self._executables.put(images, range(len(images)))
+        padding = [PADDING] * (self._executables.batch - len(numbers))
+        batch = self._images.batch_of([*numbers, *padding])
         done = self._executables.run_stage(stage, batch, handed)
         self._on_the_way.append((stage, numbers, done))
 
@@ -115,13 +118,12 @@ class CascadeJob:
         certain = exit_thresholds.certainty(logits[:, None])[:, 0]
         self.logits[numbers], self.certainty[numbers, stage] = logits, certain
         stays = certain < self._thresholds[stage]  # never at the last exit
-        for number, stay in zip(numbers, stays.tolist(), strict=True):
-            if not stay:
-                self.exit_index[number] = stage
-                del self._images[number]
+        leaving = [number for number, stay in zip(numbers, stays, strict=True) if not stay]
+        self.exit_index[leaving] = stage
+        self._images.drop(leaving)
         if stays.any():
             self._carry(stage + 1, numbers, np.flatnonzero(stays), done.handed)
-        return [number for number, stay in zip(numbers, stays.tolist(), strict=True) if not stay]
+        return leaving
 
     def _carry(self, stage: int, numbers: list[int], staying: np.ndarray, handed: Any) -> None:
         """Adds images to those waiting for a stage; a full batch of them will run next."""

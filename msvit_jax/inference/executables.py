@@ -2,7 +2,7 @@
 
 import collections
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from msvit_jax import sharding
 from msvit_jax.inference.schedule import Shape
@@ -89,38 +89,64 @@ class ExecutableCache:
         """Names of the programs compiled so far."""
         return tuple(self._compiled)
 
-    def put(self, images: Sequence[np.ndarray] | np.ndarray, positions: Sequence[int]) -> Array:
-        """Puts images into a batch on the devices: [B, S, S, 3] float32, normalized.
+    def upload(self, images: np.ndarray) -> Array:
+        """Puts images on the devices: [B, S, S, 3], beginning with them, then zeros.
 
         Args:
-          images: Images of uint8 pixels, which are normalized on the devices, or of float32.
-          positions: Positions of the images in the batch; the pixels of other positions are zero.
+          images: At most B images, of uint8 pixels or normalized floats.
         """
-        batch = jax.device_put(self._batch_of(images, positions), self._split)
+        if len(images) < self.batch:
+            padding = np.zeros((self.batch - len(images), *images.shape[1:]), images.dtype)
+            images = np.concatenate([images, padding])
+        return jax.device_put(images, self._split)
+
+    def normalized(self, batch: Array) -> Array:
+        """Normalizes a batch on the devices: float32; floats are normalized already."""
         if batch.dtype != np.uint8:
             return batch
-        model = self._model
-        program = lambda images: normalize(images, model.mean, model.std)  # noqa: E731
-        return self._start("normalize", program, batch)
+        return self._start("normalize", self._normalized, batch)
 
-    def _batch_of(
-        self, images: Sequence[np.ndarray] | np.ndarray, positions: Sequence[int]
-    ) -> np.ndarray:
-        first = list(positions) == list(range(len(positions)))
-        if first and len(positions) == self.batch and isinstance(images, np.ndarray):
+    def _normalized(self, images: Array) -> Array:
+        if images.dtype != jnp.uint8:
             return images
-        batch = np.zeros((self.batch, *images[0].shape), images[0].dtype)
-        if first:
-            np.stack(list(images), out=batch[: len(positions)])
-        else:
-            batch[list(positions)] = images
-        return batch
+        return normalize(images, self._model.mean, self._model.std)
+
+    def empty_slots(self, count: int, like: Array) -> Array:
+        """Makes an array on every device with slots for images like those of a batch."""
+        return jax.device_put(np.zeros((count, *like.shape[1:]), like.dtype), self._whole)
+
+    def store(self, slots: Array, batch: Array, at: np.ndarray) -> Array:
+        """Copies a batch's images into slots.
+
+        Args:
+          slots: [C, S, S, 3] from `empty_slots` or `store`; it cannot be used any more.
+          batch: Batch from `upload`.
+          at: [B] int32, slot of each image; C or more leaves it out.
+        """
+        program = lambda slots, batch, at: slots.at[at].set(batch, mode="drop")  # noqa: E731
+        place = jax.device_put(at, self._whole)
+        name = kept_name("store", batch)
+        return self._start(name, program, slots, batch, place, donated=0, to=self._whole)
+
+    def take(self, slots: Array, at: np.ndarray) -> Array:
+        """Gathers a batch, normalized.
+
+        Args:
+          slots: [C, S, S, 3] from `store`.
+          at: [B] int32, slots of the images; C or more for zeros.
+        """
+
+        def program(slots: Array, at: Array) -> Array:
+            return self._normalized(slots.at[at].get(mode="fill", fill_value=0))
+
+        name = kept_name("take", slots)
+        return self._start(name, program, slots, jax.device_put(at, self._split))
 
     def run_gate(self, images: Array, threshold: float | None) -> Decisions:
         """Runs the gate alone.
 
         Args:
-          images: Batch on the devices, from `put`.
+          images: Normalized batch on the devices.
           threshold: Probability above which a region is coarse. None for a gate without a
             threshold, then in all calls.
         """
@@ -139,7 +165,7 @@ class ExecutableCache:
 
         Args:
           shape: Static shape to run the batch in.
-          images: Batch on the devices, from `put`.
+          images: Normalized batch on the devices.
           coarse: [B, R] float32, the gate's decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)
@@ -164,7 +190,7 @@ class ExecutableCache:
 
         Args:
           stage: Index of the stage, from 0.
-          images: Batch on the devices, from `put`.
+          images: Normalized batch on the devices.
           handed: Arrays that the previous stage returned for these images; None for stage 0.
         """
         model = self._model
@@ -198,13 +224,21 @@ class ExecutableCache:
         batch = jax.device_put(index, self._whole)
         return self._start(carry_name(stage), program, old, new, batch)
 
-    def _start(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _start(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *arguments: Any,
+        donated: int | tuple[()] = (),
+        to: NamedSharding | None = None,
+    ) -> Any:
         with self._starting:
             compiling = self._compiling[name]
         with compiling:
             if name not in self._compiled:
                 with jax.set_mesh(self._mesh):
-                    jitted = jax.jit(function, out_shardings=self._split)
+                    split = to or self._split
+                    jitted = jax.jit(function, out_shardings=split, donate_argnums=donated)
                     self._compiled[name] = jitted.lower(*arguments).compile()
         with self._starting:
             return self._compiled[name](*arguments)
@@ -215,6 +249,11 @@ def _answer_shape(model: ImageModel) -> tuple[int, ...]:
         return (model.num_classes,)
     padded = -(-model.image_size // model.side_multiple) * model.side_multiple
     return (*[padded // model.patch_size] * 2, model.num_classes)
+
+
+def kept_name(name: str, images: Any) -> str:
+    """Display name of a program for images of pixels, or for images of floats."""
+    return name if images.dtype == np.uint8 else f"{name} floats"
 
 
 def stage_name(stage: int) -> str:

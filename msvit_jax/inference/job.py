@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from msvit_jax import data
 from msvit_jax.inference.executables import Answers, Decisions, ExecutableCache
 from msvit_jax.inference.images import ImageSource
+from msvit_jax.inference.pool import ImagePool
 from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
 from msvit_jax.models.output import Features
 from msvit_jax.tokens import grid
@@ -20,10 +22,10 @@ _ON_THE_WAY = 2  # calls in flight before the answers of the oldest are read
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """Some images and the gate's decisions for the whole batch that they were padded to."""
+    """Some images, the batch on the devices that begins with them, and the gate's decisions."""
 
     numbers: Sequence[int]
-    images: np.ndarray
+    batch: Array
     decisions: Decisions | None
 
 
@@ -40,10 +42,12 @@ def decide_batches(
 
     def start(chunk: tuple[Sequence[int], np.ndarray]) -> Decided:
         numbers, images = chunk
+        batch = executables.upload(images)
         if not executables.gated:
-            return Decided(numbers, images, None)
-        batch = executables.put(images, range(len(images)))
-        return Decided(numbers, images, executables.run_gate(batch, threshold))
+            return Decided(numbers, batch, None)
+        return Decided(
+            numbers, batch, executables.run_gate(executables.normalized(batch), threshold)
+        )
 
     return data.device_batches(source.chunks(executables.batch), start, depth=1)
 
@@ -61,7 +65,7 @@ class Job:
         """
         self._executables, self._queue = executables, Queue(policy)
         self._grid = policy.shapes[-1].tokens
-        self._images: dict[int, np.ndarray] = {}  # until they are answered
+        self._images = ImagePool(executables, len(policy.shapes))
         self._on_the_way: collections.deque[tuple[Call, Answers]] = collections.deque()
         self._again: set[int] = set()
         self._count = count
@@ -102,8 +106,8 @@ class Job:
         tokens = np.full(len(batch.numbers), self._grid)
         if batch.decisions is not None:
             tokens = self._keep(batch.numbers, jax.device_get(batch.decisions))
-        for number, image, count in zip(batch.numbers, batch.images, tokens, strict=True):
-            self._images[number] = image
+        self._images.add(batch.numbers, batch.batch)
+        for number, count in zip(batch.numbers, tokens, strict=True):
             self._queue.add(number, int(count))
 
     def _keep(self, numbers: Sequence[int], decisions: Decisions) -> np.ndarray:
@@ -120,7 +124,7 @@ class Job:
     def _start(self, call: Call) -> None:
         """Starts a call on the devices; its answers are read later."""
         positions = [position for position, image in enumerate(call.images_at) if image != PADDING]
-        images = self._executables.put([self._images[number] for number in call.images], positions)
+        images = self._images.batch_of(call.images_at)
         coarse = None
         if self.coarse is not None:
             coarse = np.ones((len(call.images_at), self.coarse.shape[1]), np.float32)
@@ -155,8 +159,7 @@ class Job:
         for kept, x in zip(*map(jax.tree.leaves, (self.features, features)), strict=True):
             kept[answered] = x[done]
         numbers = answered.tolist()
-        for number in numbers:
-            del self._images[number]
+        self._images.drop(numbers)
         for number in late.tolist():
             self._put_back(number, call)
         return numbers

@@ -23,13 +23,16 @@ from msvit_jax.inference.cascade import CascadeJob
 from msvit_jax.inference.executables import ExecutableCache, carry_name, stage_name
 from msvit_jax.inference.images import Images, ImageSource, Reading, open_images
 from msvit_jax.inference.job import Job, decide_batches
+from msvit_jax.inference.pool import ImagePool
+from msvit_jax.inference.schedule import PADDING
 from msvit_jax.inference.segmenting import Segmented
 from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.models.output import Features
 from msvit_jax.segmentation import Windows
 from msvit_jax.weights.adapt import Report
 
-_PREPARATION = ("normalize", "gate")  # programs in addition to those of the shapes
+# Programs in addition to those of the shapes: for batches as they come, and for mixed ones.
+_PREPARATION = ("normalize", "store", "take", "store floats", "take floats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Predictor:
         exif_orientation: bool = True,
         mesh: Mesh | None = None,
         windows: Windows | None = None,
-        max_programs: int = 24,
+        max_programs: int = 28,
     ) -> None:
         """Sets up the predictor; programs are compiled on first use, or by `warm_up`.
 
@@ -200,7 +203,7 @@ class Predictor:
             groups=self._mesh.size,
             buckets=buckets,
             row_width=row_width,
-            most_shapes=max_programs - len(_PREPARATION),
+            most_shapes=max_programs - len(_PREPARATION) - 1,  # and the gate
         )
         self._executables = ExecutableCache(self.model, variables, self._batch, self._mesh)
         self._exit_thresholds: tuple[float, ...] | None = None
@@ -323,9 +326,9 @@ class Predictor:
         if self.model.is_cascade:
             stages = range(len(self.model.exit_tokens))
             carries = [carry_name(stage) for stage in stages[1:]]
-            return (_PREPARATION[0], *map(stage_name, stages), *carries)
-        preparation = _PREPARATION if self._executables.gated else _PREPARATION[:1]
-        return (*preparation, *(shape.name for shape in self._policy.shapes))
+            return (*_PREPARATION, *map(stage_name, stages), *carries)
+        gate = ("gate",) if self._executables.gated else ()
+        return (*_PREPARATION, *gate, *(shape.name for shape in self._policy.shapes))
 
     @property
     def compiled(self) -> tuple[str, ...]:
@@ -338,14 +341,19 @@ class Predictor:
         Programs are compiled in parallel, one thread per CPU core.
         """
         side = self.model.image_size
+        pixels = np.zeros((1, side, side, 3), np.uint8)
+        waiting = len(self.model.exit_tokens if self.model.is_cascade else self._policy.shapes)
+        for given in (pixels, pixels.astype(np.float32)):  # programs that mix images of batches
+            pool = ImagePool(self._executables, waiting)
+            pool.add([0], self._executables.upload(given))
+            pool.batch_of([PADDING] * self._batch)
         if self.model.is_cascade:
             # No exit is ever certain enough: every stage runs and passes all images to the next.
-            pixels = np.zeros((1, side, side, 3), np.uint8)
             self._cascade(
                 self._open(pixels), [exit_thresholds.NEVER] * (len(self.model.exit_tokens) - 1)
             )
             return self
-        images = self._executables.put(np.zeros((1, side, side, 3), np.uint8), [0])
+        images = self._executables.normalized(self._executables.upload(pixels))
         coarse = None
         if self._executables.gated:
             coarse = np.asarray(self._executables.run_gate(images, self.threshold).coarse)

@@ -94,7 +94,11 @@ def test_without_thresholds_the_last_exit_answers_and_everything_is_compiled_onc
     np.testing.assert_allclose(found.logits, logits[:, -1], rtol=1e-4, atol=1e-4)
     assert (found.exit_index == 2).all()
     assert set(predictor.compiled) == set(predictor.programs)
-    assert predictor.programs[1:4] == ("stage 1", "stage 2", "stage 3")
+    assert [n for n in predictor.programs if n.startswith("stage")] == [
+        "stage 1",
+        "stage 2",
+        "stage 3",
+    ]
 
 
 def test_calibrated_exits_stay_within_the_budget():

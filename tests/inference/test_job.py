@@ -20,12 +20,27 @@ class FakeExecutables:
 
     def __init__(self, batch, misfits):
         self.batch, self.misfits = batch, misfits
-        self.run = []
+        self.run, self.uploaded = [], []
 
-    def put(self, images, places):
+    def upload(self, images):
+        self.uploaded += [int(name) for name in images[:, 0, 0, 0]]
         batch = np.zeros((self.batch, SIZE, SIZE, 3), np.float32)
-        batch[list(places)] = images
+        batch[: len(images)] = images
         return batch
+
+    def normalized(self, batch):
+        return batch
+
+    def empty_slots(self, count, like):
+        return np.zeros((count, *like.shape[1:]), like.dtype)
+
+    def store(self, slots, batch, at):
+        there = at < len(slots)
+        slots[at[there]] = batch[there]
+        return slots
+
+    def take(self, slots, at):
+        return np.concatenate([slots, np.zeros_like(slots[:1])])[at]
 
     def run_gate(self, images, threshold):
         fine = images[:, 0, 0, 1:2]
@@ -70,6 +85,7 @@ def test_every_image_is_answered_once_in_its_place(fine, batch, misfits):
     np.testing.assert_array_equal(job.tokens, REGIONS + 3 * np.asarray(fine))
     np.testing.assert_array_equal(job.coarse, np.arange(REGIONS)[None] >= np.asarray(fine)[:, None])
     assert sorted(number for numbers in told for number in numbers) == list(range(len(fine)))
+    assert programs.uploaded == list(names)  # each once
     # Again only what did not fit, and then where everything fits.
     runs = [name for name, _ in programs.run]
     narrow = [name for name, whole in programs.run if not whole]

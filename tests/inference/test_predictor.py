@@ -25,9 +25,9 @@ OPTIONS = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 1, "heads"
 KINDS = {
     "slots": ({"layout": "slots", "batch_size": 16}, 8),
     "budget": ({"layout": "budget", "batch_size": 8, "buckets": (24, 40)}, 8),
-    "rows": ({"layout": "rows", "batch_size": 16, "row_width": 66, "max_programs": 4}, 8),
-    "rows, one device": ({"layout": "rows", "batch_size": 5, "max_programs": 4}, 1),
-    "auto": ({"batch_size": 6, "buckets": (30, 45), "max_programs": 7}, 2),
+    "rows": ({"layout": "rows", "batch_size": 16, "row_width": 66, "max_programs": 8}, 8),
+    "rows, one device": ({"layout": "rows", "batch_size": 5, "max_programs": 8}, 1),
+    "auto": ({"batch_size": 6, "buckets": (30, 45), "max_programs": 11}, 2),
 }
 
 
@@ -165,7 +165,8 @@ def test_models_without_a_gate(devices):
     assert predictions.merge_maps is None
     assert predictions.coarse_probability is None
     assert set(predictions.tokens) == {GRID}
-    assert predictor.programs == ("normalize", "dense")
+    assert predictor.programs[0] == "normalize"
+    assert predictor.programs[-1] == "dense"
     assert predictor.threshold is None
     for change in (
         lambda: predictor.calibrate(_pool(), 30),
@@ -224,7 +225,7 @@ def _reducing():
 def test_mixed_scale_models_that_reduce_tokens_answer_as_in_slots(options):
     model, variables, expected = _reducing()
     assert len(np.unique(expected.tokens)) > 2
-    predictor = Predictor(model, variables, batch_size=4, mesh=_mesh(1), max_programs=4, **options)
+    predictor = Predictor(model, variables, batch_size=4, mesh=_mesh(1), max_programs=8, **options)
     predictions = predictor(_pool()[:9])
     np.testing.assert_array_equal(predictions.tokens, expected.tokens)
     np.testing.assert_allclose(predictions.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -278,21 +279,23 @@ def test_programs_are_bounded_and_warm_up_leaves_nothing_to_compile():
     assert predictor.compiled == ()
     Counting.traces = 0
     predictor(_pool()[:2])
-    assert 0 < Counting.traces < len(predictor.programs) - 1  # only what was needed
+    assert 0 < Counting.traces < len(predictor.programs) - 5  # only what was needed
     predictor.warm_up()
     assert set(predictor.compiled) == set(predictor.programs)
-    assert Counting.traces == len(predictor.programs) - 1  # `normalize` is not the model
+    pixels = [name for name in predictor.programs if re.match("normalize|store|take", name)]
+    assert Counting.traces == len(predictor.programs) - len(pixels)  # which are not the model
     for threshold, count in zip(_thresholds(), (1, 5, 40), strict=True):
         predictor.threshold = threshold
         predictor(_pool()[:count])
         predictor((_pool()[:count] / np.float32(255) - np.float32(0.5)) * 4)
     predictor.calibrate(_pool(), 40)
-    assert Counting.traces == len(predictor.programs) - 1
+    assert Counting.traces == len(predictor.programs) - len(pixels)
 
 
 def test_devices_do_not_wait_for_each_other():
     predictor = _predictor("auto").warm_up()
-    for name in predictor.programs:
+    # What a bucket holds comes from several batches, so its images do move between devices.
+    for name in [n for n in predictor.programs if not n.startswith("store")]:
         text = predictor._executables._compiled[name].as_text()
         assert "num_partitions=2" in text
         assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text), name
@@ -348,8 +351,8 @@ BAD = [
     ({"buckets": (40, 65)}, "bucket of 65 tokens is not possible.*16 to 64 patch tokens"),
     ({"buckets": (15,)}, "bucket of 15 tokens"),
     ({"row_width": 64}, "row_width=64 is too small.*up to 65 tokens"),
-    ({"layout": "budget", "max_programs": 4, "buckets": (20, 30)}, "too small by 1 .* 3 buckets"),
-    ({"max_programs": 3, "buckets": (20,)}, "too small by 2 .* 2 buckets"),
+    ({"layout": "budget", "max_programs": 8, "buckets": (20, 30)}, "too small by 1 .* 3 buckets"),
+    ({"max_programs": 7, "buckets": (20,)}, "too small by 2 .* 2 buckets"),
     ({"class_names": ["a", "b"]}, "2 class names.*5 classes"),
 ]
 
