@@ -83,6 +83,8 @@ class LoadedWeights:
 def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
     """Converts weights of another format to our names.
 
+    A plain transformer's weights are for every stage of a cascade, see `adapt.adapt_weights`.
+
     Args:
       state: Arrays by the format's names.
       model: Model that the weights are for.
@@ -91,6 +93,8 @@ def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
     Raises:
       UserError: The weights are of another model or are not real numbers.
     """
+    if model.is_cascade and name != dvt.NAME:
+        model = model.stage_model(0)
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
     headless = trunk.num_classes == 0
     # The table needs a head to recognize the source's.

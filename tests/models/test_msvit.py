@@ -188,6 +188,19 @@ def test_separate_coarse_embedding_sees_full_resolution():
     assert jnp.abs(difference).max() > 1e-4  # the pooled image could not tell them apart
 
 
+def test_mean_coarse_embedding_is_a_separate_one_that_repeats_the_fine_kernel():
+    model, variables, images = make_rough(NAME, gate="coarse", coarse_embedding="mean")
+    proj = variables["params"]["backbone"]["patch_embed"]["proj"]
+    kernel = jnp.tile(proj["kernel"], (2, 2, 1, 1)) / 4
+    separate = {**variables["params"], "coarse_embed": {"proj": {**proj, "kernel": kernel}}}
+    np.testing.assert_allclose(
+        apply(model, variables, images).logits,
+        apply(model.clone(coarse_embedding="separate"), {"params": separate}, images).logits,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
 def test_gate_starts_fine_or_coarse_and_threshold_moves_it():
     model, variables, images = make(NAME, gate_bias=-2.0)
     np.testing.assert_array_equal(apply(model, variables, images).tokens, 16)

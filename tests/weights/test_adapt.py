@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -13,6 +14,7 @@ from msvit_jax.train import loop
 from msvit_jax.tree import flat_names
 from msvit_jax.weights import adapt
 from tests import tiny_run
+from tests.jitted import apply
 
 SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 2, "heads": 2, "num_classes": 3}
 
@@ -86,6 +88,24 @@ def test_layers_that_see_reused_features_ignore_them_at_first():
     np.testing.assert_array_equal(kernel[:16], weights["blocks_0/mlp/fc1/kernel"])
     assert not kernel[16:].any()
     np.testing.assert_array_equal(taken["stage_1/blocks_0/norm2/scale"][16:], np.ones(8))
+
+
+@pytest.mark.parametrize("patch_size", [4, 8])
+def test_a_separate_coarse_embedding_starts_as_the_shared_one(patch_size):
+    source, given = (
+        _weights(_model()),
+        {"image_size": 32, "patch_size": patch_size, "gate": "random"},
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    coarse = np.random.default_rng(1).integers(0, 2, (2, (32 // patch_size // 2) ** 2))
+    logits = {}
+    for embedding in ("shared", "separate"):
+        model = _model("msvit_deit_tiny_patch16_224", **given, coarse_embedding=embedding)
+        params, _ = adapt.params_for(model, source)
+        logits[embedding] = apply(
+            model, {"params": params}, images, coarse=jnp.asarray(coarse, jnp.float32)
+        ).logits
+    np.testing.assert_allclose(logits["separate"], logits["shared"], rtol=1e-4, atol=1e-5)
 
 
 def test_other_scales_start_fresh_where_the_source_is_dense():

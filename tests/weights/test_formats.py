@@ -152,8 +152,26 @@ def test_cascades_of_another_variant_are_told():
         loading.convert(state, other)
     with pytest.raises(UserError, match="this model is not a cascade"):
         loading.convert(state, tiny())
-    with pytest.raises(UserError, match="this model is a cascade"):
-        loading.convert(timm_state(tiny()), other)
+
+
+@pytest.mark.parametrize("form", ["timm", "huggingface", "big_vision"])
+def test_a_plain_transformer_is_for_every_stage_of_a_cascade(form):
+    model = create_model("dvt_deit_small", **SMALL)
+    dense = create_model("deit_small_patch16_224", **SMALL)
+    flat = random_like(shapes_of(dense))
+    found = loading.convert(weights.to_theirs(form, flat, dense), model)
+    assert (found.format, found.unused) == (form, ())
+    taken, _ = found.adapt_to(adapt.model_shapes(model))
+    for stage in range(3):
+        for name in ("blocks_1/attn/proj/kernel", "norm/scale", "head/kernel", "cls_token"):
+            np.testing.assert_array_equal(taken[f"stage_{stage}/{name}"], flat[name])
+
+
+def test_a_cascade_over_t2t_has_no_plain_format():
+    model = create_model("dvt_t2t_vit_12", **SMALL)
+    state = timm_state(tiny())
+    with pytest.raises(UserError, match="no T2T-ViT"):
+        loading.convert(state, model)
 
 
 def test_new_names_of_transformers_are_known():
