@@ -17,6 +17,7 @@ from flax import struct
 from jax import Array, lax
 from jax.scipy.special import betainc, logit
 from jax.scipy.stats import norm
+from jaxtyping import Float, Int
 
 from msvit_jax.tokens.grid import center_distance
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's CDF
 
 
-def smooth(labels: Array, classes: int, amount: float) -> Array:
+def smooth(labels: Int[Array, "B"], classes: int, amount: float) -> Float[Array, "B classes"]:
     """Makes one-hot targets [B, classes], with `amount` of them spread evenly over all classes.
 
     NaN for a label outside the classes, because a loss of zero would look like success.
@@ -36,14 +37,20 @@ def smooth(labels: Array, classes: int, amount: float) -> Array:
     return jnp.where(((labels >= 0) & (labels < classes))[:, None], targets, jnp.nan)
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
+def cross_entropy(
+    logits: Float[Array, "*B C"], targets: Float[Array, "*B C"]
+) -> Float[Array, "*B"]:
     """Computes cross-entropy against soft targets, in float32: [B, C], [B, C] -> [B]."""
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets.astype(jnp.float32))
 
 
 def distillation(
-    student: Array, teacher: Array, *, temperature: float = 1.0, kind: str = "soft"
-) -> Array:
+    student: Float[Array, "*B C"],
+    teacher: Float[Array, "*B C"],
+    *,
+    temperature: float = 1.0,
+    kind: str = "soft",
+) -> Float[Array, "*B"]:
     """Computes the distance from a teacher's predictions: [B, C], [B, C] -> [B].
 
     "soft": temperature**2 * KL(teacher || student) at that temperature (Hinton et al. 2015);
@@ -62,12 +69,12 @@ def distillation(
 
 
 def exits_loss(
-    exit_logits: Array,
-    targets: Array,
+    exit_logits: Float[Array, "B stages C"],
+    targets: Float[Array, "B C"],
     *,
     distillation_weight: float = 0.0,
     temperature: float = 1.0,
-) -> Array:
+) -> Float[Array, "B"]:
     """Sums all exits' losses, unweighted (DVT, section 3.1): [B, stages, C], [B, C] -> [B].
 
     With a weight, exits before the last also learn from the last one's predictions: (1 - weight) x
@@ -84,7 +91,9 @@ def exits_loss(
     return total
 
 
-def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array) -> Array:
+def relaxed_bernoulli_cdf(
+    logits: Float[Array, "*N"], probability: Float[Array, "*#N"], temperature: Float[Array, "*#N"]
+) -> Float[Array, "*N"]:
     """Computes the relaxed Bernoulli (binary concrete) distribution's CDF at x = sigmoid(logits).
 
     P(x > 1/2) = probability. A function of x would have to clip x away from 0 and 1, where it would
@@ -96,18 +105,18 @@ def relaxed_bernoulli_cdf(logits: Array, probability: Array, temperature: Array)
     return jax.nn.sigmoid(temperature * logits - logit(probability))
 
 
-def beta_cdf(x: Array, a: float, b: float) -> Array:
+def beta_cdf(x: Float[Array, "*N"], a: float, b: float) -> Float[Array, "*N"]:
     """Computes the Beta distribution's CDF; `x` is clipped to [1e-3, 1 - 1e-3]."""
     x = jnp.clip(x, _EDGE, 1 - _EDGE)
     return betainc(jnp.full_like(x, a), jnp.full_like(x, b), x)
 
 
-def normal_cdf(x: Array, mean: float, std: float) -> Array:
+def normal_cdf(x: Float[Array, "*N"], mean: float, std: float) -> Float[Array, "*N"]:
     """Computes the normal distribution's CDF."""
     return norm.cdf(x, jnp.asarray(mean, x.dtype), jnp.asarray(std, x.dtype))
 
 
-def empirical_cdf_distance(cdf_of_sorted: Array) -> Array:
+def empirical_cdf_distance(cdf_of_sorted: Float[Array, "N *R"]) -> Float[Array, "*R"]:
     """Computes batch shaping's loss mean_k (k / (N + 1) - F(x_(k)))^2 along axis 0.
 
     Args:

@@ -4,14 +4,17 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Num
 
 
-def normalize(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+def normalize(
+    images: Num[Array, "B H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W 3"]:
     """Normalizes uint8 images [B, H, W, 3], scaled to 0 to 1, with mean and std: float32."""
     return (images.astype(jnp.float32) / 255 - _channels(mean)) / _channels(std)
 
 
-def renormalize(images: Array, ours: Any, theirs: Any) -> Array:
+def renormalize(images: Float[Array, "B H W 3"], ours: Any, theirs: Any) -> Float[Array, "B H W 3"]:
     """Converts images [B, H, W, 3] from one model's normalization to another's.
 
     Args:

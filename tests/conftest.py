@@ -18,7 +18,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
-import jax
+import jaxtyping
+
+# The shapes in these modules' signatures are checked in every call that a test makes.
+jaxtyping.install_import_hook(
+    [
+        "msvit_jax.data.mix",
+        "msvit_jax.losses",
+        "msvit_jax.models.attention",
+        "msvit_jax.pixels",
+        "msvit_jax.tokens.grid",
+    ],
+    "beartype.beartype",
+)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

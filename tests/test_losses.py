@@ -34,7 +34,7 @@ def test_known_numbers_of_the_relaxed_bernoulli():
     assert shaped(cdf) == pytest.approx(0.021078696, abs=1e-7)
 
 
-@pytest.mark.parametrize(("a", "b", "value"), [(0.6, 0.4, 0.032809355), (2, 6, 0.025332371)])
+@pytest.mark.parametrize(("a", "b", "value"), [(0.6, 0.4, 0.032809355), (2.0, 6.0, 0.025332371)])
 def test_known_numbers_of_the_beta(a, b, value):
     assert shaped(losses.beta_cdf(jnp.sort(jnp.asarray(X)), a, b)) == pytest.approx(value, abs=1e-7)
 

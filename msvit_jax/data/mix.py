@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from msvit_jax.errors import UserError
 
@@ -22,8 +23,8 @@ class Mixed(NamedTuple):
 
 def mix(
     key: jax.Array,
-    images: jax.Array,
-    targets: jax.Array,
+    images: Float[jax.Array, "B H W 3"],
+    targets: Float[jax.Array, "B C"],
     *,
     mixup: float = 0.0,
     cutmix: float = 0.0,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jaxtyping import Float
 
 from msvit_jax.errors import check_choice
 from msvit_jax.tokens.packing import NOBODY
@@ -61,13 +62,13 @@ class Mask:
 
 
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Float[Array, "B N H d"],
+    key: Float[Array, "B N H d"],
+    value: Float[Array, "B N H d"],
     mask: Mask | None = None,
     *,
     implementation: str = "auto",
-) -> Array:
+) -> Float[Array, "B N H d"]:
     """Computes softmax attention within rows among the tokens that the mask shows.
 
     out_i = sum_j w_j exp(q_i k_j / sqrt(d)) v_j / sum_j w_j exp(q_i k_j / sqrt(d)) over the tokens
@@ -189,7 +190,9 @@ def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     return _plain(query, key, value, None, mask.bias, _joined(marks, _size_bias(mask.sizes)))
 
 
-def scores(query: Array, key: Array, mask: Mask | None = None) -> Array:
+def scores(
+    query: Float[Array, "B N H d"], key: Float[Array, "B N H d"], mask: Mask | None = None
+) -> Float[Array, "B H N N"]:
     """Computes attention's scores before the softmax, the mask's bias included, for a cascade.
 
     [B, N, H, d] twice -> [B, H, N, N] float32.
