@@ -244,6 +244,7 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
             options(f"mergence_{small}", ("reduced",), "attention_impl=xla"),
             {"reduced": "mergence"},
         ),
+        (options(f"mergence_{small}", ("reduced",)), {"reduced": "mergence, auto"}),
         (options(small, ("reduced",), *scale.tome, "attention_impl=xla"), {"reduced": "ToMe"}),
     ]
 
