@@ -4,8 +4,9 @@
 
 Needs the TFDS data set cifar10, prepared as array_record. The paper fine-tunes ImageNet's weights
 at 224 px with SGD; this is our recipe, that of cifar10_vit.py, on its backbone.
-Cost: not yet measured.
-Expect: not yet measured.
+Cost: twice cifar10_vit.py for each epoch.
+Expect: 64.3 % at the last exit after 20 of 40 epochs without RandAugment, as far as it was run (the
+dense model 65.4 % after 25 of 50).
 """
 
 from ml_collections import config_dict

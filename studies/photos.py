@@ -240,7 +240,10 @@ def train_arm(name: str, arm: Arm, seed: int) -> Figures:
         found = probabilities(model, {}, config)
         fitted = calibrate.threshold_for(found, arm.tokens).threshold
         config = make_config(arm, seed, start, **overrides, **{"model.threshold": fitted})
-    return {"figures": loop.train(config, workdir(name, seed))}
+    figures = loop.train(config, workdir(name, seed))
+    if "top1" not in figures:
+        raise errors.UserError(f"{name} was stopped; the same command goes on with it.")
+    return {"figures": figures}
 
 
 def after_training(name: str, arm: Arm, seed: int) -> Figures:

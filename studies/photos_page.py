@@ -63,7 +63,23 @@ def write_page(results: Mapping[str, Mapping[str, Figures]], out: pathlib.Path) 
             markdown(["dense's weights", "tokens", "MACs over dense's", "top-1 (%)"], cells),
         ]
     (out / "photos.md").write_text("\n\n".join(parts) + "\n")
-    draw(trained, dense, _speeds(results), out)
+    draw(trained, curves(results, dense), dense, _speeds(results), out)
+
+
+def curves(
+    results: Mapping[str, Mapping[str, Figures]], dense: float
+) -> dict[str, list[tuple[float, float]]]:
+    """(MACs over dense's, top-1) along each arm's own curve, of the first seed."""
+    found = {}
+    for name, by_seed in results.items():
+        first = next(iter(by_seed.values()))
+        rows = first.get("at_tokens", [])
+        if name.startswith("msvit"):
+            found[name] = [(r["gmacs_mean"] / dense, r["top1"]) for r in rows]
+        elif "curve" in first:
+            fitted = [r for r in first["curve"] if r["kind"] == "search"]
+            found[name] = [(r["gmacs_mean"] / dense, r["top1"]) for r in fitted]
+    return {name: sorted(points) for name, points in found.items() if points}
 
 
 def _speeds(results: Mapping[str, Mapping[str, Figures]]) -> Figures:
@@ -99,6 +115,7 @@ def _exits(results: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -
 
 def draw(
     trained: Mapping[str, list[tuple[float, ...]]],
+    curves: Mapping[str, list[tuple[float, float]]],
     dense: float,
     speeds: Mapping[str, Any],
     out: pathlib.Path,
@@ -123,6 +140,11 @@ def draw(
             axes.annotate(name, (x, top1), **where)
         axes.set(xlabel=title)
         axes.grid(alpha=0.3)
+    lines = [name for name in curves if name in ("msvit", "msvit_narrow", "dvt_2", "dvt_3")]
+    for index, name in enumerate(lines):
+        plots[0][0].plot(*zip(*curves[name], strict=True), "-", color=f"C{index + 2}", label=name)
+    if lines:
+        plots[0][0].legend(title="one model, many budgets", loc="lower right")
     plots[0][0].set(ylabel="top-1 (%)")
     figure.savefig(out / "photos.png", dpi=120)
     pyplot.close(figure)

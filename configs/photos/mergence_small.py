@@ -7,7 +7,7 @@
 Features of 7 px patches beside those of 14 px; a share of the patch tokens stays in each of
 layers 4, 7 and 10, for a third fewer MACs than dense.
 Cost: as photos/vit_small.py, after it.
-Expect: 92.7 % with keep=0.68, dense trained as long 94.3.
+Expect: 94.2 % with keep=0.68 after five epochs in batches of 128, dense trained as long 95.6.
 """
 
 from ml_collections import config_dict

@@ -6,7 +6,7 @@
 
 ToMe; or --config.model.reducer=topk (or evit) --config.model.keep=0.6.
 Cost: as photos/vit_small.py, after it.
-Expect: 93.2 % for ToMe at 0.67 of dense's MACs.
+Expect: 94.5 % for ToMe at 0.67 of dense's MACs after five epochs in batches of 128.
 """
 
 from ml_collections import config_dict
