@@ -5,8 +5,8 @@
 
 Fine patches of 4 px, coarse ones of 8 px: 16 regions, 16 to 64 tokens an image. The recipe is ours.
 Cost: as cifar10_vit.py for each epoch.
-Expect: 72.9 % at 39.6 of 64 tokens after ten epochs from that config's shortened run of 75.1 %; dense
-trained as long 75.8.
+Expect: 72.9 % at 39.6 of 64 tokens after ten epochs from that config's shortened run of 75.1 %;
+dense trained as long 75.8.
 """
 
 from ml_collections import config_dict
