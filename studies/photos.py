@@ -17,7 +17,8 @@ all from the same dense model (photos/vit_small.py), for equally many steps:
 * dvt_2, dvt_3: cascades, with exits chosen per image
 * untrained: dense's weights as they are, in mixed scale or merged, at 112 and 168 px; among its
   gates is that of msvit_narrow and the first seed, beside the backbones of all seeds
-* speed: images/s of the main arms through the Predictor, in turns, when all else has ended
+* speed: images/s of the main arms through the Predictor, in turns, when all else has ended; random
+  weights at the arms' tokens
 
 Thresholds are fitted on training images. Everything is judged after its last step, on the whole
 validation split. Each arm is a process of its own; what is done already is not done again, so the
@@ -152,11 +153,12 @@ ARMS = {
     ),
 }
 LAST = (UNTRAINED, SPEED)  # what needs trained arms
-# Arms whose speed is measured.
+# Arms whose speed is measured, and the share of images that leave at a cascade's first exit.
 TIMED = (
     *("dense", "lower_98", "lower_84", "lower_70", "msvit", "msvit_24", "entropy", "mergence"),
-    *("tome", "mergence_half", "tome_half", "both", "dvt_2", "dvt_3"),
+    *("tome", "mergence_half", "tome_half", "both", "dvt_2"),
 )
+LEAVE = {"dvt_2": 0.81}
 
 
 # --- one arm, in a process of its own -------------------------------------------------------------
@@ -328,32 +330,35 @@ def judge_untrained(seed: int) -> Figures:
 
 
 def measure_speed(seed: int) -> Figures:
-    """Measures images/s of trained arms through their Predictors, in turns, warm."""
-    folders = {name: workdir(name, seed) for name in TIMED}
-    dense = checkpoint.load_run(folders["dense"], "latest").model
-    budget = float(dense.macs(dense.grid_size**2)) / 1e9 / 1.6
+    """Measures images/s of the main arms through a Predictor, in turns, warm.
+
+    Random weights: the speed depends on them through tokens and exits alone, which are set as the
+    arms have them.
+    """
     batch = SCALES[_SCALE.value]["eval_batch_size"]
     pixels_of: dict[int, np.ndarray] = {}
 
-    def ready(name: str) -> Predictor | None:
-        if not result_file(name, seed).exists():
-            return None
-        given = {"gmacs_budget": budget} if name.startswith("dvt") else {}
-        try:
-            return Predictor.load(folders[name], "latest", batch_size=batch, **given)
-        except errors.UserError as error:  # no thresholds within the budget
-            print(f"{name}: {error}", flush=True)
-            return None
-
-    found: Figures = {}
-    predictors = {name: p for name in folders if (p := ready(name)) is not None}
-    for predictor in predictors.values():
-        size = predictor.model.image_size
+    def ready(name: str) -> Predictor:
+        arm = ARMS.get(name, Arm("vit_small"))
+        config = configs.resolve(make_config(arm, seed, ""), 10)
+        model = configs.build_model(config)
+        size = model.image_size
         if size not in pixels_of:
-            config = make_config(Arm("vit_small", {"data.image_size": size}), seed, "")
             batches = data.eval_batches(config.data, batch_size=64)
             enough = itertools.islice(batches, SPEED_IMAGES[_SCALE.value] // 64)
             pixels_of[size] = np.concatenate([b["image"] for b in enough])
+        variables = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, size, size, 3)))
+        predictor = Predictor(model, variables, batch_size=batch)
+        if model.has_threshold:
+            regions = model.num_regions
+            tokens = arm.tokens or regions * (1 + 3 * config.loss.gate.target)
+            predictor.calibrate(pixels_of[size], tokens)
+        if name in LEAVE:
+            certain = predictor.certainty(pixels_of[size])[:, 0]
+            predictor.thresholds = (float(np.quantile(certain, 1 - LEAVE[name])),)
+        return predictor
+
+    predictors = {name: ready(name) for name in TIMED}
     with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles, side by side
         run = lambda p: p(pixels_of[p.model.image_size])  # noqa: E731
         list(pool.map(run, predictors.values()))
@@ -363,6 +368,7 @@ def measure_speed(seed: int) -> Figures:
             begun = time.perf_counter()
             predictor(pixels_of[predictor.model.image_size])
             seconds[name].append(time.perf_counter() - begun)
+    found: Figures = {}
     for name, predictor in predictors.items():
         rates = len(pixels_of[predictor.model.image_size]) / np.asarray(seconds[name])
         low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75))
@@ -470,7 +476,7 @@ def run_all() -> None:
                 if name in names
             ]
             concurrent.futures.wait(waited)
-    if SPEED in names and "dense" in runner.results:
+    if SPEED in names:
         runner.run(SPEED, seeds[0])  # alone
     if "dense" in runner.results:
         write_page(runner.results, out())
