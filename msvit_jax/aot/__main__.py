@@ -6,6 +6,7 @@ Compiles the step that train.py runs (--what=train) or the forward pass (--what=
 table and then one JSON object. Needs no data set. Config keys are set by --config.key=value.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 128, "Mean number of active patch token
 _SPREAD = flags.DEFINE_float(
     "spread", 30.0, "Standard deviation of that number, for rows and ladder."
 )
+_LARGEST = flags.DEFINE_bool(
+    "largest_batch", False, "Whether to find the largest batch that fits; compiles several times."
+)
 _WIDTH = flags.DEFINE_integer(
     "row_width", None, "Number of tokens of a row; by default a whole number of TPU tiles."
 )
@@ -51,12 +55,24 @@ def main(argv: Sequence[str]) -> None:
     chips = topology.find(_TOPOLOGY.value)
     config = _config()
     sizes = variants.Sizes(_TOKENS.value, _SPREAD.value, _WIDTH.value)
-    batch_size, _ = compiling.batch_of(config, _WHAT.value)
-    made = [
-        variants.variant(config, name, batch_size=batch_size, chips=len(chips.devices), sizes=sizes)
-        for name in _LAYOUTS.value or variants.default_names(config)
-    ]
-    records = [compiling.compile_variant(v, _WHAT.value, chips) for v in made]
+    batch_size, key = compiling.batch_of(config, _WHAT.value)
+
+    @functools.cache
+    def record(name: str, size: int) -> dict[str, Any]:
+        made = config.copy_and_resolve_references()
+        configs.set_key(made, key, size)
+        count = len(chips.devices)
+        variant = variants.variant(made, name, batch_size=size, chips=count, sizes=sizes)
+        return compiling.compile_variant(variant, _WHAT.value, chips)
+
+    records = []
+    for name in _LAYOUTS.value or variants.default_names(config):
+        size = batch_size
+        if _LARGEST.value:
+            unit = len(chips.devices) * config.optimizer.accum_steps
+            fits = lambda size, name=name: record(name, size)["fits"]  # noqa: E731
+            size = compiling.largest_batch(fits, unit, size) or unit
+        records.append(record(name, size))
     if not report.show(records, chips):
         sys.exit(DOES_NOT_FIT)
 

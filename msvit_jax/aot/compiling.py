@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -156,7 +157,61 @@ def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str
         needs, has = (round(s / GIB, 2) for s in sizes)
         return {**record, "fits": False, "needs_gib": needs, "has_gib": has}
     record["compile_seconds"] = round(time.perf_counter() - start, 1)
-    return {**record, "fits": True, **figures(compiled, size // len(topology.devices))}
+    found = figures(compiled, size // len(topology.devices))
+    return {**record, "fits": True, **found, "limits": limits(found, topology)}
+
+
+def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
+    """Computes the least milliseconds that a chip's published figures allow for a program.
+
+    Args:
+      found: Figures of the program, from `figures`.
+      topology: Slice that it was compiled for.
+
+    Returns:
+      Milliseconds of 'products', of 'memory' and of 'links'; and 'links_share', the links' share of
+      a step in which nothing overlaps with them. Transfers are counted as of a ring of all chips.
+    """
+    chip, count = topology.chip, len(topology.devices)
+    sent = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}
+    moved = sum(
+        c["bytes"] * sent.get(kind, (count - 1) / count) for kind, c in found["collectives"].items()
+    )
+    products = 2 * found["gmacs"] / chip.tflops
+    memory = 1e3 * found["gbytes_accessed"] / chip.memory_gbps
+    links = 1e3 * moved / 1e9 / chip.link_gbps
+    whole = links + max(products, memory)
+    return {
+        "products": round(products, 3),
+        "memory": round(memory, 3),
+        "links": round(links, 3),
+        "links_share": round(links / whole, 4) if whole else 0.0,
+    }
+
+
+def largest_batch(fits: Callable[[int], bool], unit: int, start: int) -> int:
+    """Finds the largest batch size that fits, within an eighth of it; 0 if none does.
+
+    Args:
+      fits: Function that compiles for a batch size and tells whether that fits.
+      unit: Number that batch sizes are multiples of.
+      start: Batch size to begin with.
+    """
+    good = max(unit, start // unit * unit)
+    if fits(good):
+        while fits(2 * good):
+            good *= 2
+        bad = 2 * good
+    else:
+        bad, good = good, good // 2 // unit * unit
+        while good and not fits(good):
+            bad, good = good, good // 2 // unit * unit
+        if not good:
+            return 0
+    while bad - good > max(unit, good // 8):
+        middle = (good + bad) // 2 // unit * unit
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
 
 
 def figures(compiled: Any, images: int) -> dict[str, Any]:

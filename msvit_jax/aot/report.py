@@ -13,6 +13,7 @@ from msvit_jax.evaluate import table
 COLUMNS = (
     "layout",
     "capacity",
+    "batch",
     "GiB",
     "GMACs/image",
     "GB moved",
@@ -20,6 +21,8 @@ COLUMNS = (
     "ratio",
     "not estimated",
     "collectives",
+    "limits, ms",
+    "links",
     "compile s",
 )
 _SMALLER = {
@@ -58,7 +61,7 @@ def show(records: Sequence[dict[str, Any]], topology: Topology) -> bool:
 
 
 def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    row = {"layout": record["layout"], "capacity": record["capacity"]}
+    row = {key: record[key] for key in ("layout", "capacity", "batch")}
     if not record["fits"]:
         return {**row, "GiB": f"{record['needs_gib']} (does not fit)"}
     if first["fits"]:
@@ -75,6 +78,8 @@ def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "Mcycles": record["mcycles"],
         "not estimated": record["kernels_not_estimated"],
         "collectives": ", ".join(moved) or "none",
+        "limits, ms": f"{record['limits']['products']:.2f} / {record['limits']['memory']:.2f}",
+        "links": f"{record['limits']['links_share']:.1%}",
         "compile s": record["compile_seconds"],
     }
 
@@ -82,6 +87,11 @@ def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
 def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
     """Notes on what the figures do not include."""
     notes = []
+    if any(r["fits"] for r in records):
+        notes.append(
+            "Limits: products / memory at the chip's published rates, computed. Links: share of a "
+            "step that transfers take at theirs if nothing overlaps with them."
+        )
     if any(r.get("loops") for r in records):
         notes.append(
             "Loops: cycles are times their trips; GMACs, GB and collectives count a body once, as "

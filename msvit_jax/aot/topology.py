@@ -30,7 +30,10 @@ class Chip:
 
     Attributes:
       name: Google's name, in lower case.
-      memory: Memory of a chip in GiB, according to its manufacturer.
+      memory: Memory of a chip in GiB; this and the next three are its maker's published figures.
+      tflops: Peak of bfloat16 products, in 10^12 floating point operations a second.
+      memory_gbps: Bandwidth of the memory, in 10^9 bytes a second.
+      link_gbps: Bandwidth to other chips of a slice, all links together, in 10^9 bytes a second.
       axes: Number of axes of a slice.
       example: Example of a topology.
       options: Options for the compiler. For v4 they combine a chip's two cores to one device, as
@@ -39,6 +42,9 @@ class Chip:
 
     name: str
     memory: int
+    tflops: float
+    memory_gbps: float
+    link_gbps: float
     axes: int
     example: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -47,10 +53,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32, 3, "v4:2x2x1", {"chip_config_name": "megacore"}),
-        Chip("v5e", 16, 2, "v5e:2x2"),
-        Chip("v5p", 95, 3, "v5p:2x2x1"),
-        Chip("v6e", 32, 2, "v6e:2x2"),
+        Chip("v4", 32, 275, 1228, 300, 3, "v4:2x2x1", {"chip_config_name": "megacore"}),
+        Chip("v5e", 16, 197, 819, 200, 2, "v5e:2x2"),
+        Chip("v5p", 95, 459, 2765, 600, 3, "v5p:2x2x1"),
+        Chip("v6e", 32, 918, 1640, 400, 2, "v6e:2x2"),
     )
 }
 

@@ -1,8 +1,11 @@
 import types
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from msvit_jax.aot import compiling
+from msvit_jax.aot.topology import CHIPS, Topology
 
 GIB = 2**30
 
@@ -24,6 +27,40 @@ GIB = 2**30
 )
 def test_messages_of_a_program_that_is_too_large(message, sizes):
     assert compiling.too_large(message) == sizes
+
+
+@given(st.integers(1, 64), st.integers(1, 5000), st.integers(0, 3000))
+def test_the_largest_batch_fits_and_an_eighth_more_does_not(unit, start, most):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        assert size % unit == 0
+        return size <= most
+
+    found = compiling.largest_batch(fits, unit, start)
+    assert found <= most
+    if most < unit:
+        assert found == 0
+    else:
+        assert found in tried
+        assert most < found + max(unit, found / 8) + 1
+    assert len(tried) <= 30
+
+
+def test_limits_by_hand():
+    found = {
+        "gmacs": 197.0,
+        "gbytes_accessed": 0.819,
+        "collectives": {
+            "all-reduce": {"count": 2, "bytes": 100_000_000},
+            "reduce-scatter": {"count": 1, "bytes": 25_000_000},
+            "all-gather": {"count": 1, "bytes": 100_000_000},
+        },
+    }
+    limits = compiling.limits(found, Topology("v5e:2x2", CHIPS["v5e"], [None] * 4))
+    # 394 GFLOP at 197 TFLOP/s; a ring of four sends 150, 75 and 75 MB at 200 GB/s
+    assert limits == {"products": 2.0, "memory": 1.0, "links": 1.5, "links_share": 0.4286}
 
 
 def test_memory_counts_donated_arguments_once():

@@ -22,6 +22,7 @@ def _record(layout="dense", **changes):
         "kernels_not_estimated": 0,
         "loops": 0,
         "collectives": {"all-reduce": {"count": 3, "bytes": 2**21}},
+        "limits": {"products": 1.0, "memory": 2.5, "links": 0.1, "links_share": 0.0385},
         "compile_seconds": 2.0,
     }
     return {**record, **changes}
@@ -44,7 +45,9 @@ def test_layouts_stand_side_by_side_and_json_comes_last(capsys):
     assert "all-reduce 3 (2.0 MiB)" in dense
     assert "0.650" in rows
     assert "none" in rows
-    assert len(lines) == 6
+    assert "1.00 / 2.50" in dense
+    assert "3.9%" in dense
+    assert len(lines) == 7
     assert json.loads(lines[-1])["records"] == records
 
 
