@@ -1,0 +1,132 @@
+"""Compiles training steps for whole slices of TPUs and writes docs/results/pods.md.
+
+    python studies/pods.py [--only=msvit_deit_small:v5e:16x16,...]
+
+Four models on four slices, 128 images a chip: the compiler's memory and transfers of a chip, and
+what its published rates allow. For v5e:2x2 the largest batch that fits, too. Needs libtpu (pip
+install 'jax[tpu]') and no TPU. Each command is one process; what an interrupted study has finished
+stays in the JSON file. Cost: about an hour on one CPU core.
+"""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from tables import markdown
+
+from msvit_jax import errors
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULT = ROOT / "docs" / "results" / "pods.json"
+BATCH = 128  # a chip
+SLICES = ("v5e:2x2", "v5e:16x16", "v5p:2x2x2", "v6e:4x4")
+_BASE = ["--config=configs/imagenet/deit_small.py", "--config.model.name=vit_base_patch16_224"]
+MODELS: dict[str, list[str]] = {
+    "digits_msvit": ["--config=configs/digits_msvit.py", "--layouts=slots"],
+    "msvit_deit_small": ["--config=configs/imagenet/msvit_deit_small.py", "--layouts=trimmed"],
+    "dvt_deit_small": ["--config=configs/imagenet/dvt_deit_small.py", "--layouts=cascade"],
+    "vit_base": [*_BASE, "--layouts=dense"],
+    "vit_base, fsdp": [*_BASE, "--layouts=dense", "--config.mesh.data=1", "--config.mesh.fsdp=-1"],
+}
+# Images that the papers' recipes show: epochs x examples of the training set.
+RECIPES = {
+    "msvit_deit_small": 20 * 1_281_167,
+    "dvt_deit_small": 310 * 1_281_167,
+    "vit_base": 300 * 1_281_167,
+}
+RUNS = [f"{model}:{part}" for model in MODELS for part in SLICES]
+LARGEST = [f"{model}:largest" for model in ("msvit_deit_small", "dvt_deit_small", "vit_base")]
+_ONLY = flags.DEFINE_list("only", [*RUNS, *LARGEST], "Names of the runs to compile.")
+
+HEAD = f"""# Training on pods, compiled and not run
+
+What the TPU compiler says of a training step in bfloat16, {BATCH} images a chip: memory of a chip,
+and bytes that it sends to others. Milliseconds are computed from these and the chip's published
+rates; nothing was run. "Products" and "memory" are the least that a step can take, the greater of
+the two counts; "links" is the share that transfers would take if nothing overlapped with them.
+Made by `python studies/pods.py`; every figure is in pods.json."""
+
+
+def command(run: str) -> list[str]:
+    """The command of a run."""
+    model, _, part = run.partition(":")
+    chips_of = "v5e:2x2" if part == "largest" else part
+    chips = math.prod(int(side) for side in chips_of.split(":")[1].split("x"))
+    return [
+        *("python", "-m", "msvit_jax.aot", *MODELS[model]),
+        f"--topology={chips_of}",
+        f"--config.batch_size={BATCH * chips}",
+        "--config.dtype=bfloat16",
+        *(["--largest_batch"] if part == "largest" else []),
+    ]
+
+
+def execute(run: str) -> dict[str, Any]:
+    """Runs one command and returns its JSON."""
+    words = command(run)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode not in (0, 3):  # 3: does not fit, which is a result
+        raise errors.UserError(f"{' '.join(words)} failed.")
+    return {"command": " ".join(words), **json.loads(done.stdout.splitlines()[-1])}
+
+
+def page(done: dict[str, Any]) -> str:
+    """All tables."""
+    rows = []
+    for run in RUNS:
+        if run not in done:
+            continue
+        model, _, part = run.partition(":")
+        (record,) = done[run]["records"]
+        chips = done[run]["chips"]
+        if not record["fits"]:
+            rows.append([model, part, f"{record['needs_gib']} (does not fit)", *[""] * 5])
+            continue
+        limits = record["limits"]
+        sent = sum(c["bytes"] for c in record["collectives"].values()) / 2**20
+        least = max(limits["products"], limits["memory"])
+        hours = ""
+        if model in RECIPES:
+            steps = RECIPES[model] / (BATCH * chips)
+            hours = f"{steps * least / 3.6e6 * chips:,.0f}"
+        milliseconds = f"{limits['products']:.1f} / {limits['memory']:.1f}"
+        links = f"{limits['links_share']:.1%}"
+        memory = f"{record['memory_gib']:.2f}"
+        rows.append([model, part, memory, f"{sent:,.1f}", milliseconds, links, hours])
+    head = ["model", "slice", "GiB", "MiB in collectives", "products / memory, ms", "links"]
+    parts = [HEAD, markdown([*head, "chip-hours of the recipe at that limit"], rows)]
+    largest = [
+        [run.removesuffix(":largest"), str(r["batch"]), f"{r['memory_gib']:.2f}"]
+        for run in LARGEST
+        if run in done
+        for r in done[run]["records"]
+        if r["fits"]
+    ]
+    if largest:
+        parts.append("## The largest batch on v5e:2x2, within an eighth")
+        parts.append(markdown(["model", "images", "GiB a chip"], largest))
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is asked for and not done, and writes both files."""
+    errors.refuse_arguments(argv)
+    done = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for run in _ONLY.value:
+        if run not in RUNS + LARGEST:
+            raise errors.UserError(f"Unknown run {run!r}; there is {', '.join(RUNS + LARGEST)}.")
+        if run not in done:
+            done[run] = execute(run)
+            RESULT.write_text(json.dumps(done, indent=1) + "\n")
+        RESULT.with_suffix(".md").write_text(page(done))
+
+
+if __name__ == "__main__":
+    errors.run(main)
