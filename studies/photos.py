@@ -8,9 +8,9 @@ DINOV2 is a pretrained ViT-S/14 in any format that the library reads, DATA a fol
 all from the same dense model (photos/vit_small.py), for equally many steps:
 
 * longer, lower_98, lower_84, lower_70: the dense model, at 112 px and at lower resolutions
-* msvit, msvit_24, msvit_free, msvit_mean, msvit_fast, msvit_narrow, gate_alone: learned gates,
-  evaluated at several thresholds; the three in the middle with more freedom between places, another
-  coarse embedding, and a gate that learns faster; the last with a frozen backbone
+* msvit, msvit_24, msvit_narrow, gate_alone, msvit_light, msvit_free, msvit_mean, msvit_fast: learned
+  gates, evaluated at several thresholds; gate_alone over a frozen backbone, the last four with less
+  batch shaping, more freedom between places, another coarse embedding, a gate that learns faster
 * entropy, random, center, entropy_24: gates that learn nothing, at equal tokens
 * mergence, tome, topk, evit: at two thirds of dense's MACs; mergence_half, tome_half: at half
 * both: mixed scale, then merged, at half
@@ -146,6 +146,7 @@ ARMS = {
     "lower_70": Arm("vit_small_longer", {"data.image_size": 70}),
     "msvit_narrow": Arm("msvit_small", {"model.gate_hidden": NARROW}),
     "gate_alone": Arm("msvit_small_gate", {"model.gate_hidden": NARROW}),
+    "msvit_light": Arm("msvit_small", {"model.gate_hidden": NARROW, "loss.gate.weight": 0.5}),
     "msvit_free": Arm("msvit_small", {"loss.gate.sigma": 0.3}),
     "msvit_mean": Arm("msvit_small", {"model.coarse_embedding": "mean"}),
     "msvit_fast": Arm(
