@@ -8,9 +8,10 @@ DINOV2 is a pretrained ViT-S/14 in any format that the library reads, DATA a fol
 all from the same dense model (photos/vit_small.py), for equally many steps:
 
 * longer, lower_98, lower_84, lower_70: the dense model, at 112 px and at lower resolutions
-* msvit, msvit_24, msvit_narrow, gate_alone, msvit_light, msvit_free, msvit_mean, msvit_fast: learned
-  gates, evaluated at several thresholds; gate_alone over a frozen backbone, the last four with less
-  batch shaping, more freedom between places, another coarse embedding, a gate that learns faster
+* msvit, msvit_24, msvit_narrow, gate_alone, msvit_light, msvit_free, msvit_mean, msvit_fast:
+  learned gates, evaluated at several thresholds; gate_alone over a frozen backbone, the last four
+  with less batch shaping, more freedom between places, another coarse embedding, and a gate that
+  learns faster
 * entropy, random, center, entropy_24: gates that learn nothing, at equal tokens
 * mergence, tome, topk, evit: at two thirds of dense's MACs; mergence_half, tome_half: at half
 * both: mixed scale, then merged, at half
