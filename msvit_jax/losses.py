@@ -17,9 +17,9 @@ from flax import struct
 from jax import Array, lax
 from jax.scipy.special import betainc, logit
 from jax.scipy.stats import norm
-from jaxtyping import Float, Int
 
 from msvit_jax.tokens.grid import center_distance
+from msvit_jax.typed import AnyArray, Float, Int
 
 if TYPE_CHECKING:
     from msvit_jax.models.output import GateOutput
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _EDGE = 1e-3  # probabilities are clipped to [edge, 1 - edge] before the Beta's CDF
 
 
-def smooth(labels: Int[Array, "B"], classes: int, amount: float) -> Float[Array, "B classes"]:
+def smooth(labels: Int[AnyArray, "B"], classes: int, amount: float) -> Float[Array, "B classes"]:
     """Makes one-hot targets [B, classes], with `amount` of them spread evenly over all classes.
 
     NaN for a label outside the classes, because a loss of zero would look like success.

@@ -4,17 +4,20 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Num
+
+from msvit_jax.typed import AnyArray, Float, Num
 
 
 def normalize(
-    images: Num[Array, "B H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
+    images: Num[AnyArray, "B H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "B H W 3"]:
     """Normalizes uint8 images [B, H, W, 3], scaled to 0 to 1, with mean and std: float32."""
     return (images.astype(jnp.float32) / 255 - _channels(mean)) / _channels(std)
 
 
-def renormalize(images: Float[Array, "B H W 3"], ours: Any, theirs: Any) -> Float[Array, "B H W 3"]:
+def renormalize(
+    images: Float[AnyArray, "B H W 3"], ours: Any, theirs: Any
+) -> Float[AnyArray, "B H W 3"]:
     """Converts images [B, H, W, 3] from one model's normalization to another's.
 
     Args:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float
 
 from msvit_jax.errors import UserError
+from msvit_jax.typed import Float
 
 
 class Mixed(NamedTuple):

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
-from jaxtyping import Float
 
 from msvit_jax.errors import check_choice
 from msvit_jax.tokens.packing import NOBODY
+from msvit_jax.typed import Float
 
 BiasFactors = tuple[Array, Array]
 
@@ -48,7 +48,8 @@ class Mask:
       single_segment: Whether each row holds at most one image, starting at its first position,
         without a gap.
       max_segments: Largest number of segments in a row; unused with `single_segment`.
-      images: Number of images in the batch, if there are segments.
+      images: Number of images in the batch, if there are segments: an int, or a symbolic size where
+        the batch's is left open.
     """
 
     weights: Array | None = None
@@ -58,7 +59,7 @@ class Mask:
     length_buckets: tuple[tuple[int, int], ...] = struct.field(pytree_node=False, default=())
     single_segment: bool = struct.field(pytree_node=False, default=False)
     max_segments: int = struct.field(pytree_node=False, default=2)
-    images: int = struct.field(pytree_node=False, default=0)
+    images: Any = struct.field(pytree_node=False, default=0)
 
 
 def attention(
@@ -122,7 +123,7 @@ def split_buckets(mask: Mask, *arrays: Any) -> list[tuple[Mask, list[Any]]]:
     return parts
 
 
-def join_buckets(parts: Sequence[Any], groups: int) -> Any:
+def join_buckets(parts: Sequence[Any], groups: Any) -> Any:
     """Lays buckets end to end again: each [G * rows, length, ...] -> [G, T, ...]."""
     if parts[0] is None:
         return None

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int, Num, Shaped
+
+from msvit_jax.typed import AnyArray, Float, Int, Num, Shaped
 
 REGION = 2  # fine cells along one side of a region
 
 
 def patches(
-    images: Shaped[Array, "B H W C"], size: int
-) -> Shaped[Array, "B H//{size} W//{size} {size} {size} C"]:
+    images: Shaped[AnyArray, "B H W C"], size: int
+) -> Shaped[AnyArray, "B H//{size} W//{size} {size} {size} C"]:
     """Cuts images into squares: [B, H, W, C] -> [B, H/size, W/size, size, size, C].
 
     Raises:
@@ -54,8 +55,8 @@ def subpatches(images: Array, size: int, times: int) -> list[Array]:
 
 
 def pool(
-    cells: Float[Array, "*B H W C"], size: int = REGION
-) -> Float[Array, "*B H//{size} W//{size} C"]:
+    cells: Float[AnyArray, "*B H W C"], size: int = REGION
+) -> Float[AnyArray, "*B H//{size} W//{size} C"]:
     """Averages squares of cells: [..., H, W, C] -> [..., H/size, W/size, C].
 
     On an image, bilinear resizing by one half is exactly this mean.
@@ -66,8 +67,8 @@ def pool(
 
 
 def to_regions(
-    cells: Shaped[Array, "B H W D"], size: int = REGION
-) -> Shaped[Array, "B R {size}**2 D"]:
+    cells: Shaped[AnyArray, "B H W D"], size: int = REGION
+) -> Shaped[AnyArray, "B R {size}**2 D"]:
     """Orders a grid region by region: [B, H, W, D] -> [B, R, size**2, D], regions row-major."""
     split = patches(cells, size)
     batch, rows, columns, *_, width = split.shape
@@ -75,8 +76,8 @@ def to_regions(
 
 
 def from_regions(
-    regions: Shaped[Array, "B R {size}**2 D"], region_grid: tuple[int, int], size: int = REGION
-) -> Shaped[Array, "B H W D"]:
+    regions: Shaped[AnyArray, "B R {size}**2 D"], region_grid: tuple[int, int], size: int = REGION
+) -> Shaped[AnyArray, "B H W D"]:
     """Undoes `to_regions`: [B, R, size**2, D] and the grid of regions -> [B, H, W, D]."""
     batch, _, _, width = regions.shape
     rows, columns = region_grid
@@ -85,8 +86,10 @@ def from_regions(
 
 
 def fill_slots(
-    fine: Float[Array, "B R S D"], coarse: Float[Array, "B R D"], is_coarse: Num[Array, "B R"]
-) -> Float[Array, "B R S D"]:
+    fine: Float[AnyArray, "B R S D"],
+    coarse: Float[AnyArray, "B R D"],
+    is_coarse: Num[AnyArray, "B R"],
+) -> Float[AnyArray, "B R S D"]:
     """Fills each region's slots with its coarse token or with its fine ones.
 
     Args:
@@ -101,21 +104,25 @@ def fill_slots(
     return jnp.where(first & (is_coarse > 0.5)[:, :, None, None], coarse[:, :, None, :], fine)
 
 
-def slot_weights(is_coarse: Num[Array, "B R"], slots: int = REGION**2) -> Num[Array, "B R {slots}"]:
+def slot_weights(
+    is_coarse: Num[AnyArray, "B R"], slots: int = REGION**2
+) -> Num[AnyArray, "B R {slots}"]:
     """Returns 1 for slots with a token, else 0: [B, R] -> [B, R, slots]; slot 0 always has one."""
     rest = 1 - is_coarse[:, :, None]
     return jnp.concatenate([jnp.ones_like(rest), jnp.repeat(rest, slots - 1, axis=2)], axis=2)
 
 
-def slot_areas(is_coarse: Num[Array, "B R"], slots: int = REGION**2) -> Num[Array, "B R {slots}"]:
+def slot_areas(
+    is_coarse: Num[AnyArray, "B R"], slots: int = REGION**2
+) -> Num[AnyArray, "B R {slots}"]:
     """Number of fine cells each slot's token stands for: [B, R] -> [B, R, slots]."""
     weights = slot_weights(is_coarse, slots)
     return weights.at[:, :, 0].add((slots - 1) * is_coarse)
 
 
 def both_scales(
-    fine: Float[Array, "B R S D"], coarse: Float[Array, "B R D"]
-) -> Float[Array, "B R S+1 D"]:
+    fine: Float[AnyArray, "B R S D"], coarse: Float[AnyArray, "B R D"]
+) -> Float[AnyArray, "B R S+1 D"]:
     """Joins both scales of each region, the coarse token first, as the paper has them.
 
     The active ones among them are in the order of `fill_slots`.
@@ -131,21 +138,25 @@ def both_scales(
 
 
 def both_weights(
-    is_coarse: Num[Array, "B R"], slots: int = REGION**2
-) -> Num[Array, "B R {slots}+1"]:
+    is_coarse: Num[AnyArray, "B R"], slots: int = REGION**2
+) -> Num[AnyArray, "B R {slots}+1"]:
     """Weights of `both_scales`, linear in the decisions: [B, R] -> [B, R, 1 + slots]."""
     fine = jnp.repeat(1 - is_coarse[:, :, None], slots, axis=2)
     return jnp.concatenate([is_coarse[:, :, None], fine], axis=2)
 
 
-def both_areas(is_coarse: Num[Array, "B R"], slots: int = REGION**2) -> Num[Array, "B R {slots}+1"]:
+def both_areas(
+    is_coarse: Num[AnyArray, "B R"], slots: int = REGION**2
+) -> Num[AnyArray, "B R {slots}+1"]:
     """Number of fine cells each token of `both_scales` stands for: [B, R] -> [B, R, 1 + slots]."""
     return both_weights(is_coarse, slots).at[:, :, 0].multiply(slots)
 
 
 def slots_to_map(
-    slots: Shaped[Array, "B R S D"], is_coarse: Num[Array, "B R"], region_grid: tuple[int, int]
-) -> Shaped[Array, "B H W D"]:
+    slots: Shaped[AnyArray, "B R S D"],
+    is_coarse: Num[AnyArray, "B R"],
+    region_grid: tuple[int, int],
+) -> Shaped[AnyArray, "B H W D"]:
     """Makes a dense map from slots, each coarse token repeated over the cells it stands for.
 
     Args:
@@ -161,8 +172,10 @@ def slots_to_map(
 
 
 def both_to_map(
-    tokens: Float[Array, "B R S D"], is_coarse: Num[Array, "B R"], region_grid: tuple[int, int]
-) -> Float[Array, "B H W D"]:
+    tokens: Float[AnyArray, "B R S D"],
+    is_coarse: Num[AnyArray, "B R"],
+    region_grid: tuple[int, int],
+) -> Float[AnyArray, "B H W D"]:
     """Makes the dense map of `slots_to_map` from the tokens of both scales.
 
     The map is linear in the decisions, so that gradient tells a gate what its cells would become
@@ -182,8 +195,8 @@ def both_to_map(
 
 
 def targets_to_map(
-    targets: Int[Array, "B N"], is_coarse: Num[Array, "B R"], size: tuple[int, int]
-) -> Int[Array, "B rows columns"]:
+    targets: Int[AnyArray, "B N"], is_coarse: Num[AnyArray, "B R"], size: tuple[int, int]
+) -> Int[AnyArray, "B rows columns"]:
     """Makes a dense map of merge targets by cell from merge targets by slot.
 
     Args:
@@ -221,8 +234,8 @@ def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
 
 
 def resize_positions(
-    positions: Float[Array, "h w D"], grid_size: tuple[int, int], method: str = "timm"
-) -> Float[Array, "H W D"]:
+    positions: Float[AnyArray, "h w D"], grid_size: tuple[int, int], method: str = "timm"
+) -> Float[AnyArray, "H W D"]:
     """Resizes position embeddings [h, w, D] to another grid, by the method of their code base.
 
     Args:
@@ -328,8 +341,8 @@ def _blend(x: Array, matrix: np.ndarray, axis: int) -> Array:
 
 
 def windows(
-    x: Float[Array, "B H W C"], size: int, stride: int, padding: int
-) -> Float[Array, "B h w K"]:
+    x: Float[AnyArray, "B H W C"], size: int, stride: int, padding: int
+) -> Float[AnyArray, "B h w K"]:
     """Cuts overlapping squares, PyTorch's unfold: [B, H, W, C] -> [B, h, w, size**2 * C].
 
     Features are ordered (row, column, channel).
