@@ -53,6 +53,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    """Puts an array that every process has on every device, without comparing the processes'."""
+    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+
 def tree_sharding(mesh: Mesh, tree: Any) -> Any:
     """Returns a sharding per leaf of a tree of arrays or shapes, cut along `fsdp` if possible."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh)), tree)

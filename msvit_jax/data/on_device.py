@@ -47,16 +47,15 @@ def train_iterator(
     """
     _check(config)
     images, labels = _stacked(config)
-    whole = sharding.replicated(mesh)
-    images, labels = jax.device_put((images, labels), whole)
     count, height, width = images.shape[:3]
+    placed = [sharding.replicate(mesh, x) for x in (images, labels)]
     cut = jax.jit(_cut, static_argnames="size", out_shardings=sharding.batch_sharding(mesh))
     step = start_step
     while True:
         rng = np.random.default_rng((seed, step))
         boxes, shifts, flips = draw(config, rng, batch_size, height, width)
         chosen = _examples_of(step, batch_size, count, seed)
-        yield cut(images, labels, chosen, boxes, shifts, flips, size=config.image_size)
+        yield cut(*placed, chosen, boxes, shifts, flips, size=config.image_size)
         step += 1
 
 

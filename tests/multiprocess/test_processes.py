@@ -121,6 +121,16 @@ def _child(pid):
 
 
 @pytest.mark.slow
+def test_a_split_on_the_devices_is_the_same_for_one_process_and_two(start, tmp_path):
+    given = {**kill_runs.OPTIONS, "epochs": 2.0, "data__on_device": True, "data__pad_shift": 2}
+    for count in (1, 2):
+        _finish(start(f"run{count}", count, options=given))
+    one, two = (Left.of(tmp_path / f"run{count}") for count in (1, 2))
+    assert one.records
+    assert two.differences(one, tolerance=1e-5) == []
+
+
+@pytest.mark.slow
 def test_however_devices_and_processes_are_shared_out_training_is_the_same(start, tmp_path):
     """1 process of 4 devices, 2 of 2, 4 of 1: gate's loss and gradient among what is compared."""
     for count in (1, 2, 4):
