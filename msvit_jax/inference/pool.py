@@ -31,6 +31,11 @@ class ImagePool:
         self._uploaded: list[tuple[list[int], Array]] = []  # batches without slots yet
         self._slots: Array | None = None
 
+    def __len__(self) -> int:
+        """Number of images that are kept."""
+        waiting = [n for numbers, _ in self._uploaded for n in numbers if n != PADDING]
+        return len(self._slot_of) + len(waiting)
+
     def add(self, numbers: Sequence[int], batch: Array) -> None:
         """Takes in images.
 
@@ -59,14 +64,18 @@ class ImagePool:
         """Forgets images that have their answers."""
         gone = set(numbers)
         self._free += [self._slot_of.pop(number) for number in gone & self._slot_of.keys()]
-        left = [(held, batch) for held, batch in self._uploaded if not gone >= set(held)]
-        self._uploaded = left
+        left = [
+            ([PADDING if number in gone else number for number in numbers], batch)
+            for numbers, batch in self._uploaded
+        ]
+        self._uploaded = [(numbers, batch) for numbers, batch in left if set(numbers) != {PADDING}]
 
     def _store(self) -> None:
         for numbers, batch in self._uploaded:
             slots = np.full(self._executables.batch, self._capacity, np.int32)  # padding has none
             for row, number in enumerate(numbers):
-                slots[row] = self._slot_of[number] = self._free.pop()
+                if number != PADDING:
+                    slots[row] = self._slot_of[number] = self._free.pop()
             if self._slots is None:
                 self._slots = self._executables.empty_slots(self._capacity, batch)
             self._slots = self._executables.store(self._slots, batch, slots)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from msvit_jax.inference.executables import Answers, Decisions
@@ -73,6 +73,7 @@ def _run(fine, batch, misfits):
     return job, programs, told
 
 
+@example(fine=[1, 1, 1], batch=3, misfits={2})  # run as uploaded, all but one
 @given(
     st.lists(st.integers(0, REGIONS), min_size=1, max_size=40),
     st.integers(1, 9),
@@ -86,6 +87,7 @@ def test_every_image_is_answered_once_in_its_place(fine, batch, misfits):
     np.testing.assert_array_equal(job.coarse, np.arange(REGIONS)[None] >= np.asarray(fine)[:, None])
     assert sorted(number for numbers in told for number in numbers) == list(range(len(fine)))
     assert programs.uploaded == list(names)  # each once
+    assert len(job._images) == 0  # no place is kept for what is answered
     # Again only what did not fit, and then where everything fits.
     runs = [name for name, _ in programs.run]
     narrow = [name for name, whole in programs.run if not whole]
