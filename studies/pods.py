@@ -47,8 +47,11 @@ HEAD = f"""# Training on pods, compiled and not run
 
 What the TPU compiler says of a training step in bfloat16, {BATCH} images a chip: memory of a chip,
 and bytes that it sends to others. Milliseconds are computed from these and the chip's published
-rates; nothing was run. "Products" and "memory" are the least that a step can take, the greater of
-the two counts; "links" is the share that transfers would take if nothing overlapped with them.
+rates; nothing was run. "Products" at their peak are the least that a step can take; "memory" is for
+the bytes that the compiler counts, more than fused operations move. "Links" is at most the share
+that transfers take: beside products alone, without overlap. Chip-hours of the papers' recipes are at
+these two rates: no run takes less than the first, and a run that waits for nothing little more than
+the second.
 Made by `python studies/pods.py`; every figure is in pods.json."""
 
 
@@ -85,23 +88,21 @@ def page(done: dict[str, Any]) -> str:
             continue
         model, _, part = run.partition(":")
         (record,) = done[run]["records"]
-        chips = done[run]["chips"]
         if not record["fits"]:
             rows.append([model, part, f"{record['needs_gib']} (does not fit)", *[""] * 5])
             continue
         limits = record["limits"]
         sent = sum(c["bytes"] for c in record["collectives"].values()) / 2**20
-        least = max(limits["products"], limits["memory"])
         hours = ""
-        if model in RECIPES:
-            steps = RECIPES[model] / (BATCH * chips)
-            hours = f"{steps * least / 3.6e6 * chips:,.0f}"
+        if (name := model.partition(",")[0]) in RECIPES:
+            chip_hours = RECIPES[name] / BATCH / 3.6e6
+            hours = f"{chip_hours * limits['products']:,.0f} / {chip_hours * limits['memory']:,.0f}"
         milliseconds = f"{limits['products']:.1f} / {limits['memory']:.1f}"
         links = f"{limits['links_share']:.1%}"
         memory = f"{record['memory_gib']:.2f}"
         rows.append([model, part, memory, f"{sent:,.1f}", milliseconds, links, hours])
     head = ["model", "slice", "GiB", "MiB in collectives", "products / memory, ms", "links"]
-    parts = [HEAD, markdown([*head, "chip-hours of the recipe at that limit"], rows)]
+    parts = [HEAD, markdown([*head, "chip-hours of the recipe"], rows)]
     largest = [
         [run.removesuffix(":largest"), str(r["batch"]), f"{r['memory_gib']:.2f}"]
         for run in LARGEST

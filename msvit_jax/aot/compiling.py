@@ -162,15 +162,16 @@ def compile_variant(variant: Variant, what: str, topology: Topology) -> dict[str
 
 
 def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
-    """Computes the least milliseconds that a chip's published figures allow for a program.
+    """Computes what a program's figures take at a chip's published rates.
 
     Args:
       found: Figures of the program, from `figures`.
       topology: Slice that it was compiled for.
 
     Returns:
-      Milliseconds of 'products', of 'memory' and of 'links'; and 'links_share', the links' share of
-      a step in which nothing overlaps with them. Transfers are counted as of a ring of all chips.
+      Milliseconds of 'products', the least that a step can take; of 'memory', for the bytes that the
+      compiler counts, which is more than fused operations move; of 'links', as of a ring of all
+      chips; and 'links_share', at most the links' share: beside products alone, without overlap.
     """
     chip, count = topology.chip, len(topology.devices)
     sent = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}
@@ -180,7 +181,7 @@ def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
     products = 2 * found["gmacs"] / chip.tflops
     memory = 1e3 * found["gbytes_accessed"] / chip.memory_gbps
     links = 1e3 * moved / 1e9 / chip.link_gbps
-    whole = links + max(products, memory)
+    whole = links + products
     return {
         "products": round(products, 3),
         "memory": round(memory, 3),

@@ -89,8 +89,9 @@ def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     if any(r["fits"] for r in records):
         notes.append(
-            "Limits: products / memory at the chip's published rates, computed. Links: share of a "
-            "step that transfers take at theirs if nothing overlaps with them."
+            "Limits: products at the chip's published peak, the least that a step can take, / bytes "
+            "as the compiler counts them, more than fused operations move. Links: at most the share "
+            "that transfers take, beside products alone and without overlap."
         )
     if any(r.get("loops") for r in records):
         notes.append(
