@@ -49,9 +49,8 @@ What the TPU compiler says of a training step in bfloat16, {BATCH} images a chip
 and bytes that it sends to others. Milliseconds are computed from these and the chip's published
 rates; nothing was run. "Products" at their peak are the least that a step can take; "memory" is for
 the bytes that the compiler counts, more than fused operations move. "Links" is at most the share
-that transfers take: beside products alone, without overlap. Chip-hours of the papers' recipes are at
-these two rates: no run takes less than the first, and a run that waits for nothing little more than
-the second.
+that transfers take: beside products alone, without overlap. Chip-hours of the papers' recipes are
+at these two rates: no run takes less than the first.
 Made by `python studies/pods.py`; every figure is in pods.json."""
 
 

@@ -169,9 +169,9 @@ def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
       topology: Slice that it was compiled for.
 
     Returns:
-      Milliseconds of 'products', the least that a step can take; of 'memory', for the bytes that the
-      compiler counts, which is more than fused operations move; of 'links', as of a ring of all
-      chips; and 'links_share', at most the links' share: beside products alone, without overlap.
+      Milliseconds of 'products', the least that a step can take; of 'memory', for the bytes that
+      the compiler counts, more than fused operations move; of 'links', as of a ring of all chips;
+      and 'links_share', at most the links' share: beside products alone, without overlap.
     """
     chip, count = topology.chip, len(topology.devices)
     sent = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}

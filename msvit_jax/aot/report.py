@@ -89,9 +89,9 @@ def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     if any(r["fits"] for r in records):
         notes.append(
-            "Limits: products at the chip's published peak, the least that a step can take, / bytes "
-            "as the compiler counts them, more than fused operations move. Links: at most the share "
-            "that transfers take, beside products alone and without overlap."
+            "Limits: products at the chip's published peak, the least that a step can take, / "
+            "bytes as the compiler counts them, more than fused operations move. Links: at most "
+            "the share that transfers take, beside products alone and without overlap."
         )
     if any(r.get("loops") for r in records):
         notes.append(
