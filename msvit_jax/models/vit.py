@@ -207,6 +207,10 @@ class ViT(ModelDefaults, nn.Module):
         """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
         return reduction.layer_tokens(self.reductions, self.depth, tokens)[1:]
 
+    def final_tokens(self, tokens: ArrayLike) -> np.ndarray:
+        """Counts the patch tokens after the last layer: [...] -> [...]."""
+        return reduction.layer_tokens(self.reductions, self.depth, tokens)[-1]
+
     @property
     def grid_size(self) -> int:
         """Patches along one side of a training image."""
