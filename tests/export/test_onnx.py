@@ -30,6 +30,11 @@ KINDS = {
     "algm": ("vit_tiny_patch16_224", {"reducer": "algm", "keep": 0.6}, {}),
     "evit": ("vit_tiny_patch16_224", {"reducer": "evit", **REDUCING}, {}),
     "share": (GATED, {"fine_share": 0.5}, {"pixels": "float32"}),
+    "segmenter": (
+        "msvit_seg_vit_tiny_mask",
+        {"decode": "mixed"},
+        {"layout": "budget", "token_capacity": 7},
+    ),
     "budget": (
         GATED,
         {"reducer": "mergence", **REDUCING},
