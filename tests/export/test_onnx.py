@@ -33,7 +33,7 @@ KINDS = {
     "segmenter": (
         "msvit_seg_vit_tiny_mask",
         {"decode": "mixed"},
-        {"layout": "budget", "token_capacity": 7},
+        {"layout": "budget", "token_capacity": 12},
     ),
     "budget": (
         GATED,

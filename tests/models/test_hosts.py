@@ -102,7 +102,7 @@ def test_slots_without_a_token_have_no_host_and_are_none():
 
 def test_maps_of_mixed_scale_tokens_cover_their_regions():
     output = _apply("msvit_tiny_patch16_224", reducer="mergence", gate_bias=0.0)
-    maps = np.asarray(output.merge_maps((8, 8)))
+    maps = np.asarray(jax.tree.map(jnp.asarray, output).merge_maps((8, 8)))
     assert maps.shape == (8, 2, 8, 8)
 
     def cell(slot):  # regions row by row, slots row by row within a region
