@@ -136,7 +136,7 @@ def _scheduled(config: config_dict.ConfigDict, name: str, sizes: Sizes) -> Varia
 def with_frozen_gate(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """Returns a copy that freezes a learned gate, which "budget" and "rows" cannot train."""
     made = config.copy_and_resolve_references()
-    learned = made.model.name in registry.MIXED_SCALE and made.model.get("gate", "mlp") == "mlp"
+    learned = configs.build_model(config).gate == "mlp"
     if learned and "gate" not in made.optimizer.freeze:
         with made.unlocked():
             made.optimizer.freeze = (*made.optimizer.freeze, "gate")

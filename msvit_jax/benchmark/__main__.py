@@ -14,6 +14,9 @@ shows the overhead of the gate and the layouts.
 A model without a gate whose layers reduce tokens (mergence_..., or any with --set=reducer=...) has
 a single dynamic case, "reduced".
 
+Segmenters are measured up to the logits of patches, at 512 px and for 150 classes by default:
+    --model=msvit_seg_vit_small_mask --tokens=600 --spread=100 --batch=8 [--set=decode=mixed]
+
 With --train the training step of train.py is measured, by default in the layouts slots and trimmed:
 forward, backward, optimizer and the gate's loss. In budget and rows the gate is frozen.
 
@@ -29,8 +32,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from msvit_jax import benchmark, errors, process_tuning
-from msvit_jax.benchmark.options import DTYPES, REDUCED
-from msvit_jax.models.registry import MIXED_SCALE
+from msvit_jax.benchmark.options import DTYPES, REDUCED, mixed_scale
 
 _MODEL = flags.DEFINE_string(
     "model", "msvit_deit_small_patch16_224", "Name of a model with a gate or with merging."
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     kept = process_tuning.keep_freed_memory()
     usual = ["slots", "trimmed"] if _TRAIN.value else ["slots", "budget", "rows"]
-    if _MODEL.value not in MIXED_SCALE:
+    if not mixed_scale(_MODEL.value, _SET.value):
         usual = [REDUCED]
     options = benchmark.Options(
         model=_MODEL.value,

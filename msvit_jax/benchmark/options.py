@@ -1,7 +1,7 @@
 """Options of a benchmark, and the models that it measures."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -10,7 +10,7 @@ from ml_collections import config_dict
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError, check_choice, nearest
 from msvit_jax.models import registry
-from msvit_jax.models.registry import MIXED_SCALE, model_options
+from msvit_jax.models.registry import MIXED_SCALE, SEGMENTERS, model_options
 
 DENSE = "dense"
 REDUCED = "reduced"  # for a model without a gate whose layers reduce tokens
@@ -75,6 +75,11 @@ class Options:
                 f"{self.model!r} is dense: nothing to compare. Give a model with a gate or with "
                 "merging (msvit_..., mergence_...), or --set=reducer=mergence."
             )
+        if self.gated and self.dense == self.model:
+            raise UserError(
+                f"{self.model!r} with this encoder has no dense model to be compared with; give a "
+                "name that has one, such as msvit_seg_vit_small_mask, and sizes by --set=."
+            )
         known = LAYOUTS[self.what] if self.gated else (REDUCED,)
         for layout in self.layouts:
             if layout not in known:
@@ -99,7 +104,14 @@ class Options:
     @property
     def gated(self) -> bool:
         """Whether the model has a gate, and therefore layouts."""
-        return self.model in MIXED_SCALE
+        return mixed_scale(self.model, self.overrides)
+
+
+def mixed_scale(model: str, overrides: Sequence[str]) -> bool:
+    """Tells whether a model, with attributes as 'key=value', has a gate."""
+    given = dict(map(configs.split_override, overrides))
+    encoder = given.get("encoder", SEGMENTERS.get(model, model))
+    return encoder in MIXED_SCALE
 
 
 def make_config(
@@ -121,13 +133,18 @@ def make_config(
             configs.set_key(config, f"model.{key}", value)
     attributes = attributes or {}
     config.model.update(attributes)
-    config.data.image_size = config.model.get("image_size", 224)
+    usual_size, usual_classes = 224, 1000
+    if config.model.name in SEGMENTERS:
+        usual = registry.create_model(config.model.name)
+        usual_size, usual_classes = usual.image_size, usual.num_classes
+        config.data.target = "segmentation_mask"
+    config.data.image_size = config.model.get("image_size", usual_size)
     learned = config.model.get("gate", "mlp") == "mlp"
     if learned and attributes.get("layout") in FROZEN_GATE:
         config.optimizer.freeze = ("gate_mlp/",)
     elif options.gated and not dense:
         config.loss.gate.kind = "gbas"
-    return configs.resolve(config, config.model.get("num_classes", 1000))
+    return configs.resolve(config, config.model.get("num_classes", usual_classes))
 
 
 def build(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -139,11 +139,19 @@ def forward_sides(options: Options, work: Work) -> list[Case]:
         for index in range(work.counts.shape[0])
     ]
     params = variables["params"]
-    dense = {"params": params.get("backbone", params)}
+    dense = {"params": _dense_params(params)}
     return [
         _forward_side(layout, options, work, dense if layout == DENSE else variables, images)
         for layout in (DENSE, *options.layouts)
     ]
+
+
+def _dense_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense model's part of a dynamic one's parameters: the backbone, and a decoder beside."""
+    if "backbone" not in params:
+        return dict(params)
+    decoder = {"decoder": params["decoder"]} if "decoder" in params else {}
+    return {**params["backbone"], **decoder}
 
 
 def _forward_side(

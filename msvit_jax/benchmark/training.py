@@ -16,6 +16,7 @@ from msvit_jax.benchmark.options import DENSE, Options, make_config
 from msvit_jax.benchmark.sides import Case, Work, compiled, make_side, no_room
 from msvit_jax.benchmark.sizes import schedule, size_layout
 from msvit_jax.benchmark.turns import Timed
+from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import TrainProgram
@@ -66,7 +67,7 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
     overflow = []
     for step in cycle:
         state, reported = step(state, batch)
-        overflow.append(float(reported.sums.overflow) / batch["label"].size)
+        overflow.append(float(reported.sums.overflow) / len(batch["image"]))
     if any(overflow) and (options.token_capacity or layout != "trimmed"):
         raise no_room(f"{max(overflow):.0%} of the images", size)
     call = _stepping(cycle, state, batch)
@@ -79,10 +80,11 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
 def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
     images, side = work.counts.shape[1], work.model.image_size
-    return {
-        "image": rng.integers(0, 256, (images, side, side, 3), np.uint8),
-        "label": rng.integers(0, classes, images).astype(np.int32),
-    }
+    pixels = rng.integers(0, 256, (images, side, side, 3), np.uint8)
+    if work.model.task == SEGMENTATION:
+        mask = rng.integers(0, classes, pixels.shape[:3]).astype(np.uint8)
+        return {"image": pixels, "segmentation_mask": mask}
+    return {"image": pixels, "label": rng.integers(0, classes, images).astype(np.int32)}
 
 
 def _stepping(

@@ -4,9 +4,9 @@
     msvit_jax.export --workdir=RUN --format=compiled --layout=budget --token_capacity=127 --out=D
 
 Formats: safetensors (our names), timm and big_vision (the dense trunk), huggingface (a directory
-for from_pretrained), dvt (the official names), orbax (only parameters), compiled (functions by
-jax.export, with a run.py that needs only JAX) and onnx (graphs; needs the extra [onnx]). Existing
-files are never overwritten.
+for from_pretrained), dvt and segmenter (the official names), orbax (only parameters), compiled
+(functions by jax.export, with a run.py that needs only JAX) and onnx (graphs; needs the extra
+[onnx]). Existing files are never overwritten.
 """
 
 import json

@@ -31,6 +31,7 @@ from msvit_jax.export.bundle import ExportBundle
 from msvit_jax.models.dvt import StageCarry
 from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.pixels import normalize
+from msvit_jax.segmentation import upsampling
 from msvit_jax.weights import ours
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -131,7 +132,10 @@ def write(bundle: ExportBundle, directory: pathlib.Path, options: Options) -> No
     }
     ours.save(directory / WEIGHTS, bundle.params, bundle.about)
     (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    for module in (runner, image_files):
+    modules = [runner, image_files]
+    if model.task == SEGMENTATION:
+        modules.append(upsampling)
+    for module in modules:
         shutil.copy(str(module.__file__), directory)
     _write_flatbuffers(directory / runner.FLATBUFFERS)
 
@@ -178,12 +182,11 @@ def portable(model: ImageModel) -> ImageModel:
 
 def resolve_settings(model: ImageModel, bundle: ExportBundle, options: Options) -> dict[str, Any]:
     """Checks the options and returns the settings that run.py needs besides the functions."""
+    return {"task": model.task, **_kind_settings(model, bundle, options)}
+
+
+def _kind_settings(model: ImageModel, bundle: ExportBundle, options: Options) -> dict[str, Any]:
     check_choice("pixels", options.pixels, PIXELS)
-    if model.task == SEGMENTATION:
-        raise UserError(
-            f"{bundle.name!r} answers pixel by pixel; segmenters are exported as weights, with "
-            "--format=safetensors or orbax, not as functions."
-        )
     gated, cascade = model.has_gate, model.is_cascade
     if not gated and (options.layout, options.threshold) != (None, None):
         given = "threshold" if options.layout is None else "layout"

@@ -1,4 +1,4 @@
-"""Writers of weights: our format, timm, Hugging Face, big_vision, DVT, and Orbax."""
+"""Writers of weights: our format, timm, Hugging Face, big_vision, DVT, Segmenter, and Orbax."""
 
 import json
 import pathlib
@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from msvit_jax import weights
 from msvit_jax.export.bundle import ExportBundle
-from msvit_jax.weights import huggingface, ours
-from msvit_jax.weights.formats import trunk_of
+from msvit_jax.weights import huggingface, ours, segmenter
+from msvit_jax.weights.formats import trunk_names, trunk_of
 
 
 def write_ours(bundle: ExportBundle, path: pathlib.Path) -> str:
@@ -73,6 +73,14 @@ def write_dvt(bundle: ExportBundle, path: pathlib.Path) -> str:
     theirs = weights.to_theirs("dvt", bundle.params, bundle.model)
     save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(bundle.about)})
     return ""
+
+
+def write_segmenter(bundle: ExportBundle, path: pathlib.Path) -> str:
+    """Writes a segmenter under the names of the official code, with the heads that it expects."""
+    trunk, theirs, left_out = _trunk(bundle, "segmenter")
+    theirs |= segmenter.unused_heads(trunk.backbone)
+    save_file(theirs, path, {"format": "pt", "msvit_jax": json.dumps(bundle.about)})
+    return left_out
 
 
 def write_huggingface(bundle: ExportBundle, path: pathlib.Path) -> str:
@@ -156,11 +164,12 @@ def _trunk(bundle: ExportBundle, format_name: str) -> tuple[Any, dict[str, Any],
     model = bundle.model
     theirs = weights.to_theirs(format_name, bundle.params, model)
     trunk, prefix = trunk_of(model, format_name)
-    others = [name for name in bundle.params if not name.startswith(prefix)]
+    inside = set(trunk_names(bundle.params, prefix, format_name))
+    others = [name for name in bundle.params if name not in inside]
     left_out = [
         f"{part} ({sum(name.startswith(part + '/') or name == part for name in others)} arrays)"
         for part in sorted({name.split("/")[0] for name in others})
     ]
-    if trunk.reducer != "none":
-        left_out.append(f"reducer={trunk.reducer!r}, which has no parameters")
+    if trunk.backbone.reducer != "none":
+        left_out.append(f"reducer={trunk.backbone.reducer!r}, which has no parameters")
     return trunk, theirs, ", ".join(left_out)

@@ -1,4 +1,4 @@
-"""Classifies images with the functions in the directory of this file.
+"""Classifies images, or their pixels, with the functions in the directory of this file.
 
     python run.py photo.jpg folder/ images.npy [--batch=32] [--out=answers.npz] [--on_error=stop]
 
@@ -6,7 +6,8 @@ Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, S, S
 Files that cannot be read are named and skipped, or, with --on_error=stop, end the program before
 any image is classified. --threshold sets the threshold of a mixed-scale model's gate,
 --thresholds=0.9,0.8 those of a cascade's exits. about.json describes the functions' inputs and
-outputs. In Python: `Model().classify(pixels)`.
+outputs. In Python: `Model().classify(pixels)`, and `Model().segment(pixels)` where the model
+segments: then a line says which classes cover most of an image, and --out has the labels of pixels.
 """
 
 import argparse
@@ -42,13 +43,18 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def image_files() -> Any:
-    """The module that finds and decodes image files: the library's, or an export's copy of it."""
+def module(name: str, package: str) -> Any:
+    """A module that exports hold a copy of: the library's own, or in an export that copy."""
     if __package__:
-        return importlib.import_module("msvit_jax.data.image_files")
+        return importlib.import_module(f"msvit_jax.{package}.{name}")
     sys.path.append(str(HERE))
+    return importlib.import_module(name)
+
+
+def image_files() -> Any:
+    """The module that finds and decodes image files."""
     try:
-        return importlib.import_module("image_files")
+        return module("image_files", "data")
     except ImportError as error:
         raise ValueError(f"image files need Pillow: pip install pillow ({error})") from error
 
@@ -112,6 +118,18 @@ class Model:
                 answers[name][left] = values
         return answers
 
+    def segment(self, images: np.ndarray, **options: Any) -> dict[str, np.ndarray]:
+        """Runs a model that segments; arguments as in `classify`.
+
+        Returns:
+          The functions' outputs by name, and `labels` [N, S, S] uint8, each pixel's class. Logits
+          are those of patches.
+        """
+        answers = self.classify(images, **options)
+        upsample = module("upsampling", "segmentation").upsample
+        labels = [upsample(x, images.shape[1:3]).argmax(axis=2) for x in answers["logits"]]
+        return {**answers, "labels": np.stack(labels).astype(np.uint8)}
+
     def _in_batches(
         self, function: Any, images: np.ndarray, batch: int, rest: Sequence[Any]
     ) -> dict[str, np.ndarray]:
@@ -159,6 +177,13 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities of logits [N, classes], in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def covered(answers: dict[str, np.ndarray]) -> np.ndarray:
+    """Shares of the pixels that each class covers: [N, classes]."""
+    classes = answers["logits"].shape[-1]
+    pixels = answers["labels"].reshape(len(answers["labels"]), -1)
+    return np.stack([np.bincount(x, minlength=classes) / len(x) for x in pixels])
 
 
 def read_files(
@@ -274,14 +299,17 @@ def run_files(given: argparse.Namespace) -> dict[str, np.ndarray]:
     if not images:
         raise ValueError("none of the files can be read")
     thresholds = [float(t) for t in given.thresholds.split(",")] if given.thresholds else None
-    answers: dict[str, Any] = model.classify(
+    segments = model.about["task"] == "segmentation"
+    answers: dict[str, Any] = (model.segment if segments else model.classify)(
         np.stack(images), batch=given.batch, threshold=given.threshold, thresholds=thresholds
     )
-    shares, labels = softmax(answers["logits"]), answers["logits"].argmax(axis=1)
+    shares = covered(answers) if segments else softmax(answers["logits"])
     classes = model.about["class_names"] or range(shares.shape[1])
-    for row, (name, label) in enumerate(zip(named, labels, strict=True)):
+    for row, name in enumerate(named):
+        most = np.argsort(-shares[row], kind="stable")[: 3 if segments else 1]
+        found = [f"{classes[c]}  {shares[row, c]:.4f}" for c in most if shares[row, c]]
         more = [f"{key} {answers[key][row]}" for key in ("tokens", "exit_index") if key in answers]
-        print("  ".join([name, str(classes[label]), f"{shares[row, label]:.4f}", *more]))
+        print("  ".join([name, *found, *more]))
     return answers
 
 

@@ -32,6 +32,7 @@ FORMATS = {
     "huggingface": Format("", formats.write_huggingface),
     "big_vision": Format(".npz", formats.write_big_vision),
     "dvt": Format(".safetensors", formats.write_dvt),
+    "segmenter": Format(".safetensors", formats.write_segmenter),
     "orbax": Format("", formats.write_orbax),
 }
 FUNCTIONS = {"compiled": compiled.write, "onnx": onnx_graphs.write}  # directories; take options

@@ -126,6 +126,12 @@ class MSViT(BackboneMixin, nn.Module):
                 f"image_size={self.image_size} is not divisible by the coarse patch of "
                 f"{self.coarse_size} px (twice patch_size={self.patch_size})."
             )
+        if any(spec.make().needs_grid for spec in self.backbone.reductions.values()):
+            raise ValueError(
+                f"reducer={self.backbone.reducer!r} merges squares of a whole grid, which the gate "
+                "does already for mixed-scale tokens: use reducer='tome' with reduce_layers=, or "
+                "keep=(1.0, KEEP) for its later layers alone."
+            )
         self.check_layout()
 
     def check_layout(self) -> None:

@@ -105,6 +105,24 @@ class Output:
         ]
         return jnp.stack(maps, axis=1)
 
+    def holders(self, size: tuple[int, int]) -> Array | None:
+        """Maps each cell of the image to the cell that holds its token after the last layer.
+
+        Args:
+          size: (rows, columns) of the patch grid.
+
+        Returns:
+          [B, rows, columns] int32 as in `merge_maps`; None if every cell has a token of its own.
+        """
+        if (maps := self.merge_maps(size)) is not None:
+            return maps[:, -1]
+        if self.gate is None:
+            return None
+        coarse = self.gate.coarse
+        slots = jnp.arange(size[0] * size[1], dtype=jnp.int32)[None]
+        own = jnp.broadcast_to(slots, (coarse.shape[0], slots.shape[1]))
+        return grid.targets_to_map(own, coarse, size)
+
 
 def also_empty(call: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a model's `__call__` answer an empty batch with an empty `Output`.

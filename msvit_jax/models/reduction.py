@@ -55,6 +55,7 @@ class ReductionState:
       token_id: [B, N] int32, index of each token among the input tokens.
       random_score: [B, N] uint32, random bits of each token; None unless a reducer is random.
       history: Values of `position` after each reduction.
+      grid: (rows, columns) of the patch tokens as long as they are a whole grid, see `base.Tokens`.
     """
 
     size: Array
@@ -62,6 +63,7 @@ class ReductionState:
     token_id: Array
     random_score: Array | None = None
     history: tuple[Array, ...] = ()
+    grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def targets(self) -> Array:
@@ -86,8 +88,8 @@ def reduction_specs(
 
     Args:
       reducer: Name of the reducer, one of `reducers.NAMES`.
-      layers: Layers that reduce, counted from 1 as in papers; None takes those after each quarter
-        of the depth (4, 7, 10 of 12), and all layers with `remove`.
+      layers: Layers that reduce, counted from 1 as in papers; None takes the reducer's own (after
+        each quarter of the depth, 4, 7, 10 of 12, for most), and all layers with `remove`.
       keep: Share of the tokens that stays, for all layers or for each.
       remove: Number of tokens merged instead, for all layers or for each; 0 leaves it to `keep`.
       options: Other attributes of the reducer, by name.
@@ -111,22 +113,16 @@ def reduction_specs(
             f"remove={remove} is for reducer={takers} and not negative; {reducer!r} takes keep=."
         )
     if layers is None:
-        quarters = sorted({1 + depth * i // 4 for i in (1, 2, 3)})
-        layers = tuple(range(1, depth + 1)) if removing else tuple(quarters)
+        layers = tuple(range(1, depth + 1)) if removing else kind.default_layers(depth)
     _check_layers(layers, depth)
     rates = _for_each("keep", 1.0 if removing else keep, layers)
     numbers = _for_each("remove", remove, layers)
-    for rate in rates:
-        _check_rate(rate, reducer, kind.least_keep)
-    made = {
-        layer - 1: ReductionSpec(
-            reducer,
-            (("keep", float(rate)), ("remove", int(number)), *sorted(options.items())),
-            prefix,
-            mean_query,
-        )
-        for layer, rate, number in sorted(zip(layers, rates, numbers, strict=True))
-    }
+    made: dict[int, ReductionSpec] = {}
+    for layer, rate, number in sorted(zip(layers, rates, numbers, strict=True)):
+        own = {"keep": float(rate), "remove": int(number), "index": len(made)}
+        spec = ReductionSpec(reducer, (*own.items(), *sorted(options.items())), prefix, mean_query)
+        _check_rate(rate, reducer, spec.make().least_keep)
+        made[layer - 1] = spec
     _check_numbers(made, patches)
     return made
 
@@ -211,8 +207,10 @@ def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike)
     return np.stack(left)
 
 
-def start(x: Array, specs: dict[int, ReductionSpec]) -> ReductionState:
-    """Makes the state before the first layer, for tokens [B, N, D]."""
+def start(
+    x: Array, specs: dict[int, ReductionSpec], grid: tuple[int, int] | None = None
+) -> ReductionState:
+    """Makes the state before the first layer, for tokens [B, N, D], on a grid if they are one."""
     batch, count, _ = x.shape
     position = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
     is_random = any(reducers.REDUCERS[spec.reducer].needs_random_score for spec in specs.values())
@@ -221,6 +219,7 @@ def start(x: Array, specs: dict[int, ReductionSpec]) -> ReductionState:
         position=position,
         token_id=position,
         random_score=base.random_score(x) if is_random else None,
+        grid=grid,
     )
 
 
@@ -309,7 +308,7 @@ def _reduce_rows(
     train: bool,
 ) -> tuple[Array, Mask, ReductionState]:
     member, prefix = _segment_membership(x, mask, spec.prefix)
-    tokens = base.Tokens(x, member, prefix, state.size)
+    tokens = base.Tokens(x, member, prefix, state.size, grid=state.grid)
     if reducer.needs_random_score:
         tokens = dataclasses.replace(tokens, random_score=state.random_score)
     if reducer.needs_keys:

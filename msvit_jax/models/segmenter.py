@@ -3,6 +3,10 @@
 The encoder is any transformer of the library without a head. What it answers with is a dense map on
 the fine grid, whatever its tokens were: coarse tokens are repeated over their cells (MSViT, dense
 prediction) and merged ones put back, so the decoders know nothing of either.
+
+A decoder knows no positions, so cells that hold the same token get the same logits. With
+`decode="mixed"` it therefore sees each token once, and counts it as often in attention as there are
+cells that hold it: the same logits, for fewer tokens.
 """
 
 from typing import Any, Self
@@ -15,13 +19,16 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.errors import check_choice
+from msvit_jax.models.attention import Mask
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import Block, LayerNorm, init_weights
 from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.models.layout import Layout
 from msvit_jax.models.output import GateOutput, Output, also_empty
+from msvit_jax.tokens import shared
 
 DECODERS = ("linear", "mask")
+DECODES = ("dense", "mixed")
 _HEAD_WIDTH = 64  # channels of one attention head of the mask transformer
 _TINY = 1e-12  # keeps the direction of a patch that was dropped, which is zero, finite
 
@@ -32,15 +39,15 @@ class LinearDecoder(nn.Module):
     classes: int
 
     @nn.compact
-    def __call__(self, patches: Array, *, train: bool) -> Array:
-        """Computes logits: [B, h, w, D] -> [B, h, w, classes] float32."""
-        del train
+    def __call__(self, tokens: Array, sizes: Array | None = None, *, train: bool) -> Array:
+        """Computes logits: [B, N, D] -> [B, N, classes] float32; sizes change nothing."""
+        del sizes, train
         head = nn.Dense(self.classes, kernel_init=init_weights, name="head")
-        return head(patches.astype(jnp.float32))
+        return head(tokens.astype(jnp.float32))
 
-    def macs(self, patches: float, width: int) -> float:
-        """Counts multiply-accumulates for an image of so many patches."""
-        return float(flops.dense(patches, width, self.classes))
+    def macs(self, tokens: np.ndarray, width: int) -> np.ndarray:
+        """Counts multiply-accumulates for images of so many tokens."""
+        return flops.dense(tokens, width, self.classes)
 
 
 class MaskTransformer(nn.Module):
@@ -86,30 +93,39 @@ class MaskTransformer(nn.Module):
         self.proj_class = nn.Dense(width, use_bias=False, kernel_init=start)
         self.mask_norm = LayerNorm(epsilon=1e-5)
 
-    def __call__(self, patches: Array, *, train: bool) -> Array:
-        """Computes logits: [B, h, w, D] -> [B, h, w, classes] float32.
+    def __call__(self, tokens: Array, sizes: Array | None = None, *, train: bool) -> Array:
+        """Computes logits.
 
-        `train` turns on stochastic depth (rng stream "dropout").
+        Args:
+          tokens: [B, N, D] tokens of patches.
+          sizes: [B, N] float32, number of patches that hold each token, 0 for an empty position;
+            None for one each.
+          train: Whether stochastic depth is on (rng stream "dropout").
+
+        Returns:
+          [B, N, classes] float32.
         """
-        batch, *size, _ = patches.shape
-        x = self.proj_dec(patches.reshape(batch, size[0] * size[1], -1))
-        classes = jnp.broadcast_to(self.class_embed[None], (batch, *self.class_embed.shape))
+        x = self.proj_dec(tokens)
+        classes = jnp.broadcast_to(self.class_embed[None], (x.shape[0], *self.class_embed.shape))
         x = jnp.concatenate([x, classes.astype(x.dtype)], axis=1)
+        mask = None
+        if sizes is not None:
+            sizes = jnp.pad(sizes, ((0, 0), (0, self.classes)), constant_values=1)
+            mask = Mask(weights=(sizes > 0).astype(jnp.float32), sizes=sizes)
         rates = jnp.linspace(0.0, self.drop_path, self.depth, dtype=jnp.float32)
         for layer, block in enumerate(self.layers):
-            x = block(x, rates[layer] if train and self.drop_path else None)
+            x = block(x, rates[layer] if train and self.drop_path else None, mask)
         x = self.norm(x).astype(jnp.float32)
         cells = _direction(self.proj_patch(x[:, : -self.classes]))
         classes = _direction(self.proj_class(x[:, -self.classes :]))
-        masks = self.mask_norm(jnp.einsum("bnd,bcd->bnc", cells, classes))
-        return masks.reshape(batch, *size, self.classes)
+        return self.mask_norm(jnp.einsum("bnd,bcd->bnc", cells, classes))
 
-    def macs(self, patches: float, width: int) -> float:
-        """Counts multiply-accumulates for an image of so many patches."""
-        length = patches + self.classes
+    def macs(self, tokens: np.ndarray, width: int) -> np.ndarray:
+        """Counts multiply-accumulates for images of so many tokens."""
+        length = tokens + self.classes
         blocks = self.depth * flops.block(length, width, 4 * width)
-        projections = flops.dense(patches + length, width, width)
-        return float(blocks + projections + flops.dense(patches, width, self.classes))
+        projections = flops.dense(tokens + length, width, width)
+        return blocks + projections + flops.dense(tokens, width, self.classes)
 
 
 def _direction(x: Array) -> Array:
@@ -131,6 +147,9 @@ class Segmenter(BackboneMixin, nn.Module):
       decoder_heads: Number of heads of the mask transformer; None for one per 64 channels, at least
         one.
       decoder_drop_path: Stochastic depth's rate in the mask transformer's last block.
+      decode: Tokens that the decoder sees: "dense" (one for each patch) or "mixed" (those that the
+        encoder ends with, for the same logits up to rounding). In training a gate it is "dense":
+        there the gate learns from what its cells would become.
     """
 
     encoder: Any
@@ -139,6 +158,7 @@ class Segmenter(BackboneMixin, nn.Module):
     decoder_depth: int = 2
     decoder_heads: int | None = None
     decoder_drop_path: float = 0.0
+    decode: str = "dense"
 
     task = SEGMENTATION
 
@@ -170,6 +190,7 @@ class Segmenter(BackboneMixin, nn.Module):
     def check(self) -> None:
         """Raises ValueError for attributes that do not fit together."""
         check_choice("decoder", self.decoder, DECODERS)
+        check_choice("decode", self.decode, DECODES)
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes}; segmentation needs a class.")
         if self.encoder.num_classes:
@@ -177,6 +198,11 @@ class Segmenter(BackboneMixin, nn.Module):
         if self.decoder == "mask" and self.backbone.width % self._heads:
             raise ValueError(
                 f"width={self.backbone.width} is not divisible by decoder_heads={self._heads}."
+            )
+        if self.decode == "mixed" and self.backbone.attention_impl not in ("auto", "xla"):
+            raise ValueError(
+                "decode='mixed' needs attention that counts tokens by their cells; attention_impl="
+                f"{self.backbone.attention_impl!r} cannot. Use 'auto' or 'xla'."
             )
 
     @property
@@ -260,10 +286,13 @@ class Segmenter(BackboneMixin, nn.Module):
     def macs(self, tokens: ArrayLike) -> np.ndarray:
         """Counts multiply-accumulates for training images with the given numbers of patch tokens.
 
-        The decoder sees the whole grid, whatever the tokens.
+        With `decode="dense"` the decoder sees the whole grid, whatever the tokens.
         """
-        decoder = self._decoder(parent=None)
-        return self.encoder.macs(tokens) + decoder.macs(self.grid_size**2, self.backbone.width)
+        seen: ArrayLike = self.grid_size**2
+        if self.decode == "mixed":
+            seen = self.backbone.final_tokens(tokens)
+        decoder = self._decoder(parent=None).macs(np.asarray(seen, float), self.backbone.width)
+        return self.encoder.macs(tokens) + decoder
 
     def gate_only(self, images: Array, *, threshold: float | Array | None = None) -> GateOutput:
         """Decides as in evaluation, without running the transformer; arguments as in `__call__`."""
@@ -296,7 +325,27 @@ class Segmenter(BackboneMixin, nn.Module):
         if fits is not None:
             # NaN would reach the decoder's parameters through a gradient of zero.
             patches = jnp.where(fits[:, None, None, None], patches, jnp.zeros_like(patches))
-        logits = self.decoding(patches, train=train)
+        logits = self._decode(patches, output, train)
         if fits is not None:
             logits = jnp.where(fits[:, None, None, None], logits, jnp.nan)
         return output.replace(logits=logits, features=None)
+
+    def _decode(self, patches: Array, output: Output, train: bool) -> Array:
+        """Computes the logits [B, h, w, classes] of a dense map [B, h, w, D]."""
+        batch, rows, columns, width = patches.shape
+        holders = None
+        if self.decode == "mixed" and not (train and self.has_gate):
+            holders = output.holders((rows, columns))
+        if holders is None:
+            tokens = patches.reshape(batch, rows * columns, width)
+            return self.decoding(tokens, train=train).reshape(batch, rows, columns, -1)
+        once = shared.share(patches, holders, self._decoder_capacity(rows * columns))
+        return once.to_map(self.decoding(once.x, once.sizes, train=train))
+
+    def _decoder_capacity(self, cells: int) -> int:
+        """Largest number of different tokens that an image of so many cells can end with."""
+        layout, most = self.packing_layout, cells
+        if layout.token_capacity:
+            most = min(cells, max(layout.token_capacity))
+        reduced = bool(self.backbone.reductions)  # dropped cells share one token more
+        return min(cells, int(self.backbone.final_tokens(most)) + reduced)

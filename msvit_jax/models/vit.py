@@ -79,7 +79,7 @@ class ViT(ModelDefaults, nn.Module):
         first), which compiles faster.
       reducer: Method by which layers reduce tokens, a name in `reducers.REDUCERS`, or "none".
       reduce_layers: Layers that reduce, counted from 1; None takes those after each quarter of the
-        depth, or all with `remove`.
+        depth ("algm": 1 and 5 of 12), or all with `remove`.
       keep: Share of the patch tokens that such a layer keeps, for all or for each of them.
       remove: Number of patch tokens that such a layer merges instead ("tome"), for all or for each.
       reducer_options: Other attributes of the reducer, by name.
@@ -207,6 +207,10 @@ class ViT(ModelDefaults, nn.Module):
         """Counts the patch tokens that enter each layer's MLP: [...] -> [depth, ...]."""
         return reduction.layer_tokens(self.reductions, self.depth, tokens)[1:]
 
+    def final_tokens(self, tokens: ArrayLike) -> np.ndarray:
+        """Counts the patch tokens after the last layer: [...] -> [...]."""
+        return reduction.layer_tokens(self.reductions, self.depth, tokens)[-1]
+
     @property
     def grid_size(self) -> int:
         """Patches along one side of a training image."""
@@ -303,7 +307,14 @@ class ViT(ModelDefaults, nn.Module):
         """Puts the prefix before patch tokens: [B, N, D] -> [B, P + N, D]."""
         return jnp.concatenate([self.prefix(x.shape[0]), x.astype(self.dtype)], axis=1)
 
-    def forward_features(self, x: Array, *, train: bool, mask: Mask | None = None) -> Encoded:
+    def forward_features(
+        self,
+        x: Array,
+        *,
+        train: bool,
+        mask: Mask | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Encoded:
         """Runs all blocks and the last norm.
 
         Args:
@@ -311,12 +322,13 @@ class ViT(ModelDefaults, nn.Module):
           train: Whether stochastic depth is on.
           mask: Attention mask, which also tells the images of a row apart; None if a row is one
             image and all its tokens count.
+          size: (h, w) of the patches if they are a whole grid in reading order behind the prefix.
         """
         rates = self.drop_rates(train=train)
         if self.scan_layers:
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         specs = self.reductions
-        state = reduction.start(x, specs) if specs else None
+        state = reduction.start(x, specs, size) if specs else None
         targets: list[Array] = []
         for layer, block in enumerate(self.blocks):
             rate = None if rates is None else rates[layer]
@@ -427,7 +439,7 @@ class ViT(ModelDefaults, nn.Module):
         """Classifies images from their embedded patches [B, h, w, D]."""
         batch, *size, width = grid_tokens.shape
         x = self.with_prefix(grid_tokens.reshape(batch, -1, width))
-        encoded = self.forward_features(x, train=train)
+        encoded = self.forward_features(x, train=train, size=(size[0], size[1]))
         areas = None
         if self.pool == "mean" or not self.num_classes:
             x, alive = encoded.unmerge(), encoded.alive

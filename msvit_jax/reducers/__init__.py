@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from msvit_jax.reducers import tome
+from msvit_jax.reducers.algm import ALGM
 from msvit_jax.reducers.base import KeepTable, Merge, Reducer, Tokens
 from msvit_jax.reducers.evit import EViT
 from msvit_jax.reducers.mergence import Mergence
@@ -21,13 +22,14 @@ REDUCERS: dict[str, type[Reducer]] = {
     "topk": TopK,
     "evit": EViT,
     "tome": ToMe,
+    "algm": ALGM,
     "random": Random,
 }
 NAMES = ("none", *REDUCERS)
 
 __all__ = [
-    "NAMES", "REDUCERS", "EViT", "KeepTable", "Merge", "Mergence", "Random", "Reducer", "ToMe",
-    "Tokens", "TopK", "option_types", "tome",
+    "ALGM", "NAMES", "REDUCERS", "EViT", "KeepTable", "Merge", "Mergence", "Random", "Reducer",
+    "ToMe", "Tokens", "TopK", "option_types", "tome",
 ]  # fmt: skip
 
 

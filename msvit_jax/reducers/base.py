@@ -33,6 +33,8 @@ class Tokens:
         None unless the reducer asks for it.
       keys: [B, N, C], attention's keys, mean over heads; None unless the reducer asks for them.
       random_score: [B, N] uint32, random bits; None unless the reducer is random.
+      grid: (rows, columns) of the patch tokens, which come last and in reading order; None where
+        they are no whole grid, as mixed-scale and reduced ones.
     """
 
     x: Array
@@ -42,6 +44,7 @@ class Tokens:
     importance: Array | None = None
     keys: Array | None = None
     random_score: Array | None = None
+    grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def patch(self) -> Array:
@@ -169,21 +172,26 @@ class Reducer(nn.Module):
     Attributes:
       keep: Share of an image's patch tokens that stays, rounded up; above 0 and up to 1.
       remove: Number of tokens to remove instead, for reducers that take one; 0 leaves it to `keep`.
+      index: Number of layers before this one that also have the reducer; 0 in the first.
       needs_importance: Whether the reducer needs `Tokens.importance`.
       needs_keys: Whether the reducer needs `Tokens.keys`.
       needs_random_score: Whether the reducer needs `Tokens.random_score`.
       takes_remove: Whether the reducer takes `remove`.
-      least_keep: Least share of the patch tokens that the reducer can leave.
     """
 
     keep: float = 1.0
     remove: int = 0
+    index: int = 0
 
     needs_importance: ClassVar[bool] = False
     needs_keys: ClassVar[bool] = False
     needs_random_score: ClassVar[bool] = False
     takes_remove: ClassVar[bool] = False
-    least_keep: ClassVar[float] = 0.0  # least share of the patch tokens that stays
+
+    @classmethod
+    def default_layers(cls, depth: int) -> tuple[int, ...]:
+        """Returns the layers that reduce if none are named, counted from 1: after each quarter."""
+        return tuple(sorted({1 + depth * i // 4 for i in (1, 2, 3)}))
 
     def check_options(self) -> None:
         """Raises ValueError for invalid options; `keep` and `remove` are checked elsewhere."""
@@ -196,6 +204,16 @@ class Reducer(nn.Module):
     @property
     def counts_sizes(self) -> bool:
         """Whether attention in later layers counts each token by its size."""
+        return False
+
+    @property
+    def least_keep(self) -> float:
+        """Least share of the patch tokens that the reducer can leave."""
+        return 0.0
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether the reducer needs `Tokens.grid`, which mixed-scale models do not have."""
         return False
 
     def keep_table(self, most: int) -> KeepTable:

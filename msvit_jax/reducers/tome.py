@@ -23,7 +23,11 @@ class ToMe(base.Reducer):
 
     needs_keys: ClassVar[bool] = True
     takes_remove: ClassVar[bool] = True
-    least_keep: ClassVar[float] = 0.5  # every other token can be merged
+
+    @property
+    def least_keep(self) -> float:
+        """Least share of the patch tokens that can be left: every other one can be merged."""
+        return 0.5
 
     @property
     def counts_sizes(self) -> bool:
@@ -43,6 +47,11 @@ class ToMe(base.Reducer):
         """Counts matching and merging; see `Reducer.macs`."""
         return before / 2 * before / 2 * (width // heads) + (before - after) * after * width
 
+    def features(self, tokens: base.Tokens) -> Array:
+        """Returns what similarity is measured by: [B, N, C], attention's keys."""
+        assert tokens.keys is not None
+        return tokens.keys
+
     def __call__(
         self,
         tokens: base.Tokens,
@@ -52,14 +61,13 @@ class ToMe(base.Reducer):
         train: bool = False,
     ) -> base.Merge:
         """Merges the most similar pairs of tokens; see `Reducer.__call__`."""
-        assert tokens.keys is not None
         count = tokens.x.shape[1]
         position = base.position_in_image(tokens, tokens.member.any(axis=2))
         source, target = (tokens.patch & (position % 2 == parity) for parity in (0, 1))
         # At most half of the tokens, rounded up, plus one for each further image in a row.
         half = min(count, -(-count // 2) + tokens.member.shape[2] - 1)
         sources, targets = (base.list_chosen(chosen, half) for chosen in (source, target))
-        best, similarity = base.nearest(tokens.keys, tokens, sources, targets)
+        best, similarity = base.nearest(self.features(tokens), tokens, sources, targets)
         similarity = base.put(similarity, sources, count)
         rank = base.ranks(similarity, tokens.member & source[:, :, None])
         goes = tokens.of_image(tokens.counts) - table.of_tokens(tokens)

@@ -14,7 +14,10 @@ Flat = dict[str, np.ndarray]
 
 # Parameters that may have another shape in the source: `adapt.adapt_weights` resizes or
 # replaces them.
-ADAPTABLE = re.compile(r"(^|/)(pos_embed|patch_embed/proj/kernel|head(_dist)?/(kernel|bias))$")
+ADAPTABLE = re.compile(
+    r"(^|/)(pos_embed|patch_embed/proj/kernel|head(_dist)?/(kernel|bias)"
+    r"|decoder/(class_embed|mask_norm/(scale|bias)))$"
+)
 _HEAD = re.compile(r"(^|/)head(_dist)?/(kernel|bias)$")
 # Most misfits that come with a suggestion: comparing names is slow.
 _MOST_NEAREST = 20

@@ -1,12 +1,12 @@
 """Converts weights between our names and those of other formats.
 
 For a model over a backbone (MSViT, Mergence), other formats hold the plain transformer, which is
-below `backbone/` here.
+below `backbone/` here; a segmenter's decoder is beside it, below `decoder/`.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from msvit_jax.weights import (
     dvt,
     entries,
     huggingface,
+    segmenter,
     timm,
 )
 from msvit_jax.weights.entries import ADAPTABLE, Entry, Flat, State
@@ -42,7 +43,7 @@ class Format(Protocol):
         """Renames variants to the table's names; also returns names that the model does not use."""
 
 
-FORMATS: dict[str, Any] = {f.NAME: f for f in (timm, huggingface, big_vision, dvt)}
+FORMATS: dict[str, Any] = {f.NAME: f for f in (timm, huggingface, big_vision, dvt, segmenter)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,10 @@ def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
         unused += [f"{key} (the model has no head)" for key in heads]
         flat = {key: x for key, x in flat.items() if key not in heads}
     if _scanned(trunk):
-        flat = _stack(flat, trunk.depth)
-    inside = {prefix + key: x for key, x in flat.items()}
+        flat = _stack(flat, trunk.backbone.depth)
+    inside = {
+        key if key.startswith(segmenter.DECODER) else prefix + key: x for key, x in flat.items()
+    }
     return LoadedWeights(inside, name, (*unused, *extras), pos_resize=_pos_resize(name, state))
 
 
@@ -160,7 +163,7 @@ def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> F
             f"The formats are {', '.join(FORMATS)}."
         )
     trunk, prefix = trunk_of(model, format_name)
-    inner = {n.removeprefix(prefix): x for n, x in flat.items() if n.startswith(prefix)}
+    inner = {n.removeprefix(prefix): flat[n] for n in trunk_names(flat, prefix, format_name)}
     if _scanned(trunk):
         inner = unstack(inner)
     return entries.to_theirs(inner, FORMATS[format_name].table(trunk))
@@ -170,17 +173,31 @@ def trunk_of(model: Any, format_name: str) -> tuple[Any, str]:
     """The part of a model that a format can express, and the prefix of its parameters.
 
     Raises:
-      UserError: The model is a cascade and the format is for plain models, or the reverse.
+      UserError: The model is a cascade or segmenter and the format is for others, or the reverse.
     """
     cascade = model.is_cascade
     if cascade != (format_name == dvt.NAME):
         what = "a cascade" if cascade else "not a cascade"
         raise UserError(f"The format {format_name} does not fit: this model is {what}.")
-    if model.task == SEGMENTATION:
+    segments = model.task == SEGMENTATION
+    if format_name == segmenter.NAME:
+        if not segments:
+            raise UserError(f"The format {format_name} does not fit: this model has no decoder.")
+        plain = model.encoder.backbone is model.encoder
+        return model.clone(encoder=model.backbone), "" if plain else BACKBONE
+    if segments:
         model = model.encoder  # formats of classifiers have no decoder
     if cascade or model.backbone is model:
         return model, ""
     return model.backbone, BACKBONE
+
+
+def trunk_names(names: Iterable[str], prefix: str, format_name: str) -> list[str]:
+    """Lists our names of the part that a format can express; `prefix` is from `trunk_of`."""
+    decodes = format_name == segmenter.NAME
+    return [
+        n for n in names if (decodes if n.startswith(segmenter.DECODER) else n.startswith(prefix))
+    ]
 
 
 def _scanned(trunk: Any) -> bool:

@@ -21,6 +21,7 @@ _TRANSPARENT = re.compile(
 )
 # A name typical of each format; the first group is the wrapper.
 _ROOTS = {
+    "segmenter": re.compile(r"^(|.*[./])encoder\.patch_embed\.proj\.weight$"),
     "dvt": re.compile(r"^(|.*?[./])less_less_token\.pos_embed$"),
     "timm": re.compile(r"^(|.*[./])patch_embed\.proj\.weight$"),
     "huggingface": re.compile(
@@ -33,7 +34,12 @@ _ROOTS = {
     ),
 }
 # A second name that must be there as well; nested modules have only one of the two.
-_BESIDE = {"timm": "blocks.0.norm1.weight", "big_vision": "Transformer/"}
+_BESIDE = {
+    "segmenter": ("decoder.head.weight", "decoder.proj_dec.weight"),
+    "timm": ("blocks.0.norm1.weight",),
+    "big_vision": ("Transformer/",),
+}
+_SEGMENTER_ENCODER = "encoder."
 _DVT_STAGES = ("less_less_token.", "less_token.", "normal_token.")
 _OPTIMIZERS = {"opt", "opt_state", "optimizer", "optimizer_states", "mu", "nu", "exp_avg"}
 # timm prefers the first two to anything else (`load_state_dict`, use_ema=True).
@@ -133,9 +139,16 @@ def _roots(names: Mapping[str, Any]) -> dict[str, str]:
             if root in roots or _of_optimizer(root) or root.endswith(_DVT_STAGES):
                 continue
             beside = _BESIDE.get(form)
-            if beside is None or any(n.startswith(root + beside) for n in names):
+            if beside is not None and not _any_below(root, beside, names):
+                continue
+            if roots.get(root.removesuffix(_SEGMENTER_ENCODER)) != "segmenter":
                 roots[root] = form
     return roots
+
+
+def _any_below(root: str, beginnings: tuple[str, ...], names: Iterable[str]) -> bool:
+    wanted = tuple(root + beginning for beginning in beginnings)
+    return any(name.startswith(wanted) for name in names)
 
 
 def _parts(root: str) -> list[str]:

@@ -222,3 +222,58 @@ def test_the_dense_side_never_merges():
     options = _options(overrides=(*_options().overrides, "reducer=topk", "keep=0.5"))
     assert sides.build(options).backbone.reductions
     assert not sides.build(options, dense=True).reductions
+
+
+SEGMENTER = {**TINY, "image_size": 32, "decode": "mixed"}
+
+
+def segmenter_options(model, more=(), **changes):
+    overrides = (*(f"{key}={value}" for key, value in SEGMENTER.items()), *more)
+    return _options(model=model, overrides=overrides, tokens=30.0, spread=8.0, **changes)
+
+
+def test_a_segmenter_is_measured_beside_its_dense_model():
+    report = benchmark.run(segmenter_options("msvit_seg_vit_tiny_mask", layouts=("budget",)))
+    dense, mixed = report["records"]
+    assert [dense["model"], mixed["model"]] == ["seg_vit_tiny_mask", "msvit_seg_vit_tiny_mask"]
+    models = [
+        msvit_jax.create_model(name, **SEGMENTER) for name in (dense["model"], mixed["model"])
+    ]
+    counts = forced.token_counts(4, 16, tokens=30.0, spread=8.0)
+    assert dense["gmacs"] == pytest.approx(float(models[0].macs(64)) / 1e9)
+    assert mixed["gmacs"] == pytest.approx(float(models[1].macs(counts).mean()) / 1e9)
+    assert mixed["mac_ratio"] > 1
+
+
+def test_a_segmenter_and_its_dense_model_have_the_same_weights():
+    options = segmenter_options("msvit_seg_vit_tiny_mask", layouts=("slots",))
+    work = sides.draw(options, 4)
+    plain = sides.build(options)
+    images = jnp.zeros((4, 32, 32, 3))
+    variables = jax.jit(plain.init)(jax.random.key(0), images)
+    dense = {"params": sides._dense_params(variables["params"])}
+    fine = np.zeros((4, 16), np.float32)
+    whole = jax.jit(sides.forward(work.dense))(dense, images)["logits"]
+    gated = jax.jit(sides.forward(work.model))(variables, images, fine)["logits"]
+    assert whole.shape == (4, 8, 8, 3)
+    np.testing.assert_allclose(gated, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_segmenters_training_steps_are_measured():
+    report = benchmark.run(
+        segmenter_options("msvit_seg_vit_tiny_linear", train=True, layouts=("trimmed",))
+    )
+    assert [record["what"] for record in report["records"]] == ["train", "train"]
+
+
+def test_a_segmenter_that_merges_is_measured():
+    merging = ("reducer=algm", "keep=0.6", "depth=2")
+    options = segmenter_options("seg_vit_tiny_mask", merging, layouts=("reduced",))
+    dense, merged = benchmark.run(options)["records"]
+    assert dense["gmacs"] > merged["gmacs"]
+
+
+def test_a_segmenter_without_a_dense_name_is_refused():
+    with pytest.raises(UserError, match="no dense model to be compared with; give a name"):
+        _options(model="segmenter", overrides=("encoder=msvit",), layouts=("slots",))

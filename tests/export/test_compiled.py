@@ -301,7 +301,7 @@ def test_run_py_needs_jax_alone(exported, tmp_path):
     ]
 
 
-ABOUT = {"image_size": made.SIDE, "crop": 1.0, "pixels": "uint8"}
+ABOUT = {"task": "classification", "image_size": made.SIDE, "crop": 1.0, "pixels": "uint8"}
 
 
 def test_run_py_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):

@@ -27,8 +27,14 @@ KINDS = {
     "mean": ("vit_tiny_patch16_224", {"pool": "mean", "class_token": False}, {}),
     "mergence": ("mergence_tiny_patch16_224", {"scales": (2, 4), **REDUCING}, {}),
     "tome": ("vit_tiny_patch16_224", {"reducer": "tome", **REDUCING}, {}),
+    "algm": ("vit_tiny_patch16_224", {"reducer": "algm", "keep": 0.6}, {}),
     "evit": ("vit_tiny_patch16_224", {"reducer": "evit", **REDUCING}, {}),
     "share": (GATED, {"fine_share": 0.5}, {"pixels": "float32"}),
+    "segmenter": (
+        "msvit_seg_vit_tiny_mask",
+        {"decode": "mixed"},
+        {"layout": "budget", "token_capacity": 12},
+    ),
     "budget": (
         GATED,
         {"reducer": "mergence", **REDUCING},

@@ -22,7 +22,7 @@ from tests.models.test_vit import TINY, reference_forward, rough
 from tests.reducers.test_reducers import loop
 
 DENSE, MIXED, MERGENCE = (f"{kind}deit_tiny_patch16_224" for kind in ("", "msvit_", "mergence_"))
-REDUCERS = ("mergence", "topk", "evit", "tome", "random")
+REDUCERS = ("mergence", "topk", "evit", "tome", "algm", "random")
 
 
 @functools.cache

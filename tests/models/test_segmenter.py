@@ -152,6 +152,76 @@ def test_layouts_agree(layout, reducer):
     assert np.isnan(found.logits[~fits]).all()
 
 
+MIXED = {  # encoder and what makes its tokens fewer than the cells
+    "gate, budget": ("msvit", {"gate_bias": 0.0, "layout": "budget", "token_capacity": 22}),
+    "gate, reducer": ("msvit", {"gate_bias": 0.0, "reducer": "mergence", "reduce_layers": (1,)}),
+    "reducer": ("vit", {"reducer": "algm", "keep": (0.6, 0.7)}),
+    "dropped": ("vit", {"reducer": "topk", "reduce_layers": (1,)}),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_tokens_decoded_once_give_the_logits_of_every_cell(decoder, case):
+    encoder, options = MIXED[case]
+    heads = {"decoder_heads": 2} if decoder == "mask" else {}
+    model = create(encoder, decoder, decode="mixed", **heads, **options)
+    found = jitted.apply(model, variables(model), images())
+    fits = np.asarray(found.answered)
+    assert fits.any()
+    if case == "gate, budget":
+        assert not fits.all()
+        assert np.isnan(found.logits[~fits]).all()
+    patches = np.asarray(features(model), np.float64)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables(model)["params"]["decoder"])
+    for image in np.flatnonzero(fits):
+        if decoder == "linear":
+            expected = linear(patches[image], p["head"])
+        else:
+            expected = literal_mask_transformer(patches[image], p, heads=2)
+        np.testing.assert_allclose(found.logits[image], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_once_costs_what_the_tokens_that_are_left_cost():
+    from msvit_jax import flops
+
+    options = {"reducer": "algm", "keep": (0.6, 0.7), "attention_impl": "xla"}
+    dense, mixed = (create("vit", "mask", decode=d, **options) for d in ("dense", "mixed"))
+    run = lambda p, x: mixed.apply(p, x).logits  # noqa: E731
+    counted = flops.xla_macs(run, variables(mixed), images(1))
+    assert counted == pytest.approx(float(mixed.macs(64)), rel=0.25)  # norms and GELU are extra
+    alone = [float(m.macs(64) - m.encoder.macs(64)) for m in (dense, mixed)]
+    blocks = lambda n: 2 * (12 * (n + CLASSES) * 16**2 + 2 * (n + CLASSES) ** 2 * 16)  # noqa: E731
+    around = lambda n: (2 * n + CLASSES) * 16**2 + n * 16 * CLASSES  # noqa: E731
+    assert alone == [blocks(64) + around(64), blocks(28) + around(28)]
+    gated = create("msvit", "linear", decode="mixed")
+    extra = gated.macs([16, 64]) - gated.encoder.macs([16, 64])
+    np.testing.assert_allclose(extra, [16 * 16 * CLASSES, 64 * 16 * CLASSES])
+
+
+@pytest.mark.parametrize("encoder", ["vit", "msvit"])
+def test_both_ways_of_decoding_learn_the_same(encoder):
+    reduced = {"reducer": "mergence", "reduce_layers": (1,)} if encoder == "vit" else {}
+    options = {"depth": 1, "decoder_depth": 1, **reduced}
+    coarse = {} if encoder == "vit" else {"coarse": jnp.asarray(np.arange(64).reshape(4, 16) % 2.0)}
+    grads = []
+    for decode in ("dense", "mixed"):
+        model = create(encoder, "mask", decode=decode, **options)
+
+        @jax.jit
+        def loss(params, model=model):
+            rngs = {"gate": jax.random.key(0)}
+            output = model.apply({"params": params}, images(), train=True, rngs=rngs, **coarse)
+            return (output.logits * jnp.cos(jnp.arange(CLASSES))[None, None, None]).sum()
+
+        grads.append(jax.device_get(jax.grad(loss)(variables(model)["params"])))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(a).max()),
+        *grads,
+    )
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[0]["decoder"]))
+
+
 def loss_of(model, params, coarse):
     """A loss of the images that fit, through the model as it is in training."""
     output = model.apply(
@@ -253,6 +323,8 @@ def test_macs_are_the_encoders_and_a_decoder_that_sees_the_whole_grid():
     ("options", "message"),
     [
         ({"decoder": "unet"}, "decoder='unet' is not one of linear, mask"),
+        ({"decode": "coarse"}, "decode='coarse' is not one of dense, mixed"),
+        ({"decode": "mixed", "attention_impl": "fused"}, "'fused' cannot. Use 'auto' or 'xla'"),
         ({"num_classes": 0}, "segmentation needs a class"),
         ({"decoder": "mask", "decoder_heads": 3}, "not divisible by decoder_heads=3"),
         ({"encoder": "dvt_deit_small"}, "no features to decode"),
