@@ -5,6 +5,7 @@ it needs and states in its docstring how to run it, what that costs and what to 
 """
 
 import ast
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -15,8 +16,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from msvit_jax import config_aliases, config_rules, extras, labels, losses, paths
-from msvit_jax.config_defaults import base
+from msvit_jax import (
+    config_aliases,
+    config_defaults,
+    config_rules,
+    extras,
+    labels,
+    losses,
+    paths,
+)
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models import registry
 from msvit_jax.models.interface import ImageModel
@@ -54,6 +62,19 @@ def packaged_folder() -> pathlib.Path:
     package = pathlib.Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
+
+
+def base() -> config_dict.ConfigDict:
+    """Returns every key with its default, see `config_defaults`."""
+    return config_defaults.make(_gate_loss_defaults())
+
+
+def _gate_loss_defaults() -> dict[str, Any]:
+    """Returns attributes of `losses.GateLoss` with defaults; the loss is off by default."""
+    fields = dataclasses.fields(losses.GateLoss)
+    ours = ("parent", "name", "region_grid")  # the grid is the model's
+    defaults = {f.name: f.default for f in fields if f.name not in ours}
+    return {**defaults, "kind": "none"}
 
 
 def load(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> config_dict.ConfigDict:

@@ -1,16 +1,19 @@
 """Every config key with its default and its unit: what the files in `configs/` build on."""
 
-import dataclasses
 from typing import Any
 
-from msvit_jax import extras, losses
+from msvit_jax import extras
 
 with extras.needed("train"):
     from ml_collections import config_dict
 
 
-def base() -> config_dict.ConfigDict:
-    """Returns every key with its default; the units are in the comments."""
+def make(gate_loss: dict[str, Any]) -> config_dict.ConfigDict:
+    """Returns every key with its default; the units are in the comments.
+
+    Args:
+      gate_loss: Attributes of `losses.GateLoss` with their defaults.
+    """
     optional = config_dict.placeholder
     config = config_dict.ConfigDict()
     config.seed = 0
@@ -108,7 +111,7 @@ def base() -> config_dict.ConfigDict:
         # correction: share of the way that the gate's bias moves, every step, to the value at which
         # the batch has exactly the target's share of fine regions; 0: only the loss asks for it, as
         # in the papers
-        "gate": {"weight": 1.0, "correction": 0.1, **_gate_loss_defaults()},
+        "gate": {"weight": 1.0, "correction": 0.1, **gate_loss},
         "distillation": {
             "teacher": "",  # a workdir, or a weights file together with `model`
             "model": "",  # the teacher's registry name, for a weights file
@@ -122,11 +125,3 @@ def base() -> config_dict.ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1}  # devices per axis; -1: all that remain
     config.checkpoint = {"keep_latest": 2, "every_steps": 0}  # 0: after evaluations only
     return config
-
-
-def _gate_loss_defaults() -> dict[str, Any]:
-    """Returns attributes of `losses.GateLoss` with defaults; the loss is off by default."""
-    fields = dataclasses.fields(losses.GateLoss)
-    ours = ("parent", "name", "region_grid")  # the grid is the model's
-    defaults = {f.name: f.default for f in fields if f.name not in ours}
-    return {**defaults, "kind": "none"}

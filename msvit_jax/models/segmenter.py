@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.errors import check_choice
+from msvit_jax.models import shared_tokens
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import Block, LayerNorm, init_weights
 from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.models.layout import Layout
 from msvit_jax.models.output import GateOutput, Output, also_empty
-from msvit_jax.tokens import shared
 
 DECODERS = ("linear", "mask")
 DECODES = ("dense", "mixed")
@@ -339,7 +339,7 @@ class Segmenter(BackboneMixin, nn.Module):
         if holders is None:
             tokens = patches.reshape(batch, rows * columns, width)
             return self.decoding(tokens, train=train).reshape(batch, rows, columns, -1)
-        once = shared.share(patches, holders, self._decoder_capacity(rows * columns))
+        once = shared_tokens.share(patches, holders, self._decoder_capacity(rows * columns))
         return once.to_map(self.decoding(once.x, once.sizes, train=train))
 
     def _decoder_capacity(self, cells: int) -> int:
