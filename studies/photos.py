@@ -296,7 +296,11 @@ def judge_untrained(seed: int) -> Figures:
         model = configs.build_model(config)
         image = np.zeros((1, model.image_size, model.image_size, 3), np.float32)
         fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
-        taken, _ = adapt.adapt_weights({**source, **(gate or {})}, fresh)
+        weights: dict[str, np.ndarray] = dict(source)
+        if gate:  # names beside a backbone; a plain model's alone would be moved below it
+            weights = {f"backbone/{name}": x for name, x in source.items()} | dict(gate)
+        taken, report = adapt.adapt_weights(weights, fresh)
+        assert not report.unused, report.unused
         params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh)
         return Judge(model, params, config)
 
