@@ -126,16 +126,13 @@ def test_the_command_writes_a_label_map_for_each_image(run, tmp_path, capsys):
             predict.run(files, predict.Options(workdir=str(run), **options))
 
 
-def test_weights_go_out_and_come_back_and_functions_are_refused(run, tmp_path):
+def test_weights_go_out_and_come_back(run, tmp_path):
     bundle = export.ExportBundle.load(str(run))
     export.write(bundle, "safetensors", tmp_path / "w.safetensors")
     given = images((16, 16))
     (ours,) = Predictor.load(run).segment(given, probabilities=True)
     (theirs,) = Predictor.load(tmp_path / "w.safetensors").segment(given, probabilities=True)
     np.testing.assert_allclose(theirs.probabilities, ours.probabilities, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="segmenters are exported as weights"):
-        export.write(bundle, "compiled", tmp_path / "functions")
-    assert not (tmp_path / "functions").exists()
 
 
 def test_pictures_show_answer_mask_and_tokens(run, tmp_path):
