@@ -115,7 +115,10 @@ class Study:
             changes = [f"--config.{key}={value}" for key, value in options.items()]
             training = ["train.py", f"--config=configs/{config}.py", f"--workdir={workdir}"]
             log = workdir.with_suffix(".log")
-            workdir.with_suffix(".out").write_text(self._workers.run([*training, *changes], log))
+            out = self._workers.run([*training, *changes], log)
+            workdir.with_suffix(".out").write_text(out)
+            if "stopped at step" in out:
+                raise errors.UserError(f"{name} was stopped; the same command goes on with it.")
             done.touch()
         return self.evaluated(name)
 
