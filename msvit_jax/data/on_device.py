@@ -5,6 +5,8 @@ devices learn from them. Which examples a batch holds, and how each is cut, depe
 alone, for any number of processes.
 """
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,10 +127,8 @@ def resized_crop(image: Array, box: Array, size: int) -> Array:
 def _check(config: ConfigDict) -> None:
     if config.target == sources.MASK:
         raise UserError("data.on_device holds images for classification, no masks; leave it out.")
-    plain = dict(HOST_ONLY)
-    for key, off in plain.items():
-        section, _, name = key.rpartition(".")
-        value = config[section][name] if section else config[key]
+    for key, off in HOST_ONLY.items():
+        value = functools.reduce(operator.getitem, key.split("."), config)
         if value != off:
             raise UserError(
                 f"data.{key}={value!r} is made by the processor, not on the devices; set it to "

@@ -277,13 +277,11 @@ def _mask(example: dict[str, Any], size: int, crop: float, exif_orientation: boo
 
 
 def _train_examples(config: ConfigDict) -> Any:
-    builder = _opened(config)
-    examples = sources.open_split(builder, config.train_split, config.target)
     if not config.cache:
-        return examples
+        return sources.open_split(_opened(config), config.train_split, config.target)
     if config.workers:
         raise UserError("data.cache keeps images in this process; set data.workers to 0 with it.")
-    return _decoded(_key(config, builder), examples)
+    return decoded_examples(config)
 
 
 def decoded_examples(config: ConfigDict) -> "_CachedExamples":
