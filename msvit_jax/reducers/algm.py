@@ -109,8 +109,7 @@ class ALGM(ToMe):
         )
         kept, removed, position = base.assign_positions(tokens, leaves, capacity)
         into = base.take(position[:, host], removed, fill=capacity[0])
-        kept_weight, removed_weight = (base.take(tokens.size, index) for index in (kept, removed))
-        return base.Merge(kept, removed, into, kept_weight, removed_weight).normalized()
+        return base.merge_by_size(tokens, kept, removed, into)
 
 
 def squares_alike(x: Array, grid: tuple[int, int]) -> Array:

@@ -290,6 +290,12 @@ def take(values: Array, index: Array, fill: float = 0) -> Array:
     return jnp.where(there, taken, jnp.asarray(fill, values.dtype))
 
 
+def merge_by_size(tokens: Tokens, kept: Array, removed: Array, target: Array) -> Merge:
+    """Merges into means in which each token counts by its size; arguments as `Merge` has them."""
+    kept_weight, removed_weight = (take(tokens.size, index) for index in (kept, removed))
+    return Merge(kept, removed, target, kept_weight, removed_weight).normalized()
+
+
 def unmerge(x: Array, position: Array) -> Array:
     """Gives every original token the merged token that it became part of.
 

@@ -77,8 +77,7 @@ class ToMe(base.Reducer):
         kept, removed, position = base.assign_positions(tokens, leaves, capacity, order)
         target_token = base.put(base.take(targets, best), sources, count)
         into = base.take(base.take(position, target_token), removed, fill=capacity[0])
-        kept_weight, removed_weight = (base.take(tokens.size, index) for index in (kept, removed))
-        return base.Merge(kept, removed, into, kept_weight, removed_weight).normalized()
+        return base.merge_by_size(tokens, kept, removed, into)
 
 
 def decreasing(remove: int, layers: int) -> tuple[int, ...]:
