@@ -7,7 +7,7 @@ alone, for any number of processes.
 
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from msvit_jax import sharding
-from msvit_jax.data import decode, pipeline, sources
+from msvit_jax.data import decode, on_device_masks, pipeline, segmentation, sources
 from msvit_jax.errors import UserError
 
 # Keys of a config's `data` section that need the processor, with the values that leave them out.
@@ -41,23 +41,26 @@ def train_iterator(
       start_step: First step to yield.
 
     Yields:
-      {'image': uint8 [B, S, S, 3], 'label': int32 [B]}, cut over the mesh.
+      {'image': uint8 [B, S, S, 3], 'label': int32 [B]}, cut over the mesh; for the target
+      'segmentation_mask' {'image', 'segmentation_mask': uint8 [B, S, S]}.
 
     Raises:
       UserError: The config asks for what is only made by the processor, the images differ in size,
         or one cannot be read.
     """
-    _check(config)
-    images, labels = _stacked(config)
+    masked = config.target == sources.MASK
+    _check(config, on_device_masks.HOST_ONLY if masked else HOST_ONLY)
+    images, answers = _stacked(config)
     count, height, width = images.shape[:3]
-    placed = [sharding.replicate(mesh, x) for x in (images, labels)]
-    cut = jax.jit(_cut, static_argnames="size", out_shardings=sharding.batch_sharding(mesh))
+    placed = [sharding.replicate(mesh, x) for x in (images, answers)]
+    how, make = (on_device_masks.draw, _cut_masked) if masked else (draw, _cut)
+    cut = jax.jit(make, static_argnames="size", out_shardings=sharding.batch_sharding(mesh))
     step = start_step
     while True:
         rng = np.random.default_rng((seed, step))
-        boxes, shifts, flips = draw(config, rng, batch_size, height, width)
+        drawn = how(config, rng, batch_size, height, width)
         chosen = _examples_of(step, batch_size, count, seed)
-        yield cut(*placed, chosen, boxes, shifts, flips, size=config.image_size)
+        yield cut(*placed, chosen, *drawn, size=config.image_size)
         step += 1
 
 
@@ -111,6 +114,19 @@ def _cut(
     return {"image": picked, "label": labels[chosen]}
 
 
+def _cut_masked(
+    images: Array,
+    masks: Array,
+    chosen: Array,
+    scaled: Array,
+    corners: Array,
+    flips: Array,
+    size: int,
+) -> dict[str, Array]:
+    """Cuts and mirrors the chosen images with their masks."""
+    return on_device_masks.cut(images[chosen], masks[chosen], scaled, corners, flips, size)
+
+
 def resized_crop(image: Array, box: Array, size: int) -> Array:
     """Cuts a box (left, upper, right, lower) out of uint8 [H, W, 3]; returns uint8 [S, S, 3].
 
@@ -124,10 +140,10 @@ def resized_crop(image: Array, box: Array, size: int) -> Array:
     return jnp.rint(resized).clip(0, 255).astype(jnp.uint8)
 
 
-def _check(config: ConfigDict) -> None:
+def _check(config: ConfigDict, host_only: Mapping[str, Any]) -> None:
     if config.target == sources.MASK:
-        raise UserError("data.on_device holds images for classification, no masks; leave it out.")
-    for key, off in HOST_ONLY.items():
+        segmentation.check_config(config)
+    for key, off in host_only.items():
         value = functools.reduce(operator.getitem, key.split("."), config)
         if value != off:
             raise UserError(
@@ -137,7 +153,7 @@ def _check(config: ConfigDict) -> None:
 
 
 def _stacked(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes the training split: uint8 [N, H, W, 3] and int32 [N]."""
+    """Decodes the training split: uint8 [N, H, W, 3], and int32 [N] or masks uint8 [N, H, W]."""
     examples: Sequence[dict[str, Any]] = pipeline.decoded_examples(config)
     shapes = {example["image"].shape for example in examples}
     if len(shapes) > 1:
@@ -146,5 +162,7 @@ def _stacked(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
             "Resize them before msvit prepare, set data.crop_scale to None, or leave "
             "data.on_device out."
         )
-    labels = np.asarray([example["label"] for example in examples], np.int32)
-    return np.stack([example["image"] for example in examples]), labels
+    images = np.stack([example["image"] for example in examples])
+    if config.target == sources.MASK:
+        return images, np.stack([example[sources.MASK] for example in examples])
+    return images, np.asarray([example["label"] for example in examples], np.int32)

@@ -336,16 +336,28 @@ class Predictor:
             raise UserError(
                 f"Windows of {windows.size} px; the model takes {self.model.image_size} px."
             )
-        run = lambda batch: self._answer(batch, "stop", None, None)  # noqa: E731
         reading = dataclasses.replace(self.reading(), on_error=on_error)
         return segmenting.segment(
-            run,
+            self.answer_windows,
             segmenting.open_any(images, reading),
             windows,
             patch_size=self.model.patch_size,
             batch=self._batch,
             probabilities=probabilities,
         )
+
+    def answer_windows(self, images: Images) -> Predictions:
+        """Answers windows of a segmenter with logits of patches, which `segment` puts together.
+
+        Args:
+          images: Windows of the model's size, as in `__call__`.
+
+        Raises:
+          UserError: The model is no segmenter, or images are unusable; see `__call__`.
+        """
+        if self.model.task != SEGMENTATION:
+            raise UserError("This model classifies whole images; call predictor(images).")
+        return self._answer(images, "stop", None, None)
 
     def _answer(
         self,

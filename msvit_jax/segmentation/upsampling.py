@@ -18,24 +18,47 @@ def bilinear(old: int, new: int) -> np.ndarray:
     Beyond the first and last cell's centers their values are repeated. Nothing is averaged where an
     axis gets shorter.
     """
-    at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    low = np.minimum(at.astype(int), max(old - 2, 0))
+    at = _centers(old, new)
+    low, high = _neighbors(old, new)
     matrix = np.zeros((new, old))
     rows = np.arange(new)
     matrix[rows, low] = 1 - (at - low)
-    np.add.at(matrix, (rows, np.minimum(low + 1, old - 1)), at - low)
+    np.add.at(matrix, (rows, high), at - low)
     matrix = matrix.astype(np.float32)
     matrix.flags.writeable = False
     return matrix
 
 
+def _centers(old: int, new: int) -> np.ndarray:
+    """Returns where the new cells' centers lie among the old ones', [new]."""
+    return np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+
+
+def _neighbors(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the old cells before and after each new one, two times [new]; the same for one."""
+    low = np.minimum(_centers(old, new).astype(int), max(old - 2, 0))
+    return low, np.minimum(low + 1, old - 1)
+
+
 def upsample(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes on the CPU: [h, w, C] -> [H, W, C] float32."""
-    if x.shape[:2] == tuple(size):
-        return np.asarray(x, np.float32)
-    height, width, channels = x.shape
-    rows = bilinear(height, size[0]) @ x.reshape(height, -1).astype(np.float32)
-    return np.matmul(bilinear(width, size[1]), rows.reshape(size[0], width, channels))
+    x = np.asarray(x, np.float32)
+    for axis, (old, new) in enumerate(zip(x.shape[:2], size, strict=True)):
+        if old != new:
+            x = _along(x, axis, new)
+    return x
+
+
+def _along(x: np.ndarray, axis: int, new: int) -> np.ndarray:
+    """Resizes an axis: of the matrix's products only the two of a row that are not zero."""
+    matrix = bilinear(x.shape[axis], new)
+    low, high = _neighbors(x.shape[axis], new)
+    rows = np.arange(new)
+    shape = (-1, *(1,) * (x.ndim - 1 - axis))
+    upper = np.where(high > low, matrix[rows, high], np.float32(0)).reshape(shape)
+    mixed = np.take(x, low, axis) * matrix[rows, low].reshape(shape)
+    mixed += np.take(x, high, axis) * upper
+    return mixed
 
 
 def upsample_logits(logits: Array, size: tuple[int, int], patch_size: int) -> Array:

@@ -107,7 +107,6 @@ def test_shifts_repeat_the_border_and_mirrors_are_exact(small):
         ({"color_jitter": 0.3}, r"data\.color_jitter=0\.3 .* set it to 0\.0"),
         ({"erasing": 0.5}, r"data\.erasing=0\.5"),
         ({"randaugment.num_ops": 2}, r"data\.randaugment\.num_ops=2"),
-        ({"target": "segmentation_mask"}, "no masks"),
     ],
 )
 def test_what_only_the_processor_makes_is_refused(config, changes, message):
