@@ -61,11 +61,20 @@ class Arm:
       overrides: Keys of the config that differ.
       tokens: Mean number of tokens that an untrained gate's threshold is fitted to before training;
         0 leaves the threshold.
+      gate_of: Name of the arm whose gate, of the first seed, this one starts with and keeps.
+      once: Whether the first seed is enough.
     """
 
     config: str
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokens: float = 0.0
+    gate_of: str = ""
+    once: bool = False
+
+    def wanted(self, *, first: bool) -> bool:
+        """Tells whether the arm is run with the first seed, or with another."""
+        own = self.gate_of and "data.image_size" not in self.overrides  # nothing would be moved
+        return not own if first else not self.once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,10 @@ class Study:
     best_by: str
     warm_split: str
     write_page: Callable[[Mapping[str, Mapping[str, Figures]], pathlib.Path], None]
+
+    def seeds(self) -> list[int]:
+        """Seeds of the runs."""
+        return [int(seed) for seed in SEEDS.value]
 
     @property
     def root(self) -> pathlib.Path:
@@ -223,6 +236,12 @@ def save_half(file: pathlib.Path, params: Any) -> None:
     np.savez(file, **{name: np.asarray(x, np.float16) for name, x in flat.items()})
 
 
+def load_gate(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """Loads a gate's parameters that `save_half` saved, by their names in a model."""
+    with np.load(file) as arrays:
+        return {f"gate_mlp/{name}": np.float32(arrays[name]) for name in arrays.files}
+
+
 def rates(runs: Mapping[str, Callable[[], Any]], images: Mapping[str, int]) -> Figures:
     """Measures images/s of several runs in turns: medians and quartiles over rounds.
 
@@ -295,19 +314,26 @@ def _result_file(study: Study, name: str, seed: int, *, warm: bool | None = None
 def _run_all(study: Study) -> None:
     """Runs the dense models, then the arms, seed by seed."""
     names = ARMS.value or [*study.arms, *study.last, *study.alone]
-    seeds = [int(seed) for seed in SEEDS.value]
-    runner = Runner(study)
+    seeds, runner = study.seeds(), Runner(study)
     with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
         dense = {seed: pool.submit(runner.run, "dense", seed) for seed in seeds}
         trained = [name for name in names if name in study.arms]
-        if WARM.value:
-            concurrent.futures.wait([pool.submit(runner.run, n, 0, warm=True) for n in trained])
-        for group in (trained, [name for name in names if name in study.last]):
+        warm = {n: pool.submit(runner.run, n, 0, warm=True) for n in trained if WARM.value}
+
+        def run(name: str, seed: int) -> None:
+            if name in warm:
+                warm[name].result()
+            runner.run(name, seed)
+
+        moved = [name for name in trained if study.arms[name].gate_of]
+        own = [name for name in trained if name not in moved]
+        for group in (own, [*moved, *(name for name in names if name in study.last)]):
             waited = [
-                pool.submit(runner.run, name, seed)
+                pool.submit(run, name, seed)
                 for seed in seeds
                 if dense[seed].result()
                 for name in group
+                if name in study.last or study.arms[name].wanted(first=seed == seeds[0])
             ]
             concurrent.futures.wait(waited)
     for name in study.alone:

@@ -126,8 +126,7 @@ def gate_of(file: str) -> dict[str, np.ndarray]:
       UserError: The file cannot be read, or holds no gate.
     """
     try:
-        with np.load(file) as found:
-            gate = {f"gate_mlp/{name}": np.float32(found[name]) for name in found.files}
+        gate = arms.load_gate(pathlib.Path(file))
     except (OSError, ValueError) as error:
         raise errors.UserError(f"--gate={file} cannot be read: {error}.") from error
     if "gate_mlp/fc1/kernel" not in gate:

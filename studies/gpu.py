@@ -12,6 +12,7 @@ out or failed is named in it:
   and compiled; budget, rows, mergence and ToMe; all in turns, against our dense model with XLA's
 * train: dense, slots and trimmed training steps
 * exits: a cascade of two or three stages through the Predictor
+* shallow: budget beside dense with one layer, which is what packing costs
 
 Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same with a model of two
 layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.
@@ -44,7 +45,9 @@ _MINUTES = flags.DEFINE_float("minutes", 6, "Minutes after which no further step
 _SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers and few images.")
 _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes of forward passes; default: all.")
 _STEPS = flags.DEFINE_list(
-    "steps", ["attention", "layouts", "forward", "exits", "train"], "Steps to run."
+    "steps",
+    ["attention", "layouts", "forward", "exits", "train", "shallow"],
+    "Steps to run.",
 )
 
 TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
@@ -256,6 +259,19 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
     return peers.compare(gated, batch, cases, peer, ("timm", "timm_compiled"))
 
 
+def compare_shallow(scale: Scale, batch: int) -> Records:
+    """Forward passes of dense and budget with one layer: beside those of all layers, what is fixed."""
+    options = Options(
+        "msvit_deit_small_patch16_224",
+        (batch,),
+        ("budget", "rows"),
+        dtype=scale.dtype,
+        rounds=scale.rounds,
+        overrides=(*scale.overrides, "depth=1", "attention_impl=xla"),
+    )
+    return report.measure(options, batch)
+
+
 def compare_exits(scale: Scale, batch: int) -> Records:
     """A cascade with early exits against its last exit and the dense model."""
     overrides: dict[str, Any] = {"dtype": jnp.dtype(scale.dtype)}
@@ -298,6 +314,7 @@ def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Seque
         **{f"forward, {b}": lambda b=b: compare_forward(scale, peer, b) for b in scale.batches},
         "train": lambda: compare_steps(scale),
         **{f"exits, {b}": lambda b=b: compare_exits(scale, b) for b in batches},
+        **{f"shallow, {b}": lambda b=b: compare_shallow(scale, b) for b in batches},
     }
 
 

@@ -8,16 +8,16 @@ DINOV2 is a pretrained ViT-S/14 in any format that the library reads, DATA a fol
 all from the same dense model (photos/vit_small.py), for equally many steps:
 
 * longer, lower_98, lower_84, lower_70: the dense model, at 112 px and at lower resolutions
-* msvit, msvit_24, msvit_narrow, gate_alone, msvit_light, msvit_free, msvit_mean, msvit_fast:
-  learned gates, evaluated at several thresholds; gate_alone over a frozen backbone, the last four
-  with less batch shaping, more freedom between places, another coarse embedding, and a gate that
-  learns faster
+* msvit, msvit_38, msvit_24, msvit_light, gate_alone: learned gates with other targets, less batch
+  shaping, or a frozen backbone; evaluated at several thresholds
+* moved: the gate of msvit and the first seed, frozen, over the dense models of the other seeds
 * entropy, random, center, entropy_24: gates that learn nothing, at equal tokens
 * mergence, tome, topk, evit: at two thirds of dense's MACs; mergence_half, tome_half: at half
 * both: mixed scale, then merged, at half
 * dvt_2, dvt_3: cascades, with exits chosen per image
+* at 168 px, 144 tokens, first seed: longer_168, lower_126, msvit_168, entropy_168, moved_168
 * untrained: dense's weights as they are, in mixed scale or merged, at 112 and 168 px; among its
-  gates is that of msvit_narrow and the first seed, beside the backbones of all seeds
+  gates is that of msvit and the first seed, beside the backbones of all seeds
 * speed: images/s of the main arms through the Predictor, in turns, when all else has ended; random
   weights at the arms' tokens
 
@@ -26,12 +26,13 @@ validation split. Each arm is a process of its own; what is done already is not 
 study can be interrupted. Writes photos.json after every arm, photos.md and photos.png at the end.
 
 Cost: --scale=laptop trains for 178 steps of 32 images, some 6 minutes an arm on two CPU cores;
---scale=gpu for five epochs in batches of 128 (the dense model for two before) with the training
+--scale=gpu for eight epochs in batches of 128 (the dense model for two before) with the training
 split on the device, about a minute an arm, most of it compilation.
 """
 
 import functools
 import itertools
+import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "gpu": {
         "batch_size": 128,
         "eval_batch_size": 256,
-        "epochs": 5.0,
+        "epochs": 8.0,
         "dtype": "bfloat16",
         "data.on_device": True,
     },
@@ -79,8 +80,11 @@ def reduced(reducer: str, **options: Any) -> Arm:
 
 
 SHARE = 0.375  # 34 tokens: the next above 32 that a fixed share of 16 regions can give
-NARROW = 96  # channels of a gate of half a megabyte
+LARGER = {"data.image_size": 168}  # 144 tokens
+KEPT = {"loss.gate.kind": "none", "optimizer.freeze": ("gate_mlp/",)}
 ARMS = {
+    "dvt_3": Arm("dvt_small"),
+    "dvt_2": Arm("dvt_small", {"model.grid_sizes": (5, 8)}),
     "msvit": Arm("msvit_small"),
     "longer": Arm("vit_small_longer"),
     "lower_84": Arm("vit_small_longer", {"data.image_size": 84}),
@@ -96,23 +100,22 @@ ARMS = {
     "entropy_24": Arm("msvit_small", fixed_gate("entropy"), tokens=24),
     "center": Arm("msvit_small", fixed_gate("center", **{"model.fine_share": SHARE})),
     "random": Arm("msvit_small", fixed_gate("random", **{"model.fine_share": SHARE})),
-    "dvt_3": Arm("dvt_small"),
-    "dvt_2": Arm("dvt_small", {"model.grid_sizes": (5, 8)}),
     "lower_98": Arm("vit_small_longer", {"data.image_size": 98}),
     "lower_70": Arm("vit_small_longer", {"data.image_size": 70}),
-    "msvit_narrow": Arm("msvit_small", {"model.gate_hidden": NARROW}),
-    "gate_alone": Arm("msvit_small_gate", {"model.gate_hidden": NARROW}),
-    "msvit_light": Arm("msvit_small", {"model.gate_hidden": NARROW, "loss.gate.weight": 0.5}),
-    "msvit_free": Arm("msvit_small", {"loss.gate.sigma": 0.3}),
-    "msvit_mean": Arm("msvit_small", {"model.coarse_embedding": "mean"}),
-    "msvit_fast": Arm(
-        "msvit_small", {"loss.gate.sigma": 0.3, "optimizer.gate_learning_rate": 1e-2}
-    ),
+    "msvit_38": Arm("msvit_small", {"loss.gate.target": (0.6 - 0.25) / 0.75}),
+    "msvit_light": Arm("msvit_small", {"loss.gate.weight": 0.5}),
+    "gate_alone": Arm("msvit_small_gate"),
+    "longer_168": Arm("vit_small_longer", LARGER, once=True),
+    "lower_126": Arm("vit_small_longer", {"data.image_size": 126}, once=True),
+    "msvit_168": Arm("msvit_small", {**LARGER, "loss.gate.target": 0.45}, once=True),
+    "entropy_168": Arm("msvit_small", fixed_gate("entropy", **LARGER), tokens=84, once=True),
+    "moved": Arm("msvit_small", KEPT, gate_of="msvit"),
+    "moved_168": Arm("msvit_small", {**LARGER, **KEPT}, gate_of="msvit", once=True),
 }
 # Arms whose speed is measured, and the share of images that leave at a cascade's first exit.
 TIMED = (
-    *("dense", "lower_98", "lower_84", "lower_70", "msvit", "msvit_24", "entropy", "mergence"),
-    *("tome", "mergence_half", "tome_half", "both", "dvt_2"),
+    *("dense", "lower_98", "lower_84", "lower_70", "msvit", "msvit_38", "entropy", "mergence"),
+    *("tome", "tome_half", "both", "dvt_2"),
 )
 LEAVE = {"dvt_2": 0.81}
 
@@ -132,6 +135,19 @@ STUDY = arms.Study(
     warm_split="val[:64]",
     write_page=write_page,
 )
+
+
+def with_gate(dense: str, arm: str, file: pathlib.Path) -> pathlib.Path:
+    """Writes a dense model's weights and the gate of another arm's first seed to one file."""
+    backbone = tree.flat_names(checkpoint.load_params(dense, "latest"))
+    arrays = {f"backbone/{name}": np.asarray(x, np.float32) for name, x in backbone.items()}
+    np.savez(file, **arrays, **arms.load_gate(gate_file(arm, STUDY.seeds()[0])))
+    return file
+
+
+def gate_file(arm: str, seed: int) -> pathlib.Path:
+    """File of an arm's gate."""
+    return STUDY.out() / f"gate_{arm}_{seed}.npz"
 
 
 def after_training(name: str, arm: Arm, seed: int) -> Figures:
@@ -159,8 +175,9 @@ def after_training(name: str, arm: Arm, seed: int) -> Figures:
     elif name == "dense":
         arms.save_half(STUDY.out() / f"dense_{seed}.npz", params)
     elif "gate_mlp" in params:
-        arms.save_half(STUDY.out() / f"gate_{name}_{seed}.npz", params["gate_mlp"])
-        figures["at_tokens"] = Judge(model, params, config).at_tokens(TARGETS)
+        arms.save_half(gate_file(name, seed), params["gate_mlp"])
+        times = model.num_regions / 16  # as many tokens as at 112 px
+        figures["at_tokens"] = Judge(model, params, config).at_tokens([times * t for t in TARGETS])
     return figures
 
 
@@ -199,17 +216,14 @@ def judge_untrained(seed: int) -> Figures:
     for name in ("tome", "tome_half", "topk", "evit"):
         found[name] = [judged(ARMS[name])()]
     # A gate that learned beside one backbone, beside another, and at a resolution it never saw.
-    file = STUDY.out() / "gate_msvit_narrow_0.npz"
-    larger = {"data.image_size": 168}
-    found["dense, 168 px"] = [judged(Arm("vit_small", larger))()]
-    given = fixed_gate("entropy", **larger)
+    found["dense, 168 px"] = [judged(Arm("vit_small", LARGER))()]
+    given = fixed_gate("entropy", **LARGER)
     found["entropy, 168 px"] = judged(Arm("msvit_small", given)).at_tokens((72.0, 90.0))
-    if file.exists():
-        gate = {f"gate_mlp/{k}": np.asarray(v, np.float32) for k, v in np.load(file).items()}
-        narrow = {"model.gate_hidden": NARROW}
-        found["gate of msvit_narrow 0"] = judged(Arm("msvit_small", narrow), gate).at_tokens(tokens)
-        wide = judged(Arm("msvit_small", narrow | larger), gate)
-        found["gate of msvit_narrow 0, 168 px"] = wide.at_tokens((72.0, 90.0))
+    if (file := gate_file("msvit", STUDY.seeds()[0])).exists():
+        gate = arms.load_gate(file)
+        found["gate of msvit"] = judged(Arm("msvit_small"), gate).at_tokens(tokens)
+        wide = judged(Arm("msvit_small", LARGER), gate)
+        found["gate of msvit, 168 px"] = wide.at_tokens((72.0, 90.0))
     return {"figures": found}
 
 
@@ -256,7 +270,10 @@ def run_arm(name: str, seed: int) -> Figures:
     if name == SPEED:
         return measure_speed(seed)
     begun, arm = time.perf_counter(), STUDY.arm(name)
-    _, figures = STUDY.train(name, arm, seed, STUDY.start(name, seed))
+    start = STUDY.start(name, seed)
+    if arm.gate_of and not WARM.value:
+        start = str(with_gate(start, arm.gate_of, STUDY.workdir(name, seed).with_suffix(".npz")))
+    _, figures = STUDY.train(name, arm, seed, start)
     figures["train_seconds"] = time.perf_counter() - begun
     return figures if WARM.value else figures | after_training(name, arm, seed)
 

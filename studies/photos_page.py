@@ -8,8 +8,8 @@ from arms_page import Figures, at_tokens, draw, points, row, speeds
 from tables import markdown, with_spread
 
 UNTRAINED = "untrained"  # name of what is no arm
-TARGETS = (24.0, 25.0, 32.0, 34.0, 38.4, 40.0, 48.0)  # mean tokens of 64
-DRAWN = ("msvit", "msvit_narrow", "dvt_2", "dvt_3")  # curves in the plot
+TARGETS = (24.0, 32.0, 36.0, 38.4, 48.0)  # mean tokens of 64
+DRAWN = ("msvit", "msvit_38", "dvt_2", "dvt_3")  # curves in the plot
 
 
 def write_page(results: Mapping[str, Mapping[str, Figures]], out: pathlib.Path) -> None:
@@ -19,13 +19,7 @@ def write_page(results: Mapping[str, Mapping[str, Figures]], out: pathlib.Path) 
     rows = [row(name, point, dense, measured) for name, point in trained.items()]
     head = ["arm", "tokens", "MACs over dense's", "top-1 (%)", "seeds", "images/s"]
     parts = [HEADER, markdown(head, rows)]
-    if learned := [n for n, f in results.items() if any("at_tokens" in x for x in f.values())]:
-        head = ["tokens asked for", *learned]
-        cells = [
-            [f"{target:g}", *(at_tokens(results[n], "top1", target) for n in learned)]
-            for target in TARGETS
-        ]
-        parts += [THRESHOLDS, markdown(head, cells)]
+    parts += _thresholds(results)
     if cascades := [n for n, f in results.items() if any("curve" in x for x in f.values())]:
         parts += [EXITS, markdown(["cascade", "", "GMACs", "top-1 (%)"], _exits(results, cascades))]
     if found := results.get(UNTRAINED):
@@ -45,7 +39,27 @@ def write_page(results: Mapping[str, Mapping[str, Figures]], out: pathlib.Path) 
         ]
     (out / "photos.md").write_text("\n\n".join(parts) + "\n")
     drawn = {name: line for name, line in curves(results, dense).items() if name in DRAWN}
-    draw(trained, drawn, measured, "top-1 (%)", out / "photos.png")
+    small = {n: p for n, p in trained.items() if not n.endswith(("_168", "_126"))}  # one dense model
+    draw(small, drawn, measured, "top-1 (%)", out / "photos.png")
+
+
+def _thresholds(results: Mapping[str, Mapping[str, Figures]]) -> list[str]:
+    """The tables of gates at several thresholds, one for each resolution."""
+    parts = []
+    for larger, times in ((False, 1.0), (True, 144 / 64)):
+        learned = [
+            name
+            for name, by_seed in results.items()
+            if name.endswith("_168") == larger and any("at_tokens" in f for f in by_seed.values())
+        ]
+        targets = [times * target for target in TARGETS]
+        cells = [
+            [f"{target:g}", *(at_tokens(results[n], "top1", target) for n in learned)]
+            for target in targets
+        ]
+        if learned:
+            parts.append(markdown(["tokens asked for", *learned], cells))
+    return [THRESHOLDS, *parts] if parts else []
 
 
 def curves(

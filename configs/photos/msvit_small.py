@@ -20,6 +20,7 @@ from msvit_jax.config import sibling
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "vit_small_longer.py")
     config.model.name = "msvit_small_patch14_dinov2"
+    config.model.gate_hidden = 96  # half a megabyte, and no worse than the backbone's 384
     config.optimizer.gate_learning_rate = 1e-3
     config.loss.gate.kind = "gbas"
     config.loss.gate.weight = 4.0

@@ -23,6 +23,8 @@ from msvit_jax.tree import flat_names, map_names
 
 Flat = dict[str, np.ndarray]
 HEADS = ("head/", "head_dist/", "decoder/head/", "decoder/class_embed", "decoder/mask_norm/")
+# Layers on the pixels of square patches or regions, whose size may change.
+PATCH_KERNELS = ("patch_embed/proj/kernel", "coarse_embed/proj/kernel", "gate_mlp/fc1/kernel")
 # Parts that may be missing in the source; they start fresh.
 OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_", "decoder/")
 
@@ -90,7 +92,7 @@ def adapt_weights(
         elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape), pos_resize)
-        elif value is not None and short == "patch_embed/proj/kernel" and _squares(value, leaf):
+        elif value is not None and short in PATCH_KERNELS and _squares(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             kernel = grid.resize_kernel(np.asarray(value, np.float64), leaf.shape[0])
             taken[name] = kernel.astype(leaf.dtype)
