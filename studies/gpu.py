@@ -12,7 +12,7 @@ out or failed is named in it:
   and compiled; budget, rows, mergence and ToMe; all in turns, against our dense model with XLA's
 * train: dense, slots and trimmed training steps
 * exits: a cascade of two or three stages through the Predictor
-* shallow: budget beside dense with one layer, which is what packing costs
+* parts: budget with one to eight capacities in a batch: fewer pad more and launch less
 
 Random weights, forced decisions: 128 +- 30 of 196 tokens. --small runs the same with a model of two
 layers and few images, for a processor. Where torch or timm is missing, our side is measured alone.
@@ -38,6 +38,7 @@ from absl import flags, logging
 from msvit_jax import errors, process_tuning
 from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
 from msvit_jax.models import attention, registry
+from msvit_jax.tokens import layout_sizes
 from msvit_jax.tokens.packing import NOBODY
 
 _OUT = flags.DEFINE_string("out", "gpu.json", "JSON file for the figures.")
@@ -46,7 +47,7 @@ _SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers
 _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes of forward passes; default: all.")
 _STEPS = flags.DEFINE_list(
     "steps",
-    ["attention", "layouts", "forward", "exits", "train", "shallow"],
+    ["attention", "layouts", "forward", "exits", "train", "parts"],
     "Steps to run.",
 )
 
@@ -80,7 +81,7 @@ class Scale:
 
 
 SMALL = Scale(
-    batches=(2, 1),
+    batches=(8, 1),
     train=8,
     rounds=1,
     overrides=("width=32", "depth=2", "heads=2"),
@@ -259,17 +260,37 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
     return peers.compare(gated, batch, cases, peer, ("timm", "timm_compiled"))
 
 
-def compare_shallow(scale: Scale, batch: int) -> Records:
-    """Forward passes of dense and budget with one layer: beside those of all layers, what is fixed."""
+def compare_parts(scale: Scale, batch: int) -> Records:
+    """Forward passes of budget with several numbers of capacities, and of dense."""
     options = Options(
         "msvit_deit_small_patch16_224",
         (batch,),
-        ("budget", "rows"),
+        ("budget",),
         dtype=scale.dtype,
         rounds=scale.rounds,
-        overrides=(*scale.overrides, "depth=1", "attention_impl=xla"),
+        overrides=(*scale.overrides, "attention_impl=fused"),
     )
-    return report.measure(options, batch)
+    work = sides.draw(options, batch)
+
+    def case(parts: int) -> list[sides.Case]:
+        capacities = layout_sizes.fitting_capacities(
+            work.counts[0], parts, 8, work.model.max_tokens
+        )
+        own = dataclasses.replace(options, token_capacity=capacities)
+        names = {"budget": f"budget in {parts}"} | (
+            {"dense": "dense"} if parts == 1 else {}
+        )
+        return [
+            dataclasses.replace(side, layout=names[side.layout])
+            for side in sides.forward_sides(own, work)
+            if side.layout in names
+        ]
+
+    def cases() -> list[sides.Case]:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return [side for group in pool.map(case, (1, 2, 4, 8)) for side in group]
+
+    return peers.compare(options, batch, cases, None, ())
 
 
 def compare_exits(scale: Scale, batch: int) -> Records:
@@ -314,7 +335,7 @@ def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Seque
         **{f"forward, {b}": lambda b=b: compare_forward(scale, peer, b) for b in scale.batches},
         "train": lambda: compare_steps(scale),
         **{f"exits, {b}": lambda b=b: compare_exits(scale, b) for b in batches},
-        **{f"shallow, {b}": lambda b=b: compare_shallow(scale, b) for b in batches},
+        **{f"parts, {b}": lambda b=b: compare_parts(scale, b) for b in batches if b % 8 == 0},
     }
 
 
