@@ -277,9 +277,7 @@ def compare_parts(scale: Scale, batch: int) -> Records:
             work.counts[0], parts, 8, work.model.max_tokens
         )
         own = dataclasses.replace(options, token_capacity=capacities)
-        names = {"budget": f"budget in {parts}"} | (
-            {"dense": "dense"} if parts == 1 else {}
-        )
+        names = {"budget": f"budget in {parts}"} | ({"dense": "dense"} if parts == 1 else {})
         return [
             dataclasses.replace(side, layout=names[side.layout])
             for side in sides.forward_sides(own, work)

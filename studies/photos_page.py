@@ -39,7 +39,9 @@ def write_page(results: Mapping[str, Mapping[str, Figures]], out: pathlib.Path) 
         ]
     (out / "photos.md").write_text("\n\n".join(parts) + "\n")
     drawn = {name: line for name, line in curves(results, dense).items() if name in DRAWN}
-    small = {n: p for n, p in trained.items() if not n.endswith(("_168", "_126"))}  # one dense model
+    small = {
+        n: p for n, p in trained.items() if not n.endswith(("_168", "_126"))
+    }  # one dense model
     draw(small, drawn, measured, "top-1 (%)", out / "photos.png")
 
 
