@@ -318,24 +318,23 @@ def _run_all(study: Study) -> None:
     with concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool:
         dense = {seed: pool.submit(runner.run, "dense", seed) for seed in seeds}
         trained = [name for name in names if name in study.arms]
-        warm = {n: pool.submit(runner.run, n, 0, warm=True) for n in trained if WARM.value}
+        beside = max(0, JOBS.value - len(seeds)) if WARM.value else 0  # what the dense ones leave
+        warm = {n: pool.submit(runner.run, n, 0, warm=True) for n in trained[:beside]}
+        began: dict[tuple[str, int], concurrent.futures.Future[None]] = {}
 
         def run(name: str, seed: int) -> None:
-            if name in warm:
-                warm[name].result()
+            gate_of = study.arms[name].gate_of if name in study.arms else ""
+            for before in (warm.get(name), began.get((gate_of, seeds[0]))):
+                if before:  # which the pool took up earlier
+                    before.result()
             runner.run(name, seed)
 
-        moved = [name for name in trained if study.arms[name].gate_of]
-        own = [name for name in trained if name not in moved]
-        for group in (own, [*moved, *(name for name in names if name in study.last)]):
-            waited = [
-                pool.submit(run, name, seed)
-                for seed in seeds
-                if dense[seed].result()
-                for name in group
-                if name in study.last or study.arms[name].wanted(first=seed == seeds[0])
-            ]
-            concurrent.futures.wait(waited)
+        for group in (trained, [name for name in names if name in study.last]):
+            for seed in seeds:
+                for name in group if dense[seed].result() else ():
+                    if name in study.last or study.arms[name].wanted(first=seed == seeds[0]):
+                        began[name, seed] = pool.submit(run, name, seed)
+            concurrent.futures.wait(began.values())
     for name in study.alone:
         if name in names:
             runner.run(name, seeds[0])

@@ -21,9 +21,10 @@ all from the same dense model (photos/vit_small.py), for equally many steps:
 * speed: images/s of the main arms through the Predictor, in turns, when all else has ended; random
   weights at the arms' tokens
 
-Thresholds are fitted on training images. Everything is judged after its last step, on the whole
-validation split. Each arm is a process of its own; what is done already is not done again, so the
-study can be interrupted. Writes photos.json after every arm, photos.md and photos.png at the end.
+Some of these are run with the first seed alone. Thresholds are fitted on training images.
+Everything is judged after its last step, on the whole validation split. Each arm is a process of
+its own; what is done already is not done again, so the study can be interrupted. Writes photos.json
+after every arm, photos.md and photos.png at the end.
 
 Cost: --scale=laptop trains for 178 steps of 32 images, some 6 minutes an arm on two CPU cores;
 --scale=gpu for eight epochs in batches of 128 (the dense model for two before) with the training
@@ -83,28 +84,28 @@ SHARE = 0.375  # 34 tokens: the next above 32 that a fixed share of 16 regions c
 LARGER = {"data.image_size": 168}  # 144 tokens
 KEPT = {"loss.gate.kind": "none", "optimizer.freeze": ("gate_mlp/",)}
 ARMS = {
-    "dvt_3": Arm("dvt_small"),
     "dvt_2": Arm("dvt_small", {"model.grid_sizes": (5, 8)}),
+    "dvt_3": Arm("dvt_small"),
     "msvit": Arm("msvit_small"),
     "longer": Arm("vit_small_longer"),
     "lower_84": Arm("vit_small_longer", {"data.image_size": 84}),
-    "entropy": Arm("msvit_small", fixed_gate("entropy"), tokens=32),
-    "tome_half": reduced("tome", remove=5, reduce_layers=tuple(range(1, 12))),
-    "mergence": Arm("mergence_small", {"model.keep": 0.68}),
-    "tome": reduced("tome", remove=4, reduce_layers=tuple(range(1, 9))),
-    "topk": reduced("topk", keep=0.7),
-    "evit": reduced("evit", keep=0.68),
-    "both": Arm("msvit_mergence_small", {"loss.gate.target": 2 / 3}),
-    "mergence_half": Arm("mergence_small", {"model.keep": 0.5}),
-    "msvit_24": Arm("msvit_small", {"loss.gate.target": 1 / 6}),
-    "entropy_24": Arm("msvit_small", fixed_gate("entropy"), tokens=24),
-    "center": Arm("msvit_small", fixed_gate("center", **{"model.fine_share": SHARE})),
-    "random": Arm("msvit_small", fixed_gate("random", **{"model.fine_share": SHARE})),
     "lower_98": Arm("vit_small_longer", {"data.image_size": 98}),
     "lower_70": Arm("vit_small_longer", {"data.image_size": 70}),
     "msvit_38": Arm("msvit_small", {"loss.gate.target": (0.6 - 0.25) / 0.75}),
-    "msvit_light": Arm("msvit_small", {"loss.gate.weight": 0.5}),
-    "gate_alone": Arm("msvit_small_gate"),
+    "entropy": Arm("msvit_small", fixed_gate("entropy"), tokens=32),
+    "center": Arm("msvit_small", fixed_gate("center", **{"model.fine_share": SHARE})),
+    "tome": reduced("tome", remove=4, reduce_layers=tuple(range(1, 9))),
+    "mergence": Arm("mergence_small", {"model.keep": 0.68}),
+    "topk": reduced("topk", keep=0.7),
+    "evit": reduced("evit", keep=0.68),
+    "tome_half": reduced("tome", remove=5, reduce_layers=tuple(range(1, 12))),
+    "both": Arm("msvit_mergence_small", {"loss.gate.target": 2 / 3}),
+    "msvit_24": Arm("msvit_small", {"loss.gate.target": 1 / 6}),
+    "entropy_24": Arm("msvit_small", fixed_gate("entropy"), tokens=24),
+    "mergence_half": Arm("mergence_small", {"model.keep": 0.5}, once=True),
+    "random": Arm("msvit_small", fixed_gate("random", **{"model.fine_share": SHARE}), once=True),
+    "msvit_light": Arm("msvit_small", {"loss.gate.weight": 0.5}, once=True),
+    "gate_alone": Arm("msvit_small_gate", once=True),
     "longer_168": Arm("vit_small_longer", LARGER, once=True),
     "lower_126": Arm("vit_small_longer", {"data.image_size": 126}, once=True),
     "msvit_168": Arm("msvit_small", {**LARGER, "loss.gate.target": 0.45}, once=True),
