@@ -198,11 +198,13 @@ def probabilities(model: Any, params: Any, config: Any) -> np.ndarray:
 
     def run(params: Any, images: jax.Array) -> jax.Array:
         images = pixels.normalize(images, model.mean, model.std)
-        return jax.nn.sigmoid(model.apply({"params": params}, images, method="gate_logits"))
+        decided = model.apply({"params": params}, images, method="gate_only")
+        return jax.nn.sigmoid(decided.logits)
 
     step = jax.jit(run)
     how = {"batch_size": config.eval_batch_size, "patch_size": model.patch_size}
-    batches = data.eval_batches(config.data, split=f"train[:{FITTED}]", **how)
+    count = min(FITTED, data.dataset_info(config.data).train_examples)
+    batches = data.eval_batches(config.data, split=f"train[:{count}]", **how)
     return np.concatenate([np.asarray(step(params, b["image"]))[b["valid"]] for b in batches])
 
 
