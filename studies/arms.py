@@ -337,10 +337,10 @@ def _run_all(study: Study) -> None:
                     if name in study.last or study.arms[name].wanted(first=seed == seeds[0]):
                         began[name, seed] = pool.submit(run, name, seed)
             concurrent.futures.wait(began.values())
-    for name in study.alone:
-        if name in names:
-            runner.run(name, seeds[0])
     if "dense" in runner.results:
+        for name in study.alone:
+            if name in names:
+                runner.run(name, seeds[0])
         study.write_page(runner.results, study.out())
         print(f"written: {study.out() / study.name}.json, {study.name}.md, {study.name}.png")
 

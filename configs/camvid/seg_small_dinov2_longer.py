@@ -19,7 +19,7 @@ from msvit_jax.config import sibling
 
 def get_config() -> config_dict.ConfigDict:
     config = sibling(__file__, "seg_small_dinov2.py")
-    config.epochs = 16.0
+    config.epochs = 12.0
     config.optimizer.learning_rate = 3e-4
     config.optimizer.encoder_learning_rate = 1e-4
     config.optimizer.warmup_epochs = 1.0
