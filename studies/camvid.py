@@ -197,7 +197,7 @@ def measure_speed(seed: int) -> Figures:
         if name == "longer" or not checkpoint.has_checkpoint(folder):
             continue
         config = checkpoint.read_config(folder)
-        batch = SPEED_BATCH[SCALE.value]
+        batch = SPEED_BATCH[arms.SCALE.value]
         predictor = Predictor.load(folder, "latest", batch_size=batch)
         made = data.eval_batches(
             config.data, batch_size=batch, patch_size=predictor.model.patch_size
