@@ -9,7 +9,8 @@ What it gains is what training alone is worth. Lower resolutions are the same wi
 252 (324). Merging: --config.model.reducer=algm (or mergence, tome) with keep or remove, and
 --config.model.decode=mixed, so that the decoder, too, has fewer tokens.
 Cost: as camvid/seg_small_dinov2.py, after it.
-Expect: not run by us, so no figure is promised.
+Expect: mIoU 64.3 % on test as it is, 61.2 % at 280 px, 60.7 % with ALGM at 0.55 of the MACs
+(docs/results/camvid.md).
 """
 
 from ml_collections import config_dict

@@ -7,7 +7,7 @@
 The start for a gate that others can use with their own backbone, and the cheapest fine-tuning:
 nothing of the backbone changes, so that the dense model's weights can be shared.
 Cost: two thirds of photos/msvit_small.py.
-Expect: 88.6 % at 32 of 64 tokens after five epochs in batches of 128 (docs/results/photos.md).
+Expect: 88.6 % at 32 of 64 tokens after eight epochs in batches of 128 (docs/results/photos.md).
 """
 
 from ml_collections import config_dict
