@@ -95,7 +95,7 @@ def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
       UserError: The weights are of another model or are not real numbers.
     """
     if model.is_cascade and name != dvt.NAME:
-        model = model.stage_model(0)
+        model = model.backbone  # whose patches fill the image, as those of a stage may not
     form, trunk, prefix = FORMATS[name], *trunk_of(model, name)
     headless = trunk.num_classes == 0
     # The table needs a head to recognize the source's.
