@@ -33,7 +33,7 @@ SHOWN = {
     "pixel_accuracy": "pixels {:.2f}%",
     "overflow": "overflow {:.1%}",
     "gmacs_mean": "{:.4g} GMACs",
-    "content_fine": "digits fine {:.0%}",
+    "content_fine": "content fine {:.0%}",
     "plain_coarse": "plain coarse {:.0%}",
     "agreement": "agreement {:.0%}",
     "gate_loss": "gate {:.4f}",
