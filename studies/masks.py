@@ -11,10 +11,12 @@ and from it, for two epochs more:
 * dense, longer
 * MSViT: configs/digits_msvit_segmenter.py, about half of the tokens
 * lower resolution: images of 56 px (49 tokens), answers at their own 64
-* mergence, ToMe: as many MACs as MSViT or a little less
+* mergence, ToMe: as many MACs as MSViT or a little less, merged patches put back as copies of what
+  they became
+* the same, "own features": put back with `model.unmerge="residual"`
 
 All are judged after their last step, at the images' own size. Writes docs/results/masks.md and
-masks.json. What is done already is not done again. Cost: about an hour on one CPU core.
+masks.json. What is done already is not done again. Cost: an hour and a half on one CPU core.
 """
 
 import concurrent.futures
@@ -28,6 +30,9 @@ from tables import markdown, with_spread
 from msvit_jax import errors
 
 TUNED = {"epochs": 2.0, "optimizer.learning_rate": 1e-3}
+MERGENCE = {"model.reducer": "mergence", "model.keep": 0.4}
+TOME = {"model.reducer": "tome", "model.remove": 12}  # 16 of 64 tokens are left
+OWN = {"model.unmerge": "residual"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense, longer": ("digits_segmenter", TUNED),
     "MSViT": ("digits_msvit_segmenter", {}),
@@ -35,8 +40,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         "digits_segmenter",
         {**TUNED, "model.image_size": 56, "data.image_size": 56, "data.short_side": 56},
     ),
-    "mergence": ("digits_segmenter", {**TUNED, "model.reducer": "mergence", "model.keep": 0.4}),
-    "ToMe": ("digits_segmenter", {**TUNED, "model.reducer": "tome", "model.remove": 13}),
+    "mergence": ("digits_segmenter", {**TUNED, **MERGENCE}),
+    "mergence, own features": ("digits_segmenter", {**TUNED, **MERGENCE, **OWN}),
+    "ToMe": ("digits_segmenter", {**TUNED, **TOME}),
+    "ToMe, own features": ("digits_segmenter", {**TUNED, **TOME, **OWN}),
 }
 
 
@@ -62,9 +69,9 @@ HEAD = """# Segmentation of scattered digits
 
 Made by `python studies/masks.py`, which says what is trained: digit or background, 64 px, patches
 of 8 px, 64 wide, 4 layers and Segmenter's mask decoder; mIoU (%) on 2,000 validation images at
-their own size, after the last step; mean and standard deviation over seeds. "Below dense" is in
-points, beside the dense model that was trained as long. MACs are those of encoder and decoder,
-means over images.
+their own size, after the last step; mean and standard deviation over seeds. "Own features" is
+`unmerge="residual"`. "Below dense" is in points, beside the dense model that was trained as long.
+MACs are those of encoder and decoder, means over images.
 """
 
 

@@ -17,14 +17,19 @@ class Encoded:
       state: Reduction state of the tokens; None if no layer reduces them.
       targets: Tuple with, for each reduction, [B, N] int32: index of the input token that each
         input token was merged into, its own if it was not merged; -1 if it was dropped.
+      unmerged: [B, N0, D], input tokens un-merged to features of their own, after the last norm;
+        None where un-merging copies.
     """
 
     tokens: Array
     state: ReductionState | None = None
     targets: tuple[Array, ...] = ()
+    unmerged: Array | None = None
 
     def unmerge(self) -> Array:
-        """Gives each input token the token it became part of: [B, N, D]; zeros if dropped."""
+        """Gives each input token what became of it, as `ViT.unmerge` says: [B, N0, D]."""
+        if self.unmerged is not None:
+            return self.unmerged
         if self.state is None:
             return self.tokens
         return reducing.unmerge(self.tokens, self.state.position)

@@ -32,7 +32,8 @@ class Features:
 
     Attributes:
       patches: [B, h, w, D], tokens of the patches after the last norm. Patches that share a token,
-        because it is coarse or they were merged, all hold it; zeros where one was dropped.
+        because it is coarse or they were merged, all hold it; zeros where one was dropped. With
+        `ViT.unmerge="residual"` merged and dropped ones have features of their own.
       class_token: [B, D], class token after the last norm; None if the model has none.
     """
 

@@ -22,6 +22,8 @@ from msvit_jax.models.attention import Mask, join_buckets, split_buckets
 from msvit_jax.reducers import base
 from msvit_jax.tokens.packing import NOBODY
 
+UNMERGE = ("copy", "residual")  # values of `ViT.unmerge`
+
 
 @dataclasses.dataclass(frozen=True)
 class ReductionSpec:
@@ -55,6 +57,9 @@ class ReductionState:
       token_id: [B, N] int32, index of each token among the input tokens.
       random_score: [B, N] uint32, random bits of each token; None unless a reducer is random.
       history: Values of `position` after each reduction.
+      residual: [B, N0, D] float32, what un-merging adds to the token that each input token is part
+        of now, so that each keeps its own features: those from before each merge, less those of the
+        merged token. None where un-merging copies.
       grid: (rows, columns) of the patch tokens as long as they are a whole grid, see `base.Tokens`.
     """
 
@@ -63,6 +68,7 @@ class ReductionState:
     token_id: Array
     random_score: Array | None = None
     history: tuple[Array, ...] = ()
+    residual: Array | None = None
     grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     @property
@@ -70,6 +76,13 @@ class ReductionState:
         """Index of the input token that each is part of now: [B, N0] int32; -1 if dropped."""
         found = base.take(self.token_id, jnp.maximum(self.position, 0))
         return jnp.where(self.position < 0, -1, found)
+
+    def unmerge(self, x: Array) -> Array:
+        """Gives each input token what became of it: [B, N, D] -> [B, N0, D]."""
+        copies = base.unmerge(x, self.position)
+        if self.residual is None:
+            return copies
+        return (copies.astype(jnp.float32) + self.residual).astype(x.dtype)
 
 
 def reduction_specs(
@@ -208,9 +221,20 @@ def layer_tokens(specs: dict[int, ReductionSpec], depth: int, tokens: ArrayLike)
 
 
 def start(
-    x: Array, specs: dict[int, ReductionSpec], grid: tuple[int, int] | None = None
+    x: Array,
+    specs: dict[int, ReductionSpec],
+    grid: tuple[int, int] | None = None,
+    *,
+    residual: bool = False,
 ) -> ReductionState:
-    """Makes the state before the first layer, for tokens [B, N, D], on a grid if they are one."""
+    """Makes the state before the first layer.
+
+    Args:
+      x: [B, N, D] tokens.
+      specs: Reducing layers, from `reduction_specs`.
+      grid: (rows, columns) of the patch tokens if they are a whole grid.
+      residual: Whether each token keeps its own features for un-merging.
+    """
     batch, count, _ = x.shape
     position = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[None], (batch, count))
     is_random = any(reducers.REDUCERS[spec.reducer].needs_random_score for spec in specs.values())
@@ -219,6 +243,7 @@ def start(
         position=position,
         token_id=position,
         random_score=base.random_score(x) if is_random else None,
+        residual=jnp.zeros(x.shape, jnp.float32) if residual else None,
         grid=grid,
     )
 
@@ -256,8 +281,26 @@ def reduce(
     if reducer.keeps_all:
         return x, mask, dataclasses.replace(state, history=(*state.history, state.position))
     rows = functools.partial(_reduce_rows, spec=spec, reducer=reducer, scores=scores, train=train)
-    if not mask.length_buckets:
-        return rows(x, attn_input, key, mask, state)
+    reduce_all = functools.partial(_reduce_buckets, rows=rows) if mask.length_buckets else rows
+    shorter, mask, after = reduce_all(x, attn_input, key, mask, state)
+    if state.residual is not None:
+        before, merged = (
+            s.unmerge(t).astype(jnp.float32) for s, t in ((state, x), (after, shorter))
+        )
+        after = dataclasses.replace(after, residual=before - merged)
+    return shorter, mask, after
+
+
+def _reduce_buckets(
+    x: Array,
+    attn_input: Array,
+    key: Array,
+    mask: Mask,
+    state: ReductionState,
+    *,
+    rows: Callable[..., tuple[Array, Mask, ReductionState]],
+) -> tuple[Array, Mask, ReductionState]:
+    """Reduces tokens in rows of several lengths, each length by itself."""
     groups, first = x.shape[0], 0
     parts, positions = [], []
     apart = split_buckets(mask, x, attn_input, key, state.size, state.token_id, state.random_score)

@@ -106,7 +106,7 @@ _NOT_OPTIONS = {
     "hold_level",
     "gate_gradient",
 }
-_REDUCING = {"reducer", "reduce_layers", "keep", "remove", *reducers.option_types()}
+_REDUCING = {"reducer", "reduce_layers", "keep", "remove", "unmerge", *reducers.option_types()}
 _NOT_OF_STAGES = {*_REDUCING, "patch_size", "fixed_grid_size", "scan_layers", "distilled"}
 
 

@@ -199,10 +199,17 @@ class Segmenter(BackboneMixin, nn.Module):
             raise ValueError(
                 f"width={self.backbone.width} is not divisible by decoder_heads={self._heads}."
             )
-        if self.decode == "mixed" and self.backbone.attention_impl not in ("auto", "xla"):
+        vit = self.backbone
+        if self.decode == "mixed" and vit.reductions and vit.unmerge != "copy":
+            raise ValueError(
+                "decode='mixed' gives patches that were merged the same answer; with "
+                "unmerge='residual' each has features of its own. Use decode='dense', or "
+                "unmerge='copy'."
+            )
+        if self.decode == "mixed" and vit.attention_impl not in ("auto", "xla"):
             raise ValueError(
                 "decode='mixed' needs attention that counts tokens by their cells; attention_impl="
-                f"{self.backbone.attention_impl!r} cannot. Use 'auto' or 'xla'."
+                f"{vit.attention_impl!r} cannot. Use 'auto' or 'xla'."
             )
 
     @property

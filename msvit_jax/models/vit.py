@@ -83,6 +83,9 @@ class ViT(ModelDefaults, nn.Module):
       keep: Share of the patch tokens that such a layer keeps, for all or for each of them.
       remove: Number of patch tokens that such a layer merges instead ("tome"), for all or for each.
       reducer_options: Other attributes of the reducer, by name.
+      unmerge: What a patch that was merged or dropped has in the features of a model without a
+        head: "copy" (the token that it became part of; zeros if dropped) or "residual" (its own
+        features from before, plus what later layers added to that token).
       mean: Mean of the pixels that images are normalized with, on the scale of 0 to 1.
       std: Standard deviation of the pixels that images are normalized with, on the scale of 0 to 1.
     """
@@ -116,6 +119,7 @@ class ViT(ModelDefaults, nn.Module):
     keep: float | tuple[float, ...] = 0.7
     remove: int | tuple[int, ...] = 0
     reducer_options: Mapping[str, Any] = dataclasses.field(default_factory=FrozenDict)
+    unmerge: str = "copy"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -328,7 +332,8 @@ class ViT(ModelDefaults, nn.Module):
         if self.scan_layers:
             return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
         specs = self.reductions
-        state = reduction.start(x, specs, size) if specs else None
+        residual = self.unmerge == "residual" and not self.num_classes
+        state = reduction.start(x, specs, size, residual=residual) if specs else None
         targets: list[Array] = []
         for layer, block in enumerate(self.blocks):
             rate = None if rates is None else rates[layer]
@@ -337,7 +342,8 @@ class ViT(ModelDefaults, nn.Module):
                 targets.append(state.targets)
             else:
                 x = block(x, rate, mask)
-        return Encoded(self.norm(x), state, tuple(targets))
+        unmerged = self.norm(state.unmerge(x)) if state is not None and residual else None
+        return Encoded(self.norm(x), state, tuple(targets), unmerged)
 
     def drop_rates(self, *, train: bool) -> Array | None:
         """Stochastic depth's rate in each block, [depth]; None if it is off."""

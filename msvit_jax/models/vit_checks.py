@@ -8,6 +8,7 @@ from msvit_jax.errors import check_choice
 from msvit_jax.models.attention import IMPLEMENTATIONS
 from msvit_jax.models.block import GELUS
 from msvit_jax.models.embedding import POSITIONS
+from msvit_jax.models.reduction import UNMERGE
 from msvit_jax.tokens import grid
 
 
@@ -34,6 +35,7 @@ def check_attributes(vit: Any) -> None:
     check_choice("gelu", vit.gelu, GELUS)
     if vit.distilled and vit.pool != "token":
         raise ValueError("distilled=True needs pool='token'.")
+    check_choice("unmerge", vit.unmerge, UNMERGE)
     specs = vit.reductions
     if specs and vit.scan_layers:
         raise ValueError(

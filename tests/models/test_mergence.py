@@ -46,8 +46,11 @@ def logits(model, variables, images):
 # Against references.
 
 
-def reducing(model):
-    """What `reference_forward` does between attention and MLP for a model's reducer."""
+def reducing(model, record=None):
+    """What `reference_forward` does between attention and MLP for a model's reducer.
+
+    Tokens before, the host of each, the hosts in order and their tokens are appended to `record`.
+    """
     prefix = model.prefix_length
     proportional = model.reducer_options.get("proportional_attention", model.reducer == "tome")
 
@@ -63,8 +66,10 @@ def reducing(model):
         options = {"remove": reducer.remove} if model.remove else {"keep": reducer.keep}
         values = (x, size, score, key.mean(axis=1), np.zeros(len(x), int))
         case = model.reducer, {**options, **model.reducer_options}
-        _, held, sizes = loop(case, *values, prefix)
-        x = np.stack([held[host] for host in held])
+        where, held, sizes = loop(case, *values, prefix)
+        before, x = x, np.stack([held[host] for host in held])
+        if record is not None:
+            record.append((before, where, list(held), x))
         size = np.array([sizes[host] for host in held])
         return x, size, size if proportional else np.ones(len(x))
 

@@ -138,9 +138,11 @@ def test_cells_that_share_a_token_have_the_same_logits(reducer):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reducer", ["none", "mergence"])
+@pytest.mark.parametrize("reducer", ["none", "mergence", "mergence, residual"])
 def test_layouts_agree(layout, reducer):
-    reduced = {"reducer": reducer, "reduce_layers": (1,)} if reducer != "none" else {}
+    reduced = {"reducer": "mergence", "reduce_layers": (1,)} if reducer != "none" else {}
+    if "residual" in reducer:
+        reduced |= {"reduce_layers": (1, 2), "unmerge": "residual"}
     model = create("msvit", "mask", gate_bias=0.0, **reduced)
     expected = jitted.apply(model, variables(model), images())
     assert len(np.unique(expected.tokens)) > 1
@@ -325,6 +327,10 @@ def test_macs_are_the_encoders_and_a_decoder_that_sees_the_whole_grid():
         ({"decoder": "unet"}, "decoder='unet' is not one of linear, mask"),
         ({"decode": "coarse"}, "decode='coarse' is not one of dense, mixed"),
         ({"decode": "mixed", "attention_impl": "fused"}, "'fused' cannot. Use 'auto' or 'xla'"),
+        (
+            {"decode": "mixed", "reducer": "algm", "unmerge": "residual"},
+            "Use decode='dense', or unmerge='copy'",
+        ),
         ({"num_classes": 0}, "segmentation needs a class"),
         ({"decoder": "mask", "decoder_heads": 3}, "not divisible by decoder_heads=3"),
         ({"encoder": "dvt_deit_small"}, "no features to decode"),

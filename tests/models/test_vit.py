@@ -109,12 +109,12 @@ def test_analytic_macs_agree_with_publications_and_with_xla(name, published, mon
     assert analytic == pytest.approx(counted, rel=0.02)
 
 
-def reference_forward(params, images, model, reduce=None):
+def reference_forward(params, images, model, reduce=None, head=True):
     """DeiT's forward pass, image by image in float64 NumPy, written without the library.
 
     `reduce(layer, x, query, key, size)` may change tokens [N, D] and their sizes between attention
     and MLP; queries and keys are [N, heads, d], and it returns tokens, their sizes and those that
-    attention counts.
+    attention counts. Without `head` it returns the list of the images' tokens before the last norm.
     """
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     patch, heads = model.patch_size, model.heads
@@ -160,13 +160,16 @@ def reference_forward(params, images, model, reduce=None):
             y = dense(norm(x, b["norm2"]), b["mlp"]["fc1"])
             y = dense(y * (1 + erf(y / np.sqrt(2))) / 2, b["mlp"]["fc2"])
             x = x + y * b.get("ls2", {"gamma": 1.0})["gamma"]
+        if not head:
+            return x
         x = norm(x, p["norm"])
         if model.pool == "mean":
             return dense(np.average(x[first:], axis=0, weights=size[first:]), p["head"])
         logits = dense(x[0], p["head"])
         return (logits + dense(x[1], p["head_dist"])) / 2 if "head_dist" in p else logits
 
-    return np.stack([one(np.asarray(image, np.float64)) for image in images])
+    answers = [one(np.asarray(image, np.float64)) for image in images]
+    return np.stack(answers) if head else answers
 
 
 @pytest.mark.parametrize(
