@@ -236,8 +236,11 @@ def loss_of(model, params, coarse):
     return jnp.where(answered, output.logits * weights, 0.0).sum()
 
 
-def test_an_image_that_does_not_fit_leaves_all_gradients_finite():
-    model = create("msvit", "mask", layout="trimmed", token_capacity=40)
+@pytest.mark.parametrize(
+    "merging", [{}, {"reducer": "mergence", "reduce_layers": (1,), "unmerge": "residual"}], ids=str
+)
+def test_an_image_that_does_not_fit_leaves_all_gradients_finite(merging):
+    model = create("msvit", "mask", layout="trimmed", token_capacity=40, **merging)
     coarse = jnp.ones((4, 16), jnp.float32).at[0].set(0.0)  # 64 and 16 tokens
     grads = jax.jit(jax.grad(lambda p, c: loss_of(model, p, c)))(variables(model)["params"], coarse)
     for leaf in jax.tree.leaves(grads):
