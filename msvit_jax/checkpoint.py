@@ -121,6 +121,9 @@ class Checkpoints:
             **self._about,
             **(extra or {}),
             checkpoint_files.DIGESTS: found,
+            checkpoint_files.SHAPES: {
+                name: checkpoint_files.shapes_of(item) for name, item in _items(state).items()
+            },
             checkpoint_files.SCORES: kept,
         }
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
@@ -179,9 +182,8 @@ class Checkpoints:
             about = checkpoint_files.read_about(directory)
             items = [name for name in checkpoint_files.ITEMS if (directory / name).exists()]
             for name in items[jax.process_index() :: jax.process_count()]:
-                checkpoint_files.check_digests(
-                    name, checkpoint_files.read_tree(directory / name), about
-                )
+                tree = checkpoint_files.read_tree(directory / name, about)
+                checkpoint_files.check_digests(name, tree, about)
             if missing := set(about.get(checkpoint_files.DIGESTS, ())) - set(items):
                 raise ValueError(f"{' and '.join(sorted(missing))} is missing")
         except Exception as error:  # of many types
@@ -377,8 +379,9 @@ def load_params(workdir: str | pathlib.Path, which: str = "best") -> dict[str, A
     directory = checked_workdir(workdir) / CHECKPOINTS / str(step)
     item = directory / ("ema" if (directory / "ema").exists() else "model")
     try:
-        tree = checkpoint_files.read_tree(item)
-        checkpoint_files.check_digests(item.name, tree, checkpoint_files.read_about(directory))
+        about = checkpoint_files.read_about(directory)
+        tree = checkpoint_files.read_tree(item, about)
+        checkpoint_files.check_digests(item.name, tree, about)
         return tree
     except Exception as error:
         raise UserError(

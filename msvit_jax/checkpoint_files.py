@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from msvit_jax import digests, extras, paths
+from msvit_jax.tree import path_name
 
 with extras.needed("train"):
     import orbax.checkpoint as ocp
     from absl import logging
 
 ITEMS = ("model", "trainer", "ema")
-DIGESTS, SCORES = "digests", "scores"  # keys of the description
+DIGESTS, SCORES, SHAPES = "digests", "scores", "shapes"  # keys of the description
 _SCORE_FILE = "metrics/metrics"  # what Orbax reads
 
 
@@ -51,8 +52,36 @@ def check_digests(item: str, tree: Any, about: Mapping[str, Any]) -> None:
         raise ValueError(f"{item}/{changed[0]}{more} changed after it was saved")
 
 
-def read_tree(path: pathlib.Path) -> dict[str, Any]:
-    """Reads an item as NumPy arrays, in dicts and lists."""
+def shapes_of(tree: Any) -> dict[str, list[int]]:
+    """Shapes of a tree's arrays by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): list(np.shape(leaf)) for path, leaf in leaves}
+
+
+def _check_claims(listed: Any, shapes: Mapping[str, list[int]] | None) -> None:
+    """Raises ValueError for arrays or chunks that are larger than what was saved.
+
+    Reading takes the memory that they claim, and ends the process where there is not as much.
+    """
+    for path, array in jax.tree_util.tree_leaves_with_path(listed):
+        name, shape = path_name(path), list(array.shape or ())
+        if shapes is not None and shape != shapes.get(name):
+            raise ValueError(f"{name} has the shape {shape}, {shapes.get(name)} was saved")
+        storage = array.storage
+        chunk = (storage.chunk_shape if storage is not None else None) or ()
+        if len(chunk) > len(shape) or any(
+            part > max(whole, 1) for part, whole in zip(chunk, shape, strict=False)
+        ):
+            raise ValueError(f"{name} has chunks of {list(chunk)} for a shape of {shape}")
+
+
+def read_tree(path: pathlib.Path, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Reads an item as NumPy arrays, in dicts and lists.
+
+    Args:
+      path: Folder of the item.
+      about: Description of the checkpoint, whose shapes the arrays must have; None: any shapes.
+    """
     with quietly():
         checkpointer = ocp.Checkpointer(
             ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
@@ -62,6 +91,7 @@ def read_tree(path: pathlib.Path) -> dict[str, Any]:
         if listed is None:
             raise ValueError(f"the list of arrays in {path.name} is damaged")
         tree = listed.tree
+        _check_claims(tree, (about or {}).get(SHAPES, {}).get(path.name))
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, restore_args=as_numpy)
 

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, short
 
 Rule = typing.Union["Number", "OneOf", "Text", "Flag", "Numbers", "Texts"]
 
@@ -272,8 +272,8 @@ MODEL_RULES: dict[str, Rule] = {
     "image_size": _COUNT,
     "patch_size": _COUNT,
     "width": _COUNT,
-    "depth": Number(1, 10**4),  # one who wrote more made a mistake, and would wait for hours
-    "heads": Number(1, 10**4),
+    "depth": Number(1, 1000),  # one who wrote more made a mistake, and would wait for hours
+    "heads": Number(1, 1000),
     "mlp_ratio": _POSITIVE,
     "register_tokens": _NOT_NEGATIVE,
     "layer_scale": Number(optional=True),
@@ -297,8 +297,8 @@ MODEL_RULES: dict[str, Rule] = {
 # Types that fields of models have, with the types that values may have.
 _PLAIN: dict[Any, Any] = {
     bool: bool,
-    int: int,
-    float: (int, float),
+    int: numbers.Integral,  # NumPy's as well
+    float: numbers.Real,
     str: str,
     tuple: (tuple, list),
     types.NoneType: types.NoneType,
@@ -321,7 +321,7 @@ def check(key: str, value: Any, annotation: Any = None) -> None:
         _check_type(key, value, annotation)
         rule = MODEL_RULES.get(key.removeprefix("model."))
     if rule is not None and not rule.fits(value):
-        raise UserError(f"{key}={value} is not a valid value: {rule.wanted()} expected.")
+        raise UserError(f"{key}={short(value)} is not a valid value: {rule.wanted()} expected.")
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
@@ -335,4 +335,4 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
     if any(isinstance(value, _PLAIN[kind]) and (not flag or kind is bool) for kind in kinds):
         return
     names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise UserError(f"{key}={value} is not a valid value: {names} expected.")
+    raise UserError(f"{key}={short(value)} is not a valid value: {names} expected.")

@@ -33,6 +33,12 @@ class UserError(ValueError):
     """Bad input; the message says what is wrong and how to fix it."""
 
 
+def short(value: Any, most: int = 80) -> str:
+    """Returns a value as a text for a message; of one that is long, the beginning."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} letters)"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the candidate closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1)

@@ -393,6 +393,12 @@ def _in_order_of_data(
 
 
 def _print_figures(figures: dict[str, Any], model: ImageModel) -> None:
+    if not np.isfinite(figures["loss"]):
+        raise UserError(
+            f"The loss is {figures['loss']}, so the other figures mean nothing: the weights are "
+            "damaged or far too large, or dtype=float16 is too small for them. Take an earlier "
+            "checkpoint, or --config.dtype=float32."
+        )
     _print([figures], COLUMNS)
     if (counts := figures.get("layer_tokens_mean")) and jax.process_index() == 0:
         print("patch tokens into each layer's MLP: " + " ".join(f"{c:.4g}" for c in counts))

@@ -13,7 +13,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.train_state import TrainState
 from tests import bitflips, tiny_run
 
-NEW_KEYS = ("digests", "scores", "check")
+NEW_KEYS = ("digests", "shapes", "scores", "check")
 
 
 def _state(value, ema=False):

@@ -194,7 +194,7 @@ def read_classes(path: str) -> Described:
         return Described(classes, palette)
     except FileNotFoundError as error:
         raise UserError(f"--classes={shown(path)} does not exist.") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(
             f"--classes={shown(path)} is not valid ({type(error).__name__}: {error}); "
             'write {"classes": ["road", "sky"], "ignore_label": 255}, and "palette" if pixels of '

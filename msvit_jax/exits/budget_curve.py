@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from msvit_jax import checkpoint, data, extras, labels, paths, sharding
-from msvit_jax.errors import UserError
+from msvit_jax import checkpoint, config_rules, data, extras, labels, paths, sharding
+from msvit_jax.errors import UserError, describe
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize
@@ -197,13 +197,31 @@ def fitted_thresholds(workdir: str | pathlib.Path, gmacs_budget: float) -> tuple
         raise UserError(
             f"{workdir} has no fitted thresholds; run eval.py --workdir={workdir} --budget_curve."
         )
-    fitting = [row for row in json.loads(path.read_text()) if row["budget"] <= gmacs_budget + 1e-12]
+    fitting = [row for row in _read_fitted(path) if row["budget"] <= gmacs_budget + 1e-12]
     if not fitting:
         raise UserError(
             f"No thresholds in {path} spend {gmacs_budget:.4g} GMACs or less; fit some "
             f"with eval.py --budget_curve --gmacs_budgets={gmacs_budget:.4g}."
         )
     return tuple(max(fitting, key=lambda row: row["budget"])["thresholds"])
+
+
+def _read_fitted(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the thresholds of each budget; raises UserError if the file does not hold them."""
+    finite = config_rules.Number()
+    try:
+        rows = json.loads(path.read_text())
+        for row in rows:
+            thresholds = row["thresholds"]
+            exit_thresholds.check(thresholds, len(thresholds) + 1)
+            if not finite.fits(row["budget"]):
+                raise ValueError(f"a budget of {row['budget']!r}")
+        return rows
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} is damaged ({describe(error)}); make it anew with eval.py "
+            "--budget_curve."
+        ) from error
 
 
 def curve_of_run(

@@ -131,7 +131,9 @@ def write(bundle: ExportBundle, directory: pathlib.Path, options: Options) -> No
         "made_by": command(bundle, "compiled", options),
     }
     ours.save(directory / WEIGHTS, bundle.params, bundle.about)
-    (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    kept = [WEIGHTS, *(entry["file"] for entry in described)]
+    sealed = runner.sealed(json.loads(json.dumps(about)), directory, kept)
+    (directory / runner.ABOUT).write_text(json.dumps(sealed, indent=2) + "\n")
     modules = [runner, image_files]
     if model.task == SEGMENTATION:
         modules.append(upsampling)

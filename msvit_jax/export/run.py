@@ -12,6 +12,7 @@ segments: then a line says which classes cover most of an image, and --out has t
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import io
 import json
@@ -26,6 +27,7 @@ import numpy as np
 from jax import export
 
 HERE = pathlib.Path(__file__).resolve().parent
+ABOUT, SHA256 = "about.json", "sha256"  # the description, and the entry with digests of the files
 FLATBUFFERS = "flatbuffers.zip"  # JAX needs it to read exported functions; an installed copy wins
 
 
@@ -41,6 +43,30 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         numbers = raw[start + first : start + end].view({"F32": np.float32}[entry["dtype"]])
         arrays[name] = numbers.reshape(entry["shape"])
     return arrays
+
+
+def sealed(about: dict[str, Any], directory: pathlib.Path, files: Sequence[str]) -> dict[str, Any]:
+    """Adds digests to a description: of the files that it names, and its own."""
+    digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in files}
+    plain = json.dumps(about, sort_keys=True).encode()
+    return {**about, SHA256: {**digests, ABOUT: hashlib.sha256(plain).hexdigest()}}
+
+
+def read_about(directory: pathlib.Path) -> dict[str, Any]:
+    """Reads about.json, and checks it and the files that it names.
+
+    Raises:
+      ValueError: Something is not as it was exported.
+    """
+    about = json.loads((directory / ABOUT).read_text())
+    found = about.pop(SHA256, None)
+    if found is None:  # an older export
+        return about
+    now = sealed(about, directory, [name for name in found if name in os.listdir(directory)])
+    changed = sorted(name for name in found if found[name] != now[SHA256].get(name))
+    if changed or ABOUT not in found:
+        raise ValueError(f"{', '.join(changed) or ABOUT} changed after the export")
+    return about
 
 
 def module(name: str, package: str) -> Any:
@@ -70,10 +96,17 @@ class Model:
         """Reads the directory; a function is compiled for each batch size it is called with."""
         self._directory = pathlib.Path(directory)
         sys.path.append(str(self._directory / FLATBUFFERS))
-        self.about = json.loads((self._directory / "about.json").read_text())
-        weights = read_safetensors(self._directory / self.about["weights"])
-        self._weights = {name: jax.device_put(value) for name, value in weights.items()}
-        self._functions = [self._read(entry["file"]) for entry in self.about["functions"]]
+        try:
+            self.about = read_about(self._directory)
+            weights = read_safetensors(self._directory / self.about["weights"])
+            self._weights = {name: jax.device_put(value) for name, value in weights.items()}
+            self._functions = [self._read(entry["file"]) for entry in self.about["functions"]]
+        except Exception as error:  # damaged files raise nearly anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(
+                f"{str(directory)!r} cannot be read, its files are damaged or not all there "
+                f"({why}). Copy it or export anew."
+            ) from error
 
     def _read(self, file: str) -> Any:
         exported = export.deserialize(bytearray((self._directory / file).read_bytes()))

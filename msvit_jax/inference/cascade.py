@@ -21,6 +21,7 @@ from msvit_jax.exits import exit_thresholds
 from msvit_jax.inference.executables import ExecutableCache
 from msvit_jax.inference.images import ImageSource
 from msvit_jax.inference.pool import ImagePool
+from msvit_jax.inference.predictions import check_finite
 from msvit_jax.inference.schedule import PADDING
 from msvit_jax.models.dvt import Exit
 
@@ -115,6 +116,7 @@ class CascadeJob:
         """Reads the answers of the oldest batch; returns the indices of the images that leave."""
         stage, numbers, done = self._on_the_way.popleft()
         logits = np.asarray(jax.device_get(done.logits))[: len(numbers)]
+        check_finite(logits)
         certain = exit_thresholds.certainty(logits[:, None])[:, 0]
         self.logits[numbers], self.certainty[numbers, stage] = logits, certain
         stays = certain < self._thresholds[stage]  # never at the last exit

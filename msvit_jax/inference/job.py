@@ -13,6 +13,7 @@ from msvit_jax import data
 from msvit_jax.inference.executables import Answers, Decisions, ExecutableCache
 from msvit_jax.inference.images import ImageSource
 from msvit_jax.inference.pool import ImagePool
+from msvit_jax.inference.predictions import check_finite
 from msvit_jax.inference.schedule import PADDING, Call, Policy, Queue
 from msvit_jax.models.output import Features
 from msvit_jax.tokens import grid
@@ -153,6 +154,7 @@ class Job:
         real = images != PADDING
         done, late = real & within_capacity, images[real & ~within_capacity]
         answered = images[done]
+        check_finite(logits[done], jax.tree.map(lambda x: x[done], features))
         self.logits[answered], self.tokens[answered] = logits[done], tokens[done]
         if self.merge_maps is not None:
             self.merge_maps[answered] = merge_maps[done]

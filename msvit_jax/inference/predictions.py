@@ -12,6 +12,16 @@ from msvit_jax.errors import UserError
 from msvit_jax.models.output import Features
 
 
+def check_finite(*answers: Any) -> None:
+    """Raises UserError for answers that are NaN or infinite: they would be taken for classes."""
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(answers)):
+        raise UserError(
+            "The model's answers are not finite, so they mean nothing: its weights are damaged or "
+            "far too large, its pixels are normalized by a std near 0, or dtype=float16 is too "
+            "small for it. Take an earlier checkpoint, or dtype=float32."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """Answers for N images, in the order of the images.

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from msvit_jax import config_aliases, reducers
+from msvit_jax import config_aliases, config_rules, reducers
 from msvit_jax.errors import UserError, nearest
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
@@ -175,14 +176,30 @@ def create_model(name: str, **overrides: Any) -> Any:
     Raises:
       UserError: The model or an override is unknown, or values do not fit together.
     """
-    options = model_options(name)
-    for key in overrides:
+    options = model_types(name)
+    for key, value in overrides.items():
         if key not in options:
             renamed = config_aliases.current_key(f"model.{key}").removeprefix("model.")
             hint = f" It is {renamed!r} now." if renamed in options else nearest(key, options)
             raise UserError(f"Model {name!r} has no option {key!r}.{hint}")
+        _check_value(name, key, value, options[key])
     given = {**_OWN_DEFAULTS.get(name, {}), **overrides}
     return _segmenter(name, given) if name in SEGMENTERS else _classifier(name, given)
+
+
+def _check_value(name: str, key: str, value: Any, kind: Any) -> None:
+    """Raises UserError for a value that no model can have, as a damaged description states."""
+    try:
+        config_rules.check(f"model.{key}", _dtype_name(value) if key == "dtype" else value, kind)
+    except UserError as error:
+        raise UserError(f"Model {name!r}: {str(error).removeprefix('model.')}") from error
+
+
+def _dtype_name(value: Any) -> Any:
+    try:
+        return value if isinstance(value, str) else jnp.dtype(value).name
+    except TypeError:
+        return value
 
 
 def _segmenter(name: str, given: dict[str, Any]) -> Any:

@@ -11,6 +11,9 @@ from msvit_jax.models.embedding import POSITIONS
 from msvit_jax.models.reduction import UNMERGE
 from msvit_jax.tokens import grid
 
+# No attention spans more; a description that asks for it is damaged.
+_MOST_PATCHES = 2**20
+
 
 def check_attributes(vit: Any) -> None:
     """Raises ValueError for attributes that do not fit together."""
@@ -54,6 +57,11 @@ def check_grid(vit: Any) -> None:
     if vit.fixed_grid_size is None and vit.image_size % vit.patch_size:
         raise ValueError(
             f"image_size={vit.image_size} is not divisible by patch_size={vit.patch_size}."
+        )
+    if vit.grid_size**2 > _MOST_PATCHES:
+        raise ValueError(
+            f"image_size={vit.image_size} makes {vit.grid_size**2:,} patches of an image; "
+            f"{_MOST_PATCHES:,} are the most that is sensible."
         )
     if vit.fixed_grid_size is not None and not 1 <= vit.fixed_grid_size <= vit.image_size:
         raise ValueError(

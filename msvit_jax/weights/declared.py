@@ -188,13 +188,20 @@ def _metadata(found: Declared, file: pathlib.Path) -> None:
     if "timm" in texts:
         _timm_arguments(found, files.read_json(texts["timm"], file), "its metadata")
         found.complete = True
-    if ours.KEY in texts:
-        about = files.read_json(texts[ours.KEY], file)
+    about = ours.describe(file)
+    if about is not None:
         if about.get("model"):
-            _say_all(found, ours.build_model(about), "its metadata")
+            _say_all(found, _built(about, file), "its metadata")
         found.class_names = tuple(about.get("class_names") or ())
         found.crop = about.get("crop")
         found.exif_orientation = about.get("exif_orientation")
+
+
+def _built(about: Mapping[str, Any], file: pathlib.Path) -> Any:
+    try:
+        return ours.build_model(about)
+    except UserError as error:
+        raise UserError(f"{str(file)!r} describes no model that there is: {error}") from error
 
 
 def _beside(found: Declared, folder: pathlib.Path) -> None:

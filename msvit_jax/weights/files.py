@@ -5,19 +5,21 @@ The formats are .safetensors, .npz, PyTorch's .pth, .pth.tar, .pt, .bin and .ckp
 file's own names; `wrappers` finds the model in it.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from msvit_jax.errors import UserError
+from msvit_jax.errors import UserError, describe, short
 from msvit_jax.weights import pytorch, wrappers
 
 Flat = dict[str, np.ndarray]
@@ -80,10 +82,20 @@ def read_contents(path: str | pathlib.Path) -> Contents:
             f"known are {', '.join((*SUFFIXES, INDEX))}."
         )
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-    try:
+    with _reading(path):
         return readers.get(path.suffix, _read_pytorch)(path)
-    except (OSError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
-        raise UserError(f"{str(path)!r} cannot be read as weights: {error}") from error
+
+
+@contextlib.contextmanager
+def _reading(path: str | pathlib.Path, part: str = "") -> Iterator[None]:
+    """Reports in one line what is damaged; readers of archives raise errors of any type."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{part}: {describe(error)}" if part else describe(error)
+        raise UserError(f"{str(path)!r} cannot be read as weights: {what}") from error
 
 
 def check_there(path: pathlib.Path) -> None:
@@ -106,8 +118,11 @@ def _read_parts(path: pathlib.Path) -> Flat:
         raise UserError(f"{str(path)!r} does not say in which files the weights are (weight_map).")
     parts = sorted(set(map(str, where.values())))
     for part in parts:
-        if pathlib.PurePath(part).name != part or part.endswith(INDEX):
-            raise UserError(f"{str(path)!r} names {part!r}, which is not a weights file beside it.")
+        # Names of more letters are those of no file.
+        if pathlib.PurePath(part).name != part or part.endswith(INDEX) or len(part) > 255:
+            raise UserError(
+                f"{str(path)!r} names {short(part)!r}, which is not a weights file beside it."
+            )
     missing = [part for part in parts if not path.with_name(part).is_file()]
     if missing:
         raise UserError(
@@ -131,10 +146,8 @@ def number(name: str, x: Any, path: str | pathlib.Path) -> np.ndarray:
     Raises:
       UserError: The array does not hold real numbers, or its values cannot be read.
     """
-    try:
+    with _reading(path, name):  # a part of an archive may be damaged
         x = np.asarray(x)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:  # damaged part of an archive
-        raise UserError(f"{str(path)!r} cannot be read as weights: {name}: {error}") from error
     if x.dtype == np.dtype("V2"):  # NumPy stores bfloat16, which it does not know, as this
         x = x.view(ml_dtypes.bfloat16)
     if x.dtype in _SMALL or x.dtype.name.startswith("float8"):
@@ -157,11 +170,8 @@ def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
     Raises:
       UserError: The file is damaged or not a .safetensors file.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as weights: {error}") from error
+    with _reading(path), safe_open(path, "numpy") as file:
+        return dict(file.metadata() or {})
 
 
 def _read_npz(path: pathlib.Path) -> Contents:
@@ -226,7 +236,7 @@ def read_json(text: str, path: str | pathlib.Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} holds damaged JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(

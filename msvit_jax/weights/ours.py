@@ -9,13 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from msvit_jax import config_aliases, paths
-from msvit_jax.errors import UserError
+from msvit_jax import config_aliases, config_rules, paths
+from msvit_jax.errors import UserError, short
 from msvit_jax.models.registry import create_model
 from msvit_jax.weights import files
 
 NAME = "ours"
 KEY = "msvit_jax"  # key of our entry in the file's metadata
+# What a description states besides the model and its pixels.
+_RULES: dict[str, config_rules.Rule] = {
+    "class_names": config_rules.Texts(),
+    "crop": config_rules.RULES["data.eval_crop"],
+    "exif_orientation": config_rules.RULES["data.exif_orientation"],
+}
 
 
 def save(
@@ -51,6 +57,12 @@ def describe(path: str | pathlib.Path) -> dict[str, Any] | None:
     about = files.read_json(text, path)
     if isinstance(about.get("model"), Mapping):
         about |= config_aliases.current({"model": about["model"]})
+    for key, rule in _RULES.items():
+        if about.get(key) is not None and not rule.fits(about[key]):
+            raise UserError(
+                f"{str(path)!r} says {key}={short(about[key])}: {rule.wanted()} expected. Its "
+                "description is damaged, or was written by something else."
+            )
     return about
 
 
