@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +165,7 @@ def test_a_run_made_before_a_key_existed_can_be_resumed(tmp_path):
 
 
 # Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.fault(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("flips", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_flipped_bits_are_found_or_harmless(tmp_path, flips):
@@ -189,6 +192,7 @@ def _read(step):
 
 
 # Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.fault(1)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     _save(tmp_path, {1: 5.0, 2: 4.0})
@@ -199,6 +203,25 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     state, (message,) = checkpoint.Checkpoints(tmp_path).restore_latest(_like())
     assert int(state.step) == 1
     assert re.fullmatch(r"checkpoint 2 is damaged \(.*\); moved to damaged.*, using 1", message)
+
+
+# Reads that were under way when Orbax gave up report to an event loop that is gone.
+@pytest.mark.fault(14)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_is_printed_of_a_damaged_checkpoint_but_its_line(tmp_path):
+    """In a process of its own, as commands read it: Orbax would print tracebacks of its threads."""
+    _save(tmp_path, {1: 5.0, 2: 4.0})
+    _truncate(tmp_path, 2)
+    code = (
+        "import sys; from msvit_jax import checkpoint, errors; checkpoint.quiet_orbax();"
+        "errors.run(lambda _: checkpoint.load_params(sys.argv[1], '2'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Checkpoint 2 in ")
 
 
 def test_a_changed_array_is_named_and_the_weights_are_not_used(tmp_path):
@@ -225,6 +248,7 @@ def test_checkpoints_from_before_there_were_digests_are_read(tmp_path):
     assert set(checkpoint.load_params(tmp_path)) == {"head"}
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("content", ["", "{", '{"top1": 99.0}', '{"top1": null}'])
 def test_a_damaged_score_is_that_of_the_description(tmp_path, content):
     _save(tmp_path, {1: 5.0, 2: 4.0})
@@ -234,6 +258,7 @@ def test_a_damaged_score_is_that_of_the_description(tmp_path, content):
     assert _steps(tmp_path) == [1, 3, 4]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "5", "null", '{"model": 5}', '{"a": ' + "[" * 10**5, "\xff"]
 )
@@ -243,6 +268,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
         checkpoint.load_run(tmp_path)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "\xff"])
 def test_a_damaged_description_is_named(tmp_path, text):
     _save(tmp_path, {1: 5.0})

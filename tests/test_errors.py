@@ -125,6 +125,7 @@ def test_the_traceback_of_an_error_of_the_system_can_be_had():
     assert b"Traceback" in done.stderr
 
 
+@pytest.mark.fault(13)
 def test_a_command_that_is_terminated_cleans_up():
     done = _run(
         "import os, signal\n    try: os.kill(os.getpid(), signal.SIGTERM)\n"

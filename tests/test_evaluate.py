@@ -56,6 +56,17 @@ def test_weights_by_other_names_are_evaluated_like_their_run(dense, tmp_path, ca
     assert {key: figures[key] for key in same} == {key: expected[key] for key in same}
 
 
+@pytest.mark.fault(4)
+def test_weights_whose_answers_are_not_finite_have_no_figures(dense, tmp_path):
+    run, file = checkpoint.load_run(dense), tmp_path / "w.safetensors"
+    theirs = weights.to_theirs("timm", flat_names(run.variables["params"]), run.model)
+    save_file({name: np.float32(1e38) * np.sign(x) for name, x in theirs.items()}, file)
+    config = tmp_path / "config.py"
+    config.write_text("from tests import tiny_run\n\nget_config = tiny_run.config\n")
+    with pytest.raises(UserError, match="The loss is nan, so the other figures mean nothing"):
+        evaluate.evaluate_weights(str(file), str(config))
+
+
 def _expected(run):
     """Figures of an evaluation without batches, padding or jit."""
     batches = data.eval_batches(run.config.data, batch_size=tiny_run.VALIDATION)

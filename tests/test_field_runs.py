@@ -274,6 +274,7 @@ def test_a_workdir_that_is_a_file(tmp_path):
 # Row 81: owners.
 
 
+@pytest.mark.fault(8)
 @pytest.mark.field(81)
 def test_a_second_training_in_a_workdir_is_refused_and_changes_nothing(run):
     before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
@@ -369,6 +370,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.fault(11)
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_leaves_the_last(tmp_path, small_files):
     kept = checkpoint.Checkpoints(tmp_path)
     kept.save(_state(1), 1, {"top1": 1.0})

@@ -134,6 +134,7 @@ def test_lines_at_an_address_are_rewritten_now_and_then(gs, monkeypatch):
     lines.close()
 
 
+@pytest.mark.fault(11)
 def test_a_full_disk_names_the_file(tmp_path):
     file = tmp_path / "m.jsonl"
     file.symlink_to("/dev/full")
@@ -246,6 +247,7 @@ def test_images_at_an_address_are_copied_first(gs, tmp_path, monkeypatch):
         find_files(["http://host/x.jpg"])
 
 
+@pytest.mark.fault(13)
 def test_what_killed_writers_left_is_removed(tmp_path):
     ours, others = paths._temporary_prefix(), f"{paths._TEMPORARY}elsewhere.1."
     dead = ours.replace(f".{os.getpid()}.", ".4194305.")  # above the largest number of a process
@@ -257,6 +259,7 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {f"{ours}a", f"{others}c", "file"}
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("name", ["file.json", "f" * 255])
 def test_a_file_is_there_whole_or_as_it_was(tmp_path, name):
     paths.write_whole(tmp_path / name, "before")

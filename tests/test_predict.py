@@ -174,11 +174,13 @@ def test_answers_are_in_the_file_while_others_are_computed(here, predictor, monk
         assert row["label"] == expected["photos/0.png" if copied else row["file"]]
 
 
+@pytest.mark.fault(12)
 @pytest.mark.field(22)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"pictures": "photos/0.png"}, "--pictures='photos/0.png' is a file"),
+        ({"pictures": "photos"}, "--pictures=photos holds other files"),
         ({"pictures": "/dev/null/x"}, "--pictures='/dev/null' is a file"),
         ({"out": "photos/0.png/a.csv"}, "--out='photos/0.png' is a file"),
         ({"out": "answers.txt"}, r"\.csv or \.jsonl"),

@@ -84,6 +84,7 @@ def _board(folder):
     return [e.step for e in events if e.summary.value]
 
 
+@pytest.mark.fault(9)
 def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(tmp_path):
     for start, steps in ((0, (1, 2, 3, 4, 5)), (3, (4, 5, 6))):
         logger = run_log.Logger(tmp_path, steps=6, start=start, active=True)
@@ -97,6 +98,7 @@ def test_a_resumed_run_has_the_logs_of_an_uninterrupted_one(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+@pytest.mark.fault(9)
 def test_torn_and_damaged_ends_of_logs_are_cut_off(tmp_path):
     logger = run_log.Logger(tmp_path, steps=6, start=0, active=True)
     for step in (1, 2):

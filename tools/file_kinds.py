@@ -259,7 +259,7 @@ def _declared(folder: Folder, **changes: Any) -> None:
     entries = json.loads(header)
     about = json.loads(entries["__metadata__"]["msvit_jax"])
     for key, value in changes.items():
-        (about if key in about else about["model"])[key] = value
+        (about if key in about and key not in ("mean", "std") else about["model"])[key] = value
     entries["__metadata__"]["msvit_jax"] = json.dumps(about)
     file.write_bytes(mutations.join_safetensors(json.dumps(entries).encode(), numbers))
 
@@ -290,6 +290,7 @@ _WRONG = {  # what a description may say of a model that no model has
     "norm_epsilon": (-1.0, float("nan")),
     "std": ([0.0] * 3, [float("nan")] * 3, [1.0]),
     "mean": ([float("inf")] * 3, "0.5"),
+    "threshold": (float("nan"), 2.0),
     "crop": (0, -1, 7, "x", float("nan")),
     "class_names": (5, "abc", [1, 2, 3], [[], {}, None], {"a": 1}),
     "dtype": ("int32", "nothing", 7, "float32\n"),

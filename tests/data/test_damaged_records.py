@@ -41,6 +41,7 @@ def _empty(data):
     return b""
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("damage", [_halve, _blank, _empty])
 @pytest.mark.parametrize("cache", [False, True])
 def test_damaged_records_are_named(copy, damage, cache):
@@ -50,6 +51,7 @@ def test_damaged_records_are_named(copy, damage, cache):
         _read(copy, cache)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("damage", [_halve, _empty])
 def test_a_damaged_description_of_a_data_set_is_named(copy, name, damage):

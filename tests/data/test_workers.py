@@ -38,6 +38,7 @@ def _runs(pid):
         return False
 
 
+@pytest.mark.fault(7)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     script = tmp_path / "trainer.py"
@@ -56,6 +57,7 @@ def test_workers_end_with_a_trainer_that_is_killed(tmp_path):
     pytest.fail("the worker was still there after 30 seconds")
 
 
+@pytest.mark.fault(7)
 def test_a_killed_worker_is_told_in_one_line():
     config = tiny_run.config(data__workers=1).data
     batches = pipeline.train_iterator(config, batch_size=16, seed=0)

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -104,6 +105,30 @@ def test_one_file_answers_batches_of_any_size_as_the_predictor(kind, exported, m
     _check(model(kind).classify(made.images()), expected)
     alone = model(kind).classify(made.images()[3:4])
     np.testing.assert_allclose(alone["logits"][0], expected.logits[3], **CLOSE)
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("name", ["about.json", "model.safetensors", "forward.jaxexport"])
+def test_files_that_changed_after_the_export_are_refused(exported, tmp_path, name):
+    shutil.copytree(exported("plain"), tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    whole = file.read_bytes()
+    if name == "about.json":
+        file.write_bytes(whole.replace(b'"crop": 1.0', b'"crop": 0.5'))
+    else:
+        file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    assert file.read_bytes() != whole
+    with pytest.raises(ValueError, match=f"{name} changed after the export"):
+        Model(tmp_path / "copy")
+
+
+def test_exports_from_before_there_were_digests_are_read(exported, tmp_path):
+    shutil.copytree(exported("plain"), tmp_path / "copy")
+    file = tmp_path / "copy" / "about.json"
+    about = json.loads(file.read_text())
+    del about["sha256"]
+    file.write_text(json.dumps(about))
+    assert Model(tmp_path / "copy").about == about
 
 
 def test_what_does_not_fit_the_budget_is_told(model):

@@ -55,6 +55,7 @@ def _last_line(job, index):
     return job.said(index).strip().splitlines()[-1]
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
@@ -78,6 +79,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_stops_both(start, tmp_path, 
     assert ours.differences(theirs, tolerance=1e-3) == []
 
 
+@pytest.mark.fault(2)
 def test_processes_that_differ_are_refused_with_what_differs(start):
     each = (["--config.seed=3"], [])
     job = start("run", 2, options=LONG, each=each)
@@ -88,6 +90,7 @@ def test_processes_that_differ_are_refused_with_what_differs(start):
         assert "train  step" not in job.said(index)
 
 
+@pytest.mark.fault(10)
 def test_a_process_that_is_killed_ends_the_other_in_one_line(start):
     job = start("run", 2, options=LONG)
     job.wait_for("train  step      1")
@@ -155,6 +158,7 @@ def test_a_checkpoint_of_four_processes_resumes_on_one_and_on_two(start, tmp_pat
     assert two.differences(one, tolerance=1e-5) == []
 
 
+@pytest.mark.fault(9)
 @quiet
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [(1, 12), (2, 8)])
@@ -170,6 +174,7 @@ def test_kills_leave_no_trace(tmp_path, processes, kills):
         killed += max(1, len(moments))
 
 
+@pytest.mark.fault(10)
 def test_addresses_and_indices_that_cannot_be_are_refused_at_once():
     for given, wanted in (
         (("localhost", 2, 0), "host:port is needed"),
@@ -184,6 +189,7 @@ def test_addresses_and_indices_that_cannot_be_are_refused_at_once():
             peers.join(*given, timeout=5)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [

@@ -99,6 +99,7 @@ def test_training_learns_the_colors(tmp_path):
     assert figures["top1"] == 100
 
 
+@pytest.mark.fault(17)
 def test_infinite_loss_names_step_seed_and_last_good_checkpoint(tmp_path):
     config = tiny_run.config(
         optimizer__learning_rate=1e30, optimizer__clip_norm=0.0, checkpoint__every_steps=1
@@ -151,6 +152,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(whole_run, tmp_path, capsys):
     assert (tmp_path / "damaged_checkpoints" / "8").is_dir()
 
 
+@pytest.mark.fault(15)
 def test_a_workdir_that_is_removed_is_noticed(tmp_path, monkeypatch):
     def removed(*arguments, **options):
         for index, batch in enumerate(real(*arguments, **options)):

@@ -46,6 +46,7 @@ def _no_locks(*arguments):
     raise OSError(errno.ENOLCK, "No locks available")
 
 
+@pytest.mark.fault(8)
 def test_the_second_run_is_refused_and_the_first_one_named(tmp_path):
     workdir = tmp_path / "run"
     with owner.hold(workdir):
@@ -141,6 +142,7 @@ def test_an_owner_that_was_taken_for_dead_ends(store, quick, monkeypatch):
         assert lost.wait(timeout=60)
 
 
+@pytest.mark.fault(11)
 def test_a_workdir_that_cannot_be_written_is_said(tmp_path):
     file = tmp_path / "file"
     file.write_text("")

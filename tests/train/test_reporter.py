@@ -69,6 +69,7 @@ def _step(rng):
     return jax.tree.map(jax.numpy.asarray, reporter.StepMetrics(sums=sums, scalars=scalars))
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 10])
 def test_the_pace_is_that_of_the_steps_however_often_it_is_reported(run_for, every):
     reports = dict(run_for(every, 30))

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from msvit_jax import visualize
+from msvit_jax.pictures import sheet
 
 _CAPTION = "label 3 · predicted 8 · 28 of 64 tokens"
 
@@ -68,3 +69,20 @@ def test_a_saved_picture_reads_back_unchanged(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     path = visualize.save(picture, tmp_path / "new" / "folder" / "picture.png")
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture)
+
+
+@pytest.mark.fault(12)
+def test_a_picture_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
+    picture = np.full((8, 8, 3), 9, np.uint8)
+    path = sheet.save(picture, tmp_path / "picture.png")
+    before = path.read_bytes()
+
+    def killed(image, file, **options):
+        with open(file, "wb") as half:
+            half.write(before[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sheet.save(picture, path)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(path.name, before)]

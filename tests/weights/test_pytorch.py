@@ -77,6 +77,7 @@ def test_damaged_and_lying_archives(tmp_path, changes, match):
         files.read(path)
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize(
     ("offset", "shape", "strides"),
     [(0, (7,), (1,)), (5, (2,), (1,)), (0, (3, 3), (0, 1)), (-1, (2,), (1,)), (0, (2,), (1, 1))],
@@ -85,6 +86,22 @@ def test_tensors_that_claim_more_than_their_storage(offset, shape, strides):
     storage = (lambda: bytes(24), np.dtype(np.float32), 24)
     with pytest.raises(ValueError, match=r"claims more|has the shape"):
         pytorch._tensor(storage, offset, shape, strides)
+
+
+@pytest.mark.fault(3)
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_archives_packed_otherwise_hold_the_same_numbers(tmp_path, method):
+    path = torch_save(tmp_path / "w.pth", {"state_dict": arrays()})
+    wanted = files.read(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    found = files.read(path)
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        np.testing.assert_array_equal(found[name], x)
 
 
 def test_views_are_read_as_such():

@@ -199,6 +199,7 @@ def test_what_cannot_be_read_lists_what_the_file_holds(tmp_path):
         weights.read(tmp_path / "r.safetensors", model())
 
 
+@pytest.mark.fault(4)
 @pytest.mark.field(25)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc1.bias", "head.weight"])
