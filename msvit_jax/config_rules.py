@@ -294,6 +294,7 @@ MODEL_RULES: dict[str, Rule] = {
     "std": Numbers(_POSITIVE, 3),
     "dtype": _DTYPE,
 }
+_MOST = 2**31 - 1  # whole numbers of any attribute: no array has a longer axis
 # Types that fields of models have, with the types that values may have.
 _PLAIN: dict[Any, Any] = {
     bool: bool,
@@ -333,6 +334,8 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
         return
     flag = isinstance(value, bool)
     if any(isinstance(value, _PLAIN[kind]) and (not flag or kind is bool) for kind in kinds):
+        if isinstance(value, numbers.Integral) and abs(int(value)) > _MOST:
+            raise UserError(f"{key}={short(value)} is not a valid value: at most {_MOST} expected.")
         return
     names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
     raise UserError(f"{key}={short(value)} is not a valid value: {names} expected.")

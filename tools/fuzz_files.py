@@ -72,8 +72,12 @@ class Acts:
     """Notes what a process opens to write, deletes, starts or connects to while it watches."""
 
     def __init__(self) -> None:
+        import jax
+
         self.seen: list[str] = []
         self._watching = False
+        # JAX's own cache of compiled programs, if there is one.
+        self._cache = jax.config.jax_compilation_cache_dir or os.devnull
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -82,7 +86,8 @@ class Acts:
         if event == "open":
             path, mode, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if (writes or set(str(mode or "")) & set("wax+")) and str(path) != os.devnull:
+            writes = writes or set(str(mode or "")) & set("wax+")
+            if writes and str(path) != os.devnull and not str(path).startswith(self._cache):
                 self.seen.append(f"opens {path!r} to write")
         elif event.startswith(_ACTS) and event not in _HARMLESS:
             self.seen.append(f"{event}{arguments!r}"[:200])
@@ -225,6 +230,7 @@ class Reader:
         if wrong:
             case.outcome = "failed"
             case.said = "; ".join([*wrong, case.said])
+        case.said = case.said.replace(f"{self._scratch}/", "")
         shutil.rmtree(folder)
         return case
 
@@ -354,6 +360,18 @@ def summary(done: list[Case]) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def _json(seed: int, rows: dict[str, dict[str, Any]], done: list[Case]) -> str:
+    """Everything that is known, a line for each kind and case."""
+    lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+    tried = [json.dumps(_rounded(dataclasses.asdict(case))) for case in done]
+    kinds, each = (",\n  ".join(part) for part in (lines, tried))
+    return f'{{"seed": {seed},\n "kinds": {{\n  {kinds}}},\n "cases": [\n  {each}]}}\n'
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
+
+
 def main() -> None:
     """Tries all cases."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -381,8 +399,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:18}" + "  ".join(f"{key} {value}" for key, value in row.items()))
     if given.out:
-        result = {"seed": given.seed, "kinds": rows, "cases": list(map(dataclasses.asdict, done))}
-        pathlib.Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+        pathlib.Path(given.out).write_text(_json(given.seed, rows, done))
     sys.exit(any(case.outcome == "failed" for case in done))
 
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from msvit_jax import checkpoint, config_rules, data, extras, labels, paths, sharding
-from msvit_jax.errors import UserError, describe
+from msvit_jax.errors import UserError, describe, short
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.pixels import normalize
@@ -219,7 +219,7 @@ def _read_fitted(path: pathlib.Path) -> list[dict[str, Any]]:
         return rows
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{str(path)!r} is damaged ({describe(error)}); make it anew with eval.py "
+            f"{str(path)!r} is damaged ({short(describe(error), 200)}); make it anew with eval.py "
             "--budget_curve."
         ) from error
 

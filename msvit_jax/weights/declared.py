@@ -263,6 +263,8 @@ def _transformers(found: Declared, config: Mapping[str, Any]) -> None:
         names = dict(enumerate(names))
     if not isinstance(names, Mapping):
         found.problems.append(f"{CONFIG}: id2label is not a list of names: {names!r}")
+    elif not all(isinstance(name, str | int | float) for name in names.values()):
+        found.problems.append(f"{CONFIG}: id2label holds something else than names")
     elif any(str(v) != f"LABEL_{k}" for k, v in names.items()):
         order = sorted(names, key=_as_number)
         if list(map(_as_number, order)) != list(range(len(order))):

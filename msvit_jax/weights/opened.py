@@ -40,9 +40,8 @@ class OpenedSource:
     def check(self, model: Any, keys: Sequence[str]) -> None:
         """Raises UserError if no model of ours can express the source's, or `model` differs."""
         if self.declared.problems:
-            raise UserError(
-                f"{self.path!r} cannot be followed: {'; '.join(self.declared.problems)}."
-            )
+            problems = "; ".join(self.declared.problems).rstrip(".")
+            raise UserError(f"{self.path!r} cannot be followed: {problems}.")
         seen = SEEN[self.format](self.arrays) if self.format in SEEN else {}
         if not seen.get("num_classes"):
             seen.pop("num_classes", None)  # a missing head is reported elsewhere
@@ -109,6 +108,7 @@ def open_source(source: str | pathlib.Path) -> OpenedSource:
     file, path = file_of(source), str(source)
     if file is not None:
         contents = files.read_contents(file)
+        ours.check_unchanged(file, contents.arrays)
         said = declared.of_file(file, contents)
         return from_contents(contents, path, said, ours.describe(file) or {})
     if not paths.parse(source).exists():

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from msvit_jax import config_aliases, config_rules, paths
+from msvit_jax import config_aliases, config_rules, digests, paths
 from msvit_jax.errors import UserError, short
 from msvit_jax.models.registry import create_model
 from msvit_jax.weights import files
 
 NAME = "ours"
 KEY = "msvit_jax"  # key of our entry in the file's metadata
+_DIGESTS = "msvit_jax_digests"  # key of the digests of all arrays
 # What a description states besides the model and its pixels.
 _RULES: dict[str, config_rules.Rule] = {
     "class_names": config_rules.Texts(),
@@ -39,7 +40,24 @@ def save(
     path = paths.parse(path)
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
     with paths.whole(path) as part:
-        save_file(arrays, part, metadata={KEY: json.dumps(about)})
+        found = {KEY: json.dumps(about), _DIGESTS: json.dumps(digests.of_tree(arrays))}
+        save_file(arrays, part, metadata=found)
+
+
+def check_unchanged(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Raises UserError unless a file's arrays are those that `save` wrote; other files pass."""
+    path = paths.fetch(path)
+    text = None if path.suffix != ".safetensors" else files.read_metadata(path).get(_DIGESTS)
+    if text is None:
+        return
+    saved, found = files.read_json(text, path), digests.of_tree(dict(arrays))
+    changed = [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UserError(
+            f"{str(path)!r} is damaged: {changed[0]}{more} changed after it was saved. Copy it or "
+            "export it anew."
+        )
 
 
 def describe(path: str | pathlib.Path) -> dict[str, Any] | None:

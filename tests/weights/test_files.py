@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from msvit_jax import weights
+from msvit_jax import create_model, weights
 from msvit_jax.errors import UserError
+from msvit_jax.export import write
 from msvit_jax.weights import files
+from tests.export import made
 
 FORTY_GB = 40 * 2**30
 
@@ -146,6 +148,19 @@ def test_half_precision_becomes_float32(tmp_path):
         for name, x in rounded.items():
             assert found[name].dtype == np.float32
             np.testing.assert_array_equal(found[name], x.astype(np.float32))
+
+
+def test_our_own_files_notice_numbers_that_changed(tmp_path):
+    path = tmp_path / "w.safetensors"
+    model = create_model("vit_tiny_patch16_224", **made.SIZES)
+    write(made.source("vit_tiny_patch16_224"), "safetensors", path)
+    wanted = made.source("vit_tiny_patch16_224").params
+    found = weights.read(path, model)
+    assert found.keys() == wanted.keys()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100] + bytes(4) + whole[-96:])
+    with pytest.raises(UserError, match=r"is damaged: \S+ changed after it was saved"):
+        weights.read(path, model)
 
 
 def test_a_damaged_description_is_told(tmp_path):
