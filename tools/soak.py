@@ -5,7 +5,8 @@
 A tiny mixed-scale run with two input workers evaluates, saves checkpoints and writes all its logs;
 then four threads share a Predictor. Memory, open files, threads and child processes are sampled
 meanwhile. After a quarter, in which programs are compiled, they have to stay as they are: open
-files, threads and children in number, memory within 5 %.
+files, threads and children in number, memory within 5 %. Saving a checkpoint takes some of each for a
+moment, so the numbers are those that nine of ten samples reach: what is never given back adds to them.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-EVERY = 0.5  # seconds between samples
+EVERY = 0.1  # seconds between samples
 THREADS = 4
 GROWTH = 1.05  # largest ratio of memory in the last quarter to that in the second
 COUNTED = ("files", "threads", "children")
@@ -72,7 +73,7 @@ def sampled(progress: Callable[[], float]) -> Iterator[list[dict[str, float]]]:
 
 
 def quarters(samples: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Summarizes samples by quarters of the work: mean memory, and the usual number of others."""
+    """Summarizes samples by quarters of the work: mean memory, and the lasting number of others."""
     rows = []
     for quarter in range(4):
         own = [s for s in samples if quarter / 4 <= s["done"] < (quarter + 1) / 4]
@@ -80,7 +81,7 @@ def quarters(samples: list[dict[str, float]]) -> list[dict[str, float]]:
             {
                 "samples": len(own),
                 "megabytes": round(float(np.mean([s["megabytes"] for s in own])), 1),
-                **{name: float(np.median([s[name] for s in own])) for name in COUNTED},
+                **{name: float(np.percentile([s[name] for s in own], 10)) for name in COUNTED},
             }
         )
     return rows
@@ -89,7 +90,7 @@ def quarters(samples: list[dict[str, float]]) -> list[dict[str, float]]:
 def grown(rows: list[dict[str, float]]) -> list[str]:
     """Names what grew from the second quarter to the last."""
     before, after = rows[1], rows[-1]
-    found = [name for name in COUNTED if after[name] > before[name]]
+    found = [name for name in COUNTED if after[name] > before[name] + 0.5]
     if after["megabytes"] > GROWTH * before["megabytes"]:
         found.append("megabytes")
     return found
