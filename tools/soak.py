@@ -5,8 +5,9 @@
 A tiny mixed-scale run with two input workers evaluates, saves checkpoints and writes all its logs;
 then four threads share a Predictor. Memory, open files, threads and child processes are sampled
 meanwhile. After a quarter, in which programs are compiled, they have to stay as they are: open
-files, threads and children in number, memory within 5 %. Saving a checkpoint takes some of each for a
-moment, so the numbers are those that nine of ten samples reach: what is never given back adds to them.
+files, threads and children in number, memory within 5 %. A checkpoint takes some of each for a
+moment, so the numbers are those that nine of ten samples reach; what is never given back adds to
+them.
 """
 
 import argparse
