@@ -111,7 +111,7 @@ def train(workdir: pathlib.Path, steps: int) -> list[dict[str, float]]:
         epochs=epochs,
         steps=steps,
         eval_every_epochs=epochs / 20,
-        checkpoint__every_steps=25,
+        checkpoint__every_steps=50,
         log_every_steps=10,
         optimizer__learning_rate=1e-4,
     )
