@@ -86,7 +86,9 @@ def _exits(results: Mapping[str, Mapping[str, Figures]], names: Sequence[str]) -
         curves = [f["curve"] for f in results[name].values() if "curve" in f]
         for first in curves[0]:
             if first["kind"] != "geometric":
-                kind = first["kind"] if first["budget"] is None else f"at most {first['budget']:.3f}"
+                kind = (
+                    first["kind"] if first["budget"] is None else f"at most {first['budget']:.3f}"
+                )
                 same = [
                     r
                     for c in curves

@@ -36,11 +36,11 @@ COUNTED = ("files", "threads", "children")
 def sample() -> dict[str, float]:
     """What this process and its children hold now; memory in MB."""
     own = pathlib.Path("/proc/self")
-    children = [
-        pathlib.Path("/proc", number)
-        for task in (own / "task").iterdir()
-        for number in (task / "children").read_text().split()
-    ]
+    children: list[pathlib.Path] = []
+    for task in (own / "task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            numbers = (task / "children").read_text().split()
+            children += [pathlib.Path("/proc", number) for number in numbers]
     memory = 0.0
     for process in (own, *children):
         with contextlib.suppress(OSError):  # it has ended meanwhile
