@@ -11,8 +11,7 @@ and from it, for two epochs more:
 * dense, longer
 * MSViT: configs/digits_msvit_segmenter.py, about half of the tokens
 * lower resolution: images of 56 px (49 tokens), answers at their own 64
-* mergence, ToMe: as many MACs as MSViT or a little less, merged patches put back as copies of what
-  they became
+* mergence, ToMe: about as many MACs as MSViT, merged patches put back as copies of what they became
 * the same, "own features": put back with `model.unmerge="residual"`
 
 All are judged after their last step, at the images' own size. Writes docs/results/masks.md and

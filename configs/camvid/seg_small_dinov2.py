@@ -7,8 +7,8 @@
 WEIGHTS is a DINOv2 ViT-S/14 in any format that the library reads. Images of 360 x 480 px are
 enlarged by a hundredth and looked at in two windows of 364 px: 26 x 26 patches each.
 Cost: two minutes on an H200 that other runs shared, days on a laptop.
-Expect: mIoU 64.1 % on test, 72.2 % on val, without photometric distortion and with the training split
-on the device (docs/results/camvid.md).
+Expect: mIoU 64.1 % on test, 72.2 % on val, without photometric distortion and with the training
+split on the device (docs/results/camvid.md).
 """
 
 from ml_collections import config_dict

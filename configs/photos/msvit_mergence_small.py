@@ -7,7 +7,8 @@
 Fine-tuned from photos/vit_small.py. Half of the regions fine (40 tokens), 70 % of the tokens stay
 in each of layers 4, 7 and 10.
 Cost: as photos/vit_small.py, after it.
-Expect: 94.1 % at half of dense's MACs after eight epochs in batches of 128 (docs/results/photos.md).
+Expect: 94.1 % at half of dense's MACs after eight epochs in batches of 128
+(docs/results/photos.md).
 """
 
 from ml_collections import config_dict
