@@ -1,18 +1,23 @@
 """Placement of arrays on devices, decided here alone: a mesh with axes `data` and `fsdp`.
 
 The batch is cut over both axes. Parameters and optimizer state are copied along `data` and cut
-along `fsdp`, each at its largest axis that divides evenly.
+along `fsdp`, each at its largest axis that divides evenly. Where devices lie in several slices of a
+TPU, `data` is the axis that crosses the slow network between them, and `fsdp` stays within a slice.
 """
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from msvit_jax.errors import UserError
+from msvit_jax.tree import flat_names
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -26,7 +31,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
       devices: Devices to use; None for all devices of all processes.
 
     Raises:
-      UserError: The axes do not multiply to the number of devices.
+      UserError: The axes do not multiply to the number of devices, or cut parameters across slices.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
@@ -40,7 +45,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             "set one of the two to -1, and the other to a divisor of that number."
         )
     auto = (AxisType.Auto,) * 2
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return Mesh(across_slices(devices, slices, data, fsdp), BATCH_AXES, axis_types=auto)
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=auto, devices=devices)
+
+
+def across_slices(devices: Sequence[Any], slices: int, data: int, fsdp: int) -> np.ndarray:
+    """Arranges devices of several slices as [data, fsdp], each slice in rows of its own.
+
+    Raises:
+      UserError: A row would need devices of two slices.
+    """
+    if data % slices:
+        raise UserError(
+            f"mesh.fsdp={fsdp} cuts parameters across the {slices} slices there are, over the slow "
+            f"network between them; take a divisor of the {len(devices) // slices} devices of one."
+        )
+    within = (data // slices, fsdp)
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1), devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -70,6 +93,40 @@ def _spec(shape: tuple[int, ...], mesh: Mesh) -> P:
         return P()
     largest = max(divisible, key=lambda axis: shape[axis])
     return P(*(None,) * largest, "fsdp")
+
+
+def describe(state: Any, params: Any) -> list[str]:
+    """Describes how a state is cut: its bytes on a device, and the parameters if any are cut.
+
+    Args:
+      state: Arrays or shapes of all that training holds, with shardings of `tree_sharding`.
+      params: The parameters among them. Those that differ in a number alone, such as that of a
+        layer, share a line.
+    """
+    total = f"state: {_megabytes(jax.tree.leaves(state))} on each device"
+    kinds: dict[tuple[str, Any, Any], list[Any]] = {}
+    for name, leaf in flat_names(params).items():
+        kind = re.sub(r"\d+", "*", name), leaf.shape, leaf.sharding.spec
+        kinds.setdefault(kind, []).append(leaf)
+    if all(spec == P() for *_, spec in kinds):
+        return [f"{total}, copied"]
+    lines = [f"{total}; parameters:"]
+    for (name, shape, spec), leaves in kinds.items():
+        cut = f"axis {spec.index('fsdp')} cut" if "fsdp" in spec else "copied"
+        lines.append(
+            f"  {name}: {len(leaves)} x {list(shape)}, {cut}, {_megabytes(leaves)} on each device"
+        )
+    return lines
+
+
+def _device_bytes(leaf: Any) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    dtype = leaf.dtype
+    return math.prod(shape) * (dtype.itemsize if isinstance(dtype, np.dtype) else 8)  # a key
+
+
+def _megabytes(leaves: Iterable[Any]) -> str:
+    return f"{sum(map(_device_bytes, leaves)) / 1e6:.3g} MB"
 
 
 def check_batch(

@@ -338,6 +338,7 @@ class _Run:
             f"{devices} ({axes}), {jax.process_count()} process(es), batch {config.batch_size}, "
             f"{self.run_length.steps:,} steps = {epochs:.4g} epochs, "
             f"compute in {config.dtype}",
+            *sharding.describe(self.program.abstract_state, self.program.abstract_state.params),
         ]
 
 
