@@ -5,6 +5,7 @@
 Every run is a tiny mixed-scale model on four CPU devices. It is killed (kill -9, one or all of its
 processes) and started again with the same command until it ends by itself, and must then have the
 parameters, the lines of metrics.jsonl and the TensorBoard events of the run that nobody disturbed.
+With --out the result is written after every run, and the same command goes on from there.
 """
 
 import argparse
@@ -236,7 +237,10 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file for the result")
     given = parser.parse_args()
     counts = [int(text) for text in given.processes.split(",")]
-    dice, runs, killed = random.Random(given.seed), [], 0
+    out = pathlib.Path(given.out) if given.out else None
+    runs = json.loads(out.read_text())["each"] if out and out.exists() else []
+    dice = random.Random(f"{given.seed} {len(runs)}")
+    killed = sum(len(run["kills"]) for run in runs)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         whole = {}
@@ -253,11 +257,12 @@ def main() -> None:
             runs.append({"processes": count, "kills": moments, "differences": differ[:20]})
             print(f"{killed} kills, run {len(runs)}: {'; '.join(moments)}: {differ[:3] or 'same'}")
             sys.stdout.flush()
+            if out:
+                same = sum(not run["differences"] for run in runs)
+                result = {"kills": killed, "runs": len(runs), "same": same, "each": runs}
+                out.write_text(json.dumps(result, indent=1) + "\n")
     good = sum(not run["differences"] for run in runs)
     print(f"{good} of {len(runs)} runs, {killed} kills: as the run that nobody disturbed")
-    if given.out:
-        result = {"kills": killed, "runs": len(runs), "same": good, "each": runs}
-        pathlib.Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(good != len(runs))
 
 
