@@ -4,8 +4,8 @@
 
 Starts from scratch; --config.init_from=runs/digits_vit starts from a classifier.
 Cost: 4 epochs, 3 to 5 minutes on one CPU core.
-Expect: mIoU of digit and background 81.3 %, 81.9 % after two epochs more at 1e-3; with merging at 0.7
-of the MACs 81.8 % (docs/results/masks.md).
+Expect: mIoU of digit and background 81.3 %, 81.9 % after two epochs more at 1e-3; with merging at
+0.7 of the MACs 81.8 % (docs/results/masks.md).
 """
 
 from ml_collections import config_dict

@@ -12,7 +12,7 @@ and from it, for two epochs more:
 * MSViT: configs/digits_msvit_segmenter.py, about half of the tokens
 * lower resolution: images of 56 px (49 tokens), answers at their own 64
 * mergence, ToMe: about as many MACs as MSViT, merged patches put back as copies of what they became
-* the same, "own features": put back with `model.unmerge="residual"`
+* "own features": MSViT, mergence and ToMe with `model.unmerge="residual"`
 
 All are judged after their last step, at the images' own size. Writes docs/results/masks.md and
 masks.json. What is done already is not done again. Cost: an hour and a half on one CPU core.
@@ -35,6 +35,7 @@ OWN = {"model.unmerge": "residual"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense, longer": ("digits_segmenter", TUNED),
     "MSViT": ("digits_msvit_segmenter", {}),
+    "MSViT, own features": ("digits_msvit_segmenter", OWN),
     "lower resolution": (
         "digits_segmenter",
         {**TUNED, "model.image_size": 56, "data.image_size": 56, "data.short_side": 56},

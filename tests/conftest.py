@@ -1,5 +1,6 @@
 """Strict settings for every test: sloppy dtypes, silent rank promotion and warnings fail."""
 
+import gc
 import os
 import pathlib
 
@@ -19,6 +20,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
 import jaxtyping
+import pytest
 
 # The shapes in these modules' signatures are checked in every call that a test makes.
 jaxtyping.install_import_hook(
@@ -40,3 +42,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first example slow; a deadline would time the compiler.
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
 hypothesis.settings.load_profile("default")
+
+_MAPS = pathlib.Path("/proc/self/maps")  # Linux alone has it
+_MOST_MAPS = 20_000  # of 65,530 that Linux gives a process; one file of tests adds as many
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Drops compiled programs before there are too many: each takes some 200 memory maps.
+
+    Where no more can be had, the compiler ends the process with a segmentation fault.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

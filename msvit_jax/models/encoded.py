@@ -10,15 +10,15 @@ from msvit_jax.reducers import base as reducing
 
 @struct.dataclass
 class Encoded:
-    """Tokens after the blocks and the last norm.
+    """Tokens after the blocks and, where that was asked for, the last norm.
 
     Attributes:
       tokens: [B, N, D] tokens, fewer than went in if layers reduced them.
       state: Reduction state of the tokens; None if no layer reduces them.
       targets: Tuple with, for each reduction, [B, N] int32: index of the input token that each
         input token was merged into, its own if it was not merged; -1 if it was dropped.
-      unmerged: [B, N0, D], input tokens un-merged to features of their own, after the last norm;
-        None where un-merging copies.
+      unmerged: [B, N0, D], input tokens un-merged to features of their own, likewise; None where
+        un-merging copies.
     """
 
     tokens: Array

@@ -302,10 +302,15 @@ class MSViT(BackboneMixin, nn.Module):
                 room = runs.room.reshape(-1) - lengths
                 carried = self._alternatives(decisions, room)
                 coarse = gates.scaled_gradient(coarse, self.gate_gradient * carried)
-        tokens, weights, areas = self._tokens(images, coarse, both)
+        embedded = self.embed_scales(images)
+        tokens, weights, areas = self._tokens(embedded, coarse, both)
+        # What a coarse region's cells have beyond its token is added before the last norm.
+        fine, of_region = embedded
+        own = fine - of_region[:, :, None] if vit.keeps_own_features else None
         merge_positions, within_capacity = None, None
         if runs is None:
-            encoded = vit.forward_features(tokens, train=train, mask=Mask(weights=weights))
+            mask = Mask(weights=weights)
+            encoded = vit.forward_features(tokens, train=train, mask=mask, normalize=own is None)
             merge_positions = patch_positions(encoded, vit.prefix_length)
             x = encoded.unmerge() if self._all_tokens else encoded.tokens
             alive, merge_targets = encoded.alive, encoded.targets
@@ -319,7 +324,8 @@ class MSViT(BackboneMixin, nn.Module):
         merge_targets = tuple(jnp.where(active, target, -1) for target in merge_targets)
         if alive is not None and vit.pool == "mean":
             areas = areas * alive[:, vit.prefix_length :].astype(areas.dtype)
-        class_logits, distilled = vit.forward_head(x, train=train, areas=areas)
+        normed = x if own is None else vit.norm(x)
+        class_logits, distilled = vit.forward_head(normed, train=train, areas=areas)
         counts = jnp.round(weights.sum(axis=1)).astype(jnp.int32) - vit.prefix_length
         return Output(
             logits=_only_fitting(class_logits, within_capacity),
@@ -332,7 +338,7 @@ class MSViT(BackboneMixin, nn.Module):
             # Where tokens of both scales are carried, token indices are not slot indices.
             merge_positions=None if both else merge_positions,
             merge_targets=None if both else patch_targets(merge_targets, vit.prefix_length),
-            features=self._features(x, coarse, images, within_capacity, both, alive),
+            features=self._features(x, normed, own, coarse, images, within_capacity, both, alive),
         )
 
     @property
@@ -343,6 +349,8 @@ class MSViT(BackboneMixin, nn.Module):
     def _features(
         self,
         x: Array,
+        normed: Array,
+        own: Array | None,
         coarse: Array,
         images: Array,
         within_capacity: Array | None,
@@ -361,7 +369,12 @@ class MSViT(BackboneMixin, nn.Module):
             patches = grid.both_to_map(tokens, coarse, region_grid)
         else:
             patches = grid.slots_to_map(tokens, coarse, region_grid)
-        token = _only_fitting(x[:, 0], within_capacity) if self.backbone.class_token else None
+        if own is not None:
+            gained = grid.from_regions(
+                coarse[:, :, None, None].astype(own.dtype) * own, region_grid
+            )
+            patches = self.backbone.norm(patches + gained)
+        token = _only_fitting(normed[:, 0], within_capacity) if self.backbone.class_token else None
         if within_capacity is not None:
             patches = jnp.where(within_capacity[:, None, None, None], patches, jnp.nan)
         return Features(patches, token)
@@ -385,9 +398,11 @@ class MSViT(BackboneMixin, nn.Module):
         """Returns regions' gradient factors, 0 where the other scale's tokens find no room."""
         return alternatives.nearest(decisions.coarse, decisions.slope, room)
 
-    def _tokens(self, images: Array, coarse: Array, both: bool) -> tuple[Array, Array, Array]:
+    def _tokens(
+        self, embedded: tuple[Array, Array], coarse: Array, both: bool
+    ) -> tuple[Array, Array, Array]:
         """Returns prefix and patch tokens [B, P + N, D], weights [B, P + N] and areas [B, N]."""
-        fine, of_region = self.embed_scales(images)
+        fine, of_region = embedded
         if both:
             x, weights = grid.both_scales(fine, of_region), grid.both_weights(coarse)
             areas = grid.both_areas(coarse)
@@ -422,7 +437,10 @@ class MSViT(BackboneMixin, nn.Module):
             gated = {"weights": weights, "extra": extra}
         shortest = prefix + self.num_regions
         packed = layouts.pack(tokens, active, layout, runs, shortest=shortest, **gated)
-        encoded = self.backbone.forward_features(packed.tokens, train=train, mask=packed.mask)
+        normalize = not self.backbone.keeps_own_features
+        encoded = self.backbone.forward_features(
+            packed.tokens, train=train, mask=packed.mask, normalize=normalize
+        )
         needed = None if self._all_tokens else prefix
         alive = encoded.alive
         if alive is not None:

@@ -200,9 +200,9 @@ class Segmenter(BackboneMixin, nn.Module):
                 f"width={self.backbone.width} is not divisible by decoder_heads={self._heads}."
             )
         vit = self.backbone
-        if self.decode == "mixed" and vit.reductions and vit.unmerge != "copy":
+        if self.decode == "mixed" and vit.unmerge != "copy":
             raise ValueError(
-                "decode='mixed' gives patches that were merged the same answer; with "
+                "decode='mixed' gives patches that share a token the same answer; with "
                 "unmerge='residual' each has features of its own. Use decode='dense', or "
                 "unmerge='copy'."
             )

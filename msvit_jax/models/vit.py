@@ -83,9 +83,10 @@ class ViT(ModelDefaults, nn.Module):
       keep: Share of the patch tokens that such a layer keeps, for all or for each of them.
       remove: Number of patch tokens that such a layer merges instead ("tome"), for all or for each.
       reducer_options: Other attributes of the reducer, by name.
-      unmerge: What a patch that was merged or dropped has in the features of a model without a
-        head: "copy" (the token that it became part of; zeros if dropped) or "residual" (its own
-        features from before, plus what later layers added to that token).
+      unmerge: What a patch that was merged or dropped, or whose region is coarse, has in the
+        features of a model without a head: "copy" (the token that it became part of; zeros if
+        dropped) or "residual" (its own features from before, plus what later layers added to that
+        token).
       mean: Mean of the pixels that images are normalized with, on the scale of 0 to 1.
       std: Standard deviation of the pixels that images are normalized with, on the scale of 0 to 1.
     """
@@ -318,6 +319,7 @@ class ViT(ModelDefaults, nn.Module):
         train: bool,
         mask: Mask | None = None,
         size: tuple[int, int] | None = None,
+        normalize: bool = True,
     ) -> Encoded:
         """Runs all blocks and the last norm.
 
@@ -327,12 +329,13 @@ class ViT(ModelDefaults, nn.Module):
           mask: Attention mask, which also tells the images of a row apart; None if a row is one
             image and all its tokens count.
           size: (h, w) of the patches if they are a whole grid in reading order behind the prefix.
+          normalize: Whether the last norm is applied, or left to the caller.
         """
+        last = self.norm if normalize else lambda x: x
         rates = self.drop_rates(train=train)
         if self.scan_layers:
-            return Encoded(self.norm(self._scan_blocks(x, mask, rates)))
-        specs = self.reductions
-        residual = self.unmerge == "residual" and not self.num_classes
+            return Encoded(last(self._scan_blocks(x, mask, rates)))
+        specs, residual = self.reductions, self.keeps_own_features
         state = reduction.start(x, specs, size, residual=residual) if specs else None
         targets: list[Array] = []
         for layer, block in enumerate(self.blocks):
@@ -342,8 +345,13 @@ class ViT(ModelDefaults, nn.Module):
                 targets.append(state.targets)
             else:
                 x = block(x, rate, mask)
-        unmerged = self.norm(state.unmerge(x)) if state is not None and residual else None
-        return Encoded(self.norm(x), state, tuple(targets), unmerged)
+        unmerged = last(state.unmerge(x)) if state is not None and residual else None
+        return Encoded(last(x), state, tuple(targets), unmerged)
+
+    @property
+    def keeps_own_features(self) -> bool:
+        """Whether patches that share a token have features of their own in the answer."""
+        return self.unmerge == "residual" and not self.num_classes
 
     def drop_rates(self, *, train: bool) -> Array | None:
         """Stochastic depth's rate in each block, [depth]; None if it is off."""

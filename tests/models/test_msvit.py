@@ -322,7 +322,7 @@ def test_macs_fall_with_the_tokens():
     [
         ({"image_size": 40}, "coarse patch of 16 px"),
         ({"gate": "magic"}, "not one of mlp"),
-        ({"fine_share": 1.5}, "between 0 and 1"),
+        ({"fine_share": 1.5}, "at least 0 and at most 1"),
         ({"coarse_embedding": "none"}, "not one of shared, mean, separate"),
     ],
 )

@@ -138,11 +138,11 @@ def test_cells_that_share_a_token_have_the_same_logits(reducer):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("reducer", ["none", "mergence", "mergence, residual"])
+@pytest.mark.parametrize("reducer", ["none", "residual", "mergence", "mergence, residual"])
 def test_layouts_agree(layout, reducer):
-    reduced = {"reducer": "mergence", "reduce_layers": (1,)} if reducer != "none" else {}
+    reduced = {"reducer": "mergence", "reduce_layers": (1,)} if "mergence" in reducer else {}
     if "residual" in reducer:
-        reduced |= {"reduce_layers": (1, 2), "unmerge": "residual"}
+        reduced |= {"unmerge": "residual"} | ({"reduce_layers": (1, 2)} if reduced else {})
     model = create("msvit", "mask", gate_bias=0.0, **reduced)
     expected = jitted.apply(model, variables(model), images())
     assert len(np.unique(expected.tokens)) > 1

@@ -67,6 +67,42 @@ def test_a_last_layer_that_keeps_its_tokens_changes_nothing(reducer):
     np.testing.assert_allclose(found.patches, expected.patches, rtol=1e-5, atol=1e-5)
 
 
+def test_a_coarse_regions_cells_have_what_its_token_gained():
+    """Beside each coarse cell's own embedding; every step of it written out."""
+    options = {"image_size": 32, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}
+    model = msvit_jax.create_model("msvit", num_classes=0, unmerge="residual", **options)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 32, 32, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    coarse = rng.integers(0, 2, (3, 16)).astype(np.float32)
+    found = jitted.apply(model, variables, images, coarse=coarse).features
+
+    bound = model.bind(variables)
+    fine, of_region = map(np.asarray, bound.embed_scales(images))
+    vit = bound.backbone
+    for image in range(3):
+        whole = [r for r in range(16) if coarse[image, r]]
+        rows = [of_region[image, r] for r in whole]
+        rows += [x for r in range(16) if not coarse[image, r] for x in fine[image, r]]
+        x = vit.with_prefix(np.stack(rows)[None])
+        for block in vit.blocks:
+            x = block(x, None, None)
+        after = iter(np.asarray(x)[0, vit.prefix_length :])
+        cells = np.zeros((16, 4, 16), np.float32)
+        for r in whole:
+            cells[r] = next(after) + fine[image, r] - of_region[image, r]
+        for r in range(16):
+            for cell in range(4) if r not in whole else ():
+                cells[r, cell] = next(after)
+        expected = np.zeros((8, 8, 16), np.float32)
+        for r, cell in np.ndindex(16, 4):
+            expected[2 * (r // 4) + cell // 2, 2 * (r % 4) + cell % 2] = cells[r, cell]
+        expected = normalized(expected.astype(np.float64), variables["params"]["backbone"]["norm"])
+        np.testing.assert_allclose(found.patches[image], expected, rtol=1e-4, atol=1e-4)
+        token = normalized(np.asarray(x, np.float64)[0, 0], variables["params"]["backbone"]["norm"])
+        np.testing.assert_allclose(found.class_token[image], token, rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_classifier_answers_does_not_depend_on_it():
     options = {"reducer": "mergence", "pool": "mean", "keep": 0.6}
     model, variables, images = make(DENSE, **options)
