@@ -95,7 +95,8 @@ def page(done: dict[str, Any]) -> str:
         hours = ""
         if (name := model.partition(",")[0]) in RECIPES:
             chip_hours = RECIPES[name] / BATCH / 3.6e6
-            hours = f"{chip_hours * limits['products']:,.0f} / {chip_hours * limits['memory']:,.0f}"
+            rates = [chip_hours * limits[kind] for kind in ("products", "memory")]
+            hours = " / ".join(f"{x:.1f}" if x < 10 else f"{x:,.0f}" for x in rates)
         milliseconds = f"{limits['products']:.1f} / {limits['memory']:.1f}"
         links = f"{limits['links_share']:.1%}"
         memory = f"{record['memory_gib']:.2f}"
@@ -112,6 +113,8 @@ def page(done: dict[str, Any]) -> str:
     if largest:
         parts.append("## The largest batch on v5e:2x2, within an eighth")
         parts.append(markdown(["model", "images", "GiB a chip"], largest))
+    if left := [run for run in RUNS + LARGEST if run not in done]:
+        parts.append(f"Not compiled yet: {'; '.join(left)}.")
     return "\n\n".join(parts) + "\n"
 
 
