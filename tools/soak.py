@@ -91,10 +91,7 @@ def quarters(samples: list[dict[str, float]]) -> list[dict[str, float]]:
 def grown(rows: list[dict[str, float]]) -> list[str]:
     """Names what grew from the second quarter to the last."""
     before, after = rows[1], rows[-1]
-    found = [name for name in COUNTED if after[name] > before[name] + 0.5]
-    if after["megabytes"] > GROWTH * before["megabytes"]:
-        found.append("megabytes")
-    return found
+    return [name for name in (*COUNTED, "megabytes") if after[name] > GROWTH * before[name]]
 
 
 def train(workdir: pathlib.Path, steps: int) -> list[dict[str, float]]:
