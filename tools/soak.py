@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 EVERY = 0.1  # seconds between samples
 THREADS = 4
-GROWTH = 1.05  # largest ratio of memory in the last quarter to that in the second
+GROWTH = 1.05  # largest ratio of a count in the last quarter to that in the second
 COUNTED = ("files", "threads", "children")
 
 
