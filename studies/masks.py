@@ -34,7 +34,7 @@ TOME = {"model.reducer": "tome", "model.remove": 12}  # 16 of 64 tokens are left
 OWN = {"model.unmerge": "residual"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense, longer": ("digits_segmenter", TUNED),
-    "MSViT": ("digits_msvit_segmenter", {}),
+    "MSViT": ("digits_msvit_segmenter", {"model.unmerge": "copy"}),
     "MSViT, own features": ("digits_msvit_segmenter", OWN),
     "lower resolution": (
         "digits_segmenter",
