@@ -362,7 +362,8 @@ def main(argv: Sequence[str], study: Study, run_arm: Callable[[str, int], Figure
     if not ARM.value:
         _run_all(study)
         return
-    begun = time.perf_counter()
+    begun, result = time.perf_counter(), _result_file(study, ARM.value, SEED.value)
+    result.parent.mkdir(parents=True, exist_ok=True)  # before anything that takes long
     figures = run_arm(ARM.value, SEED.value)
     figures["seconds"] = time.perf_counter() - begun
-    _result_file(study, ARM.value, SEED.value).write_text(json.dumps(figures))
+    result.write_text(json.dumps(figures))
