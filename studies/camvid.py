@@ -153,9 +153,8 @@ def start_with_gate(arm: Arm, seed: int) -> str:
     config = STUDY.resolved(arm, seed)
     model = configs.build_model(config)
     dense = STUDY.workdir("dense", seed)
-    both = dict(gate_of(_GATE.value))
-    for name, leaf in tree.flat_names(checkpoint.load_params(dense, "latest")).items():
-        both[name if name.startswith("decoder/") else f"backbone/{name}"] = np.asarray(leaf)
+    plain = tree.flat_names(checkpoint.load_params(dense, "latest"))
+    both = arms.beside(plain, gate_of(_GATE.value))
     params, report = adapt.params_for(model, both)  # refuses to start any part fresh
     if report.unused:
         raise errors.UserError(f"The model has no place for {', '.join(report.unused)}.")

@@ -140,9 +140,8 @@ STUDY = arms.Study(
 
 def with_gate(dense: str, arm: str, file: pathlib.Path) -> pathlib.Path:
     """Writes a dense model's weights and the gate of another arm's first seed to one file."""
-    backbone = tree.flat_names(checkpoint.load_params(dense, "latest"))
-    arrays = {f"backbone/{name}": np.asarray(x, np.float32) for name, x in backbone.items()}
-    np.savez(file, **arrays, **arms.load_gate(gate_file(arm, STUDY.seeds()[0])))
+    plain = tree.flat_names(checkpoint.load_params(dense, "latest"))
+    np.savez(file, **arms.beside(plain, arms.load_gate(gate_file(arm, STUDY.seeds()[0]))))
     return file
 
 
@@ -194,7 +193,7 @@ def judge_untrained(seed: int) -> Figures:
         fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
         weights: dict[str, np.ndarray] = dict(source)
         if gate:  # names beside a backbone; a plain model's alone would be moved below it
-            weights = {f"backbone/{name}": x for name, x in source.items()} | dict(gate)
+            weights = arms.beside(source, gate)
         taken, report = adapt.adapt_weights(weights, fresh)
         assert not report.unused, report.unused
         params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh)
