@@ -33,7 +33,8 @@ def draw(
     size = np.asarray((height, width))
     factors = np.full(batch, 1.0 if config.short_side is None else config.short_side / size.min())
     if config.scale_range is not None:
-        factors *= rng.uniform(*config.scale_range, size=batch)
+        lowest, highest = config.scale_range
+        factors *= rng.uniform(lowest, highest, size=batch)
     scaled = np.maximum(1, np.rint(factors[:, None] * size)).astype(np.int32)
     corners = rng.integers(np.maximum(scaled - config.image_size, 0) + 1, dtype=np.int32)
     flips = rng.random(batch) < 0.5 if config.flip else np.zeros(batch, bool)
