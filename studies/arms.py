@@ -244,12 +244,6 @@ def load_gate(file: pathlib.Path) -> dict[str, np.ndarray]:
         return {f"gate_mlp/{name}": np.float32(arrays[name]) for name in arrays.files}
 
 
-def beside(plain: Mapping[str, Any], gate: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Names a dense model's weights as those of a backbone, with a gate and any decoder beside."""
-    named = {n if n.startswith("decoder/") else f"backbone/{n}": x for n, x in plain.items()}
-    return {**{name: np.asarray(x) for name, x in named.items()}, **gate}
-
-
 def rates(runs: Mapping[str, Callable[[], Any]], images: Mapping[str, int]) -> Figures:
     """Measures images/s of several runs in turns: medians and quartiles over rounds.
 

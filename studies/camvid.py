@@ -154,7 +154,7 @@ def start_with_gate(arm: Arm, seed: int) -> str:
     model = configs.build_model(config)
     dense = STUDY.workdir("dense", seed)
     plain = tree.flat_names(checkpoint.load_params(dense, "latest"))
-    both = arms.beside(plain, gate_of(_GATE.value))
+    both = {**plain, **gate_of(_GATE.value)}
     params, report = adapt.params_for(model, both)  # refuses to start any part fresh
     if report.unused:
         raise errors.UserError(f"The model has no place for {', '.join(report.unused)}.")

@@ -141,7 +141,7 @@ STUDY = arms.Study(
 def with_gate(dense: str, arm: str, file: pathlib.Path) -> pathlib.Path:
     """Writes a dense model's weights and the gate of another arm's first seed to one file."""
     plain = tree.flat_names(checkpoint.load_params(dense, "latest"))
-    np.savez(file, **arms.beside(plain, arms.load_gate(gate_file(arm, STUDY.seeds()[0]))))
+    np.savez(file, **plain, **arms.load_gate(gate_file(arm, STUDY.seeds()[0])))
     return file
 
 
@@ -191,10 +191,7 @@ def judge_untrained(seed: int) -> Figures:
         model = configs.build_model(config)
         image = np.zeros((1, model.image_size, model.image_size, 3), np.float32)
         fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
-        weights: dict[str, np.ndarray] = dict(source)
-        if gate:  # names beside a backbone; a plain model's alone would be moved below it
-            weights = arms.beside(source, gate)
-        taken, report = adapt.adapt_weights(weights, fresh)
+        taken, report = adapt.adapt_weights({**source, **(gate or {})}, fresh)
         assert not report.unused, report.unused
         params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh)
         return Judge(model, params, config)

@@ -153,13 +153,16 @@ def params_for(model: ImageModel, weights: Any, *, pos_resize: str = "timm") -> 
 
 
 def _below_backbone(weights: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves a plain model's names below 'backbone/' for a model that has one, or the reverse."""
+    """Moves a plain model's names below 'backbone/' for a model that has one, or the reverse.
+
+    What the model has beside its backbone, such as a gate or a decoder, keeps its name.
+    """
     prefix = "backbone/"
     has, needs = (any(n.startswith(prefix) for n in names) for names in (weights, wanted))
     if needs and not has:
-        beside = "decoder/"  # a segmenter's own part, which lies beside the backbone
+        beside = {name.split("/")[0] for name in wanted}
         return {
-            name if name.startswith(beside) else prefix + name: value
+            name if name.split("/")[0] in beside else prefix + name: value
             for name, value in weights.items()
         }
     if has and not needs:

@@ -118,6 +118,17 @@ def test_other_scales_start_fresh_where_the_source_is_dense():
     assert "fresh: scale_2/embed/proj/bias (not in the source)" in str(report)
 
 
+@pytest.mark.parametrize("name", ["msvit_tiny_patch16_224", "msvit_seg_vit_tiny_mask"])
+def test_a_gate_and_a_decoder_beside_a_dense_models_names_keep_theirs(name):
+    mixed = _weights(_model(name))
+    plain = {n.removeprefix("backbone/"): value for n, value in mixed.items()}
+    taken, report = _fit(plain, _model(name))
+    assert report.fresh == report.unused == []
+    assert taken.keys() == mixed.keys()
+    for part, value in mixed.items():
+        np.testing.assert_array_equal(taken[part], value)
+
+
 def test_backbone_of_a_mixed_scale_model_becomes_a_dense_one():
     weights = _weights(_model("msvit_tiny_patch16_224"))
     taken, report = _fit(weights, _model())
