@@ -26,6 +26,7 @@ from msvit_jax import (
     paths,
 )
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.image_size import is_square, simplified
 from msvit_jax.models import registry
 from msvit_jax.models.interface import ImageModel
 
@@ -106,9 +107,19 @@ def check(config: config_dict.ConfigDict) -> None:
     """Checks that every value is valid, see `config_rules`.
 
     Raises:
-      UserError: A value is not valid; the message says which values are.
+      UserError: A value is not valid; the message says which values are. Images are rectangles
+        and something in the config makes squares.
     """
     _check_values(config, "")
+    if is_square(config.data.image_size):
+        return
+    if config.data.target == "label" and config.data.crop_scale is not None:
+        raise UserError(
+            f"data.image_size={config.data.image_size} is a rectangle, and random crops "
+            "(data.crop_scale) are resized to squares. Set data.crop_scale to None, which cuts the "
+            "central rectangle, or data.image_size to one number."
+        )
+    build_model(config)  # refuses models that take squares alone, before data are read
 
 
 def _check_values(config: config_dict.ConfigDict, prefix: str) -> None:
@@ -165,7 +176,8 @@ def set_key(config: config_dict.ConfigDict, key: str, value: Any) -> None:
     if leaf in section:
         read = config_aliases.current_value(key, _coerce(key, value, section.get_type(leaf)))
         config_rules.check(key, read)
-        section[leaf] = read
+        with config.ignore_type():  # a size is a number or two; other types were checked
+            section[leaf] = read
     elif parents == ["model"]:
         # Any attribute of the model; build_model knows them.
         section[leaf] = config_aliases.current_value(key, _literal(value))
@@ -191,13 +203,16 @@ def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
     attributes.pop("name")
     attributes.setdefault("dtype", config.dtype)
     attributes["dtype"] = jnp.dtype(attributes["dtype"])
-    size = attributes.setdefault("image_size", config.data.image_size)
-    if size != config.data.image_size:
+    ours, size = (
+        simplified(size)
+        for size in (config.model.get("image_size", config.data.image_size), config.data.image_size)
+    )
+    if ours != size:
         raise UserError(
-            f"model.image_size is {size} but data.image_size is {config.data.image_size}; "
-            "set both to the same number, or only data.image_size."
+            f"model.image_size is {ours} but data.image_size is {size}; "
+            "set both to the same size, or only data.image_size."
         )
-    return attributes
+    return {**attributes, "image_size": size}
 
 
 def build_model(config: config_dict.ConfigDict) -> ImageModel:
@@ -233,7 +248,8 @@ def resolve(config: config_dict.ConfigDict, num_classes: int) -> config_dict.Con
     labels.check_count(named, num_classes, of="The config's model", remedy=remedy)
     resolved = config.copy_and_resolve_references()
     with resolved.unlocked():
-        for key, value in (("num_classes", num_classes), ("image_size", config.data.image_size)):
+        size = simplified(config.data.image_size)
+        for key, value in (("num_classes", num_classes), ("image_size", size)):
             if key not in resolved.model:
                 resolved.model[key] = value
     return resolved
@@ -392,6 +408,10 @@ def _coerce(key: str, value: Any, wanted: type) -> Any:
     if wanted is str and isinstance(value, str):
         return value
     read = _literal(value)
+    if isinstance(config_rules.rule_of(key), config_rules.Size):
+        if isinstance(read, float) and read.is_integer():
+            return int(read)
+        return tuple(read) if isinstance(read, list) else read
     if wanted is type(None) or (read is None and wanted is not bool):
         return read
     if wanted is tuple:

@@ -31,12 +31,13 @@ def make(gate_loss: dict[str, Any]) -> config_dict.ConfigDict:
         "target": "label",  # what is learned: "label" or "segmentation_mask"
         "mask_classes": optional(int),  # number of classes of masks; None: as the data set says
         "ignore_label": optional(int),  # value of mask pixels without a class; None: the same
-        "image_size": 64,  # pixels; for masks the side of crops and of windows
+        # pixels, one number or (height, width); for masks the size of crops and of windows
+        "image_size": config_dict.FieldReference(64, field_type=object),
         "short_side": optional(int),  # pixels images are resized to, with masks; None: their own
         "scale_range": None,  # (least, greatest) factor of that size in training, with masks
         "max_class_share": 1.0,  # crops of which one class covers more are drawn again
         "photometric": False,  # random brightness, contrast, saturation and hue, with masks
-        "window_stride": optional(int),  # pixels between windows; None: image_size
+        "window_stride": None,  # pixels between windows, or (down, across); None: image_size
         "eval_scales": (1.0,),  # sizes images are looked at in, with masks
         "eval_flip": False,  # look at mirrored images, too, with masks
         "crop_scale": None,  # (least, greatest) share of the area; None: center crop

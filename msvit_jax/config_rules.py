@@ -11,9 +11,10 @@ import types
 import typing
 from typing import Any
 
+from msvit_jax import image_size
 from msvit_jax.errors import UserError, short
 
-Rule = typing.Union["Number", "OneOf", "Text", "Flag", "Numbers", "Texts"]
+Rule = typing.Union["Number", "OneOf", "Text", "Flag", "Numbers", "Texts", "Size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,21 @@ class Numbers:
             return False
         good = all(map(self.each.fits, value))
         return good and (not self.rising or list(value) == sorted(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A size in px, one number or (height, width); `optional` tells whether None is a value."""
+
+    optional: bool = False
+
+    def wanted(self) -> str:
+        """Describes the expected values, for messages."""
+        return image_size.WANTED + (", or None" if self.optional else "")
+
+    def fits(self, value: Any) -> bool:
+        """Tells whether a value follows the rule."""
+        return self.optional if value is None else image_size.fits(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,10 +208,10 @@ RULES: dict[str, Rule] = {
     "data.scale_range": Numbers(_POSITIVE, rising=True, optional=True),
     "data.max_class_share": _SOME_SHARE,
     "data.photometric": Flag(),
-    "data.window_stride": _OPTIONAL_COUNT,
+    "data.window_stride": Size(optional=True),
     "data.eval_scales": Numbers(_POSITIVE, count=None),
     "data.eval_flip": Flag(),
-    "data.image_size": _COUNT,
+    "data.image_size": Size(),
     "data.crop_scale": Numbers(_SOME_SHARE, rising=True, optional=True),
     "data.crop_ratio": Numbers(_POSITIVE, rising=True),
     "data.resize": _NAME,
@@ -269,7 +285,7 @@ RULES: dict[str, Rule] = {
 # Rules for attributes of models; their types are those of the fields.
 MODEL_RULES: dict[str, Rule] = {
     "num_classes": _NOT_NEGATIVE,
-    "image_size": _COUNT,
+    "image_size": Size(),
     "patch_size": _COUNT,
     "width": _COUNT,
     "depth": Number(1, 1000),  # one who wrote more made a mistake, and would wait for hours
@@ -306,6 +322,11 @@ _PLAIN: dict[Any, Any] = {
 }
 
 
+def rule_of(key: str) -> Rule | None:
+    """Returns the rule of a dotted key; None if there is none."""
+    return RULES.get(key) or MODEL_RULES.get(key.removeprefix("model."))
+
+
 def check(key: str, value: Any, annotation: Any = None) -> None:
     """Checks one value.
 
@@ -317,10 +338,9 @@ def check(key: str, value: Any, annotation: Any = None) -> None:
     Raises:
       UserError: The value is not valid; the message says which values are.
     """
-    rule = RULES.get(key)
-    if rule is None and key.startswith("model."):
+    rule = rule_of(key)
+    if key not in RULES and key.startswith("model.") and not isinstance(rule, Size):
         _check_type(key, value, annotation)
-        rule = MODEL_RULES.get(key.removeprefix("model."))
     if rule is not None and not rule.fits(value):
         raise UserError(f"{key}={short(value)} is not a valid value: {rule.wanted()} expected.")
 

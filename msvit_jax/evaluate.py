@@ -154,9 +154,8 @@ class Evaluator:
             mask=task.content(batch),
             pixels=judged.pixels,
         )
-        side = model.grid_size
         dense = output.logits if task.labels(batch) is None else None
-        return sums, (output.gate, output.merge_maps((side, side)), dense)
+        return sums, (output.gate, output.merge_maps(model.patch_grid), dense)
 
     def __call__(self, params: Any, threshold: float | None = None) -> Evaluation:
         """Evaluates.
@@ -297,12 +296,15 @@ def evaluate_run(
     checkpoint.quiet_orbax()
     workdir = paths.parse(workdir)
     config = checkpoint.read_config(workdir)
+    trained_with = configs.build_model(config).patch_grid
     for key, value in map(configs.split_override, overrides):
         configs.set_key(config, key, value)
     model = configs.build_model(config)
     step = checkpoint.find_step(workdir, which)
     mesh = sharding.make_mesh()
-    params, _ = adapt.params_for(model, checkpoint.load_params(workdir, str(step)))
+    params, _ = adapt.params_for(
+        model, checkpoint.load_params(workdir, str(step)), source_grid=trained_with
+    )
     names = checkpoint.read_about(workdir, str(step)).get("class_names") or ()
     params = _in_order_of_data(model, params, names, config.data, f"The run in {str(workdir)!r}")
     params = jax.device_put(params, sharding.replicated(mesh))

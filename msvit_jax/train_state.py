@@ -47,7 +47,7 @@ def init_params(model: ImageModel, gate_loss: nn.Module, key: Array) -> Params:
       UserError: The model's sizes do not fit together.
     """
     keys = dict(zip(("params", "gate", "dropout"), jax.random.split(key, 3), strict=True))
-    images = jnp.zeros((2, model.image_size, model.image_size, 3), jnp.float32)
+    images = jnp.zeros((2, *model.image_shape), jnp.float32)
     try:
         output, variables = model.with_dense_layout().init_with_output(keys, images, train=False)
     except ValueError as error:

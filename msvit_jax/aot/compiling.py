@@ -90,8 +90,7 @@ def lower(variant: Variant, what: str, topology: Topology) -> jax.stages.Lowered
     microbatches = config.optimizer.accum_steps if what == TRAIN else 1
     sharding.check_batch(size, mesh, name, microbatches)
     split = sharding.batch_sharding(mesh)
-    side = config.data.image_size
-    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=split)
+    images = jax.ShapeDtypeStruct((size, *program.model.image_shape), jnp.uint8, sharding=split)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split)
     with jax.set_mesh(mesh):
         if what == PREDICT:

@@ -150,8 +150,9 @@ def _to_dense(config: config_dict.ConfigDict) -> str:
     config.model.name = registry.dense_model(config.model.name)
     for key in set(config.model) - taken:
         del config.model[key]
-    if model.is_cascade and model.image_size % model.grid_size == 0:
-        config.model.patch_size = model.image_size // model.grid_size  # the last stage's tokens
+    side, tokens = model.image_shape[0], model.patch_grid[0]
+    if model.is_cascade and side % tokens == 0:
+        config.model.patch_size = side // tokens  # the last stage's tokens
     return "whole grid"
 
 
@@ -172,7 +173,7 @@ def _size(config: config_dict.ConfigDict, name: str, images: int, chips: int, si
         steps = max(s for s in range(1, _STEPS + 1) if images % s == 0)
         options.token_capacity = tuple(int(c) for c in counts.reshape(steps, -1).max(axis=1))
         return "/".join(map(str, options.token_capacity))
-    prefix, num_slots = model.backbone.prefix_length, model.backbone.grid_size**2
+    prefix, num_slots = model.backbone.prefix_length, model.max_tokens
     options.row_width = sizes.row_width or -(-(num_slots + prefix) // _TILE) * _TILE
     rows = rows_needed(counts + prefix, options.row_width)
     options.rows = rows * chips

@@ -78,7 +78,7 @@ def measure(
     if cascade.image_size % cascade.grid_size == 0:  # as many tokens as the last stage
         taken["patch_size"] = cascade.image_size // cascade.grid_size
     dense = registry.create_model(registry.dense_model(model), **taken)
-    pixels = np.random.default_rng(seed).integers(0, 256, (images, *_shape(cascade)), np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (images, *cascade.image_shape), np.uint8)
     variables = [_random(module, seed) for module in (cascade, dense)]
     early, last = (Predictor(cascade, variables[0], batch_size=batch) for _ in range(2))
     plain = Predictor(dense, variables[1], batch_size=batch)
@@ -114,12 +114,8 @@ def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[st
     return {**speedup, "mac_ratio": ratio, "realized": speedup["speedup"] / ratio}
 
 
-def _shape(model: ImageModel) -> tuple[int, int, int]:
-    return (model.image_size, model.image_size, 3)
-
-
 def _random(model: ImageModel, seed: int) -> Any:
-    zeros = jnp.zeros((1, *_shape(model)))
+    zeros = jnp.zeros((1, *model.image_shape))
     return jax.jit(model.init)(jax.random.key(seed), zeros)
 
 

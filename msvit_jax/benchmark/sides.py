@@ -85,7 +85,7 @@ def draw(options: Options, batch: int) -> Work:
     model, dense = build(options), build(options, dense=True)
     number = SINGLES if batch == 1 and not options.train else 1
     if not options.gated:
-        return Work(model, dense, np.full((number, batch), dense.grid_size**2), None)
+        return Work(model, dense, np.full((number, batch), dense.max_tokens), None)
     regions = model.num_regions
     counts = forced.token_counts(
         number * batch, regions, tokens=options.tokens, spread=options.spread, seed=options.seed
@@ -130,7 +130,7 @@ def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
 def forward_sides(options: Options, work: Work) -> list[Case]:
     """The dense model's and each layout's forward passes, with the same weights and images."""
     key = jax.random.key(options.seed)
-    shape = (work.model.image_size, work.model.image_size, 3)
+    shape = work.model.image_shape
     # Parameters do not depend on the attention implementation; slots, which mask keys, need "auto".
     plain = build(options, {"attention_impl": "auto"})
     variables = jax.jit(plain.init)(key, jnp.zeros((1, *shape), jnp.float32))
@@ -226,6 +226,6 @@ def make_side(
     name, model, tokens = side_name(layout, options), work.model, work.counts
     if layout == DENSE:
         model = work.dense
-        tokens = np.full_like(tokens, model.grid_size**2)
+        tokens = np.full_like(tokens, model.max_tokens)
     macs = flops.macs_per_image(model, tokens)
     return Case(layout, name, calls, programs, sizes, tokens, macs, overflow)

@@ -104,7 +104,7 @@ def schedule(model: ImageModel, batch: int, options: Options) -> capacity_schedu
 
 def _rows(model: ImageModel, counts: np.ndarray, options: Options) -> layout_sizes.RowSizes:
     vit = model.backbone
-    least = vit.grid_size**2 + vit.prefix_length
+    least = model.max_tokens + vit.prefix_length
     if options.row_width is None:
         mean = counts.mean() + vit.prefix_length
         tried = {layout_sizes.round_up(mean * times, _MULTIPLE) for times in _WIDTHS}

@@ -79,8 +79,8 @@ def _train_side(layout: str, options: Options, work: Work, mesh: Mesh) -> Case:
 
 def _batch(options: Options, work: Work, classes: int) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
-    images, side = work.counts.shape[1], work.model.image_size
-    pixels = rng.integers(0, 256, (images, side, side, 3), np.uint8)
+    images = work.counts.shape[1]
+    pixels = rng.integers(0, 256, (images, *work.model.image_shape), np.uint8)
     if work.model.task == SEGMENTATION:
         mask = rng.integers(0, classes, pixels.shape[:3]).astype(np.uint8)
         return {"image": pixels, "segmentation_mask": mask}

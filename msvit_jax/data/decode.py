@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from msvit_jax.data import image_files
-from msvit_jax.data.image_files import Box, ImageError, Resize
+from msvit_jax.data.image_files import Box, ImageError, Resize, Size, height_and_width
 from msvit_jax.errors import UserError
 
 
-def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+def resize_opencv(rgb: Image.Image, box: Box, size: Size) -> np.ndarray:
     """Resizes by bicubic interpolation over 4 x 4 pixels, without antialiasing.
 
     It is several times faster than `resize_pillow`. tf.data's default does not antialias either.
@@ -21,7 +21,8 @@ def resize_opencv(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
     """
     left, upper, right, lower = (round(edge) for edge in box)
     cut = np.asarray(rgb.crop((left, upper, right, lower)))
-    return import_opencv().resize(cut, (size, size), interpolation=import_opencv().INTER_CUBIC)
+    shape = height_and_width(size)[::-1]
+    return import_opencv().resize(cut, shape, interpolation=import_opencv().INTER_CUBIC)
 
 
 RESIZES: dict[str, Resize] = {"pillow": image_files.resize_pillow, "opencv": resize_opencv}
@@ -75,9 +76,9 @@ def _largest_center_box(width: int, height: int, ratio: tuple[float, float]) -> 
 
 @image_files.guarded()
 def decode_mask(
-    encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
+    encoded: bytes | np.ndarray, size: Size, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Decodes a segmentation mask, cropped as in evaluation, by nearest pixel: uint8 [S, S].
+    """Decodes a segmentation mask, cropped as in evaluation, by nearest pixel: uint8 [h, w].
 
     Raises:
         ImageError: The mask is not an image, is damaged, or has several channels.
@@ -88,8 +89,9 @@ def decode_mask(
         raise ImageError(f"a segmentation mask needs one channel of class numbers, not {mask.mode}")
     if opened.turn is not None:
         mask = mask.transpose(opened.turn)
-    box = image_files.center_box(*mask.size, fraction)
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST, box=box), np.uint8)
+    box = image_files.center_box(*mask.size, fraction, size)
+    shape = height_and_width(size)[::-1]
+    return np.asarray(mask.resize(shape, Image.Resampling.NEAREST, box=box), np.uint8)
 
 
 @image_files.guarded()
@@ -131,14 +133,14 @@ def unreadable(example: dict[str, Any], error: Exception) -> UserError:
 
 
 def read_file(
-    path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
+    path: str | pathlib.Path, size: Size, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Reads an image file as in evaluation: its central square, resized to uint8 [S, S, 3].
+    """Reads an image file as in evaluation: its central box of `size`'s shape, resized to that.
 
     Args:
         path: Path of the file.
-        size: Side S of the result.
-        fraction: Share of the short side that is kept, see `image_files.center_box`.
+        size: Side of the result in pixels, or its (height, width).
+        fraction: Share of the box's sides that is kept, see `image_files.center_box`.
         exif_orientation: Whether the image is rotated upright by its EXIF data.
 
     Raises:

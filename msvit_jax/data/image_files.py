@@ -26,7 +26,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, upper, right, lower in pixels
-Resize: TypeAlias = Callable[[Image.Image, Box, int], np.ndarray]
+Size: TypeAlias = int | Sequence[int]  # a side in pixels, or height and width
+Resize: TypeAlias = Callable[[Image.Image, Box, Size], np.ndarray]
 
 _LONGEST = 160  # most characters quoted from a decoder's message
 MAX_BYTES = 2**30  # of an encoded image: a larger file is not an image, or an attack
@@ -205,42 +206,51 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 @guarded()
-def resized_crop(opened: Opened, box: Box, size: int, resize: "Resize | None" = None) -> np.ndarray:
-    """Crops a box of an image and resizes it to uint8 [S, S, 3].
+def resized_crop(
+    opened: Opened, box: Box, size: Size, resize: "Resize | None" = None
+) -> np.ndarray:
+    """Crops a box of an image and resizes it to uint8 [h, w, 3].
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size (in the DCT domain, at a fraction of the cost)
-    if the crop then still has at least `size` pixels per side.
+    if the crop then still has at least as many pixels per side as the result.
 
     Args:
         opened: The image.
         box: Area to crop, in pixels of the full upright image.
-        size: Side S of the result.
+        size: Side of the result, or its height and width.
         resize: Function that crops and resizes; None: `resize_pillow`.
 
     Raises:
         ImageError: The pixels are damaged.
     """
     full = opened.size
-    _decode_scaled(opened.image, min(box[2] - box[0], box[3] - box[1]), size)
+    height, width = height_and_width(size)
+    _decode_scaled(opened.image, min((box[2] - box[0]) / width, (box[3] - box[1]) / height))
     rgb = opened.rgb()
     across, down = rgb.width / full[0], rgb.height / full[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     # Rounding must not put an edge slightly outside the image.
     box = (box[0], box[1], min(box[2], rgb.width), min(box[3], rgb.height))
-    if rgb.size == (size, size) and box == (0, 0, size, size):
+    if rgb.size == (width, height) and box == (0, 0, width, height):
         return np.asarray(rgb)
     return (resize or resize_pillow)(rgb, box, size)
 
 
-def resize_pillow(rgb: Image.Image, box: Box, size: int) -> np.ndarray:
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Returns height and width; a single number is both."""
+    height, width = np.broadcast_to(size, 2).tolist()
+    return height, width
+
+
+def resize_pillow(rgb: Image.Image, box: Box, size: Size) -> np.ndarray:
     """Resizes by bicubic interpolation with antialiasing, as in the papers' PyTorch recipes."""
-    return np.asarray(rgb.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    shape = height_and_width(size)[::-1]
+    return np.asarray(rgb.resize(shape, Image.Resampling.BICUBIC, box=box))
 
 
-def _decode_scaled(image: Image.Image, crop: float, size: int) -> None:
-    """Sets the JPEG decoder to the smallest scale at which `crop` still spans `size` pixels."""
-    if image.format == "JPEG" and crop >= 2 * size:
-        factor = crop / size
+def _decode_scaled(image: Image.Image, factor: float) -> None:
+    """Sets the JPEG decoder to the smallest scale of at least 1 / `factor`."""
+    if image.format == "JPEG" and factor >= 2:
         image.draft("RGB", (int(image.width / factor), int(image.height / factor)))
 
 
@@ -268,39 +278,41 @@ def _from_least_to_greatest(values: np.ndarray) -> np.ndarray:
     return np.rint((values - least) * (255 / max(greatest - least, 1e-300))).astype(np.uint8)
 
 
-def center_box(width: int, height: int, fraction: float) -> Box:
-    """Returns the central square whose side is `fraction` of the shorter side.
+def center_box(width: int, height: int, fraction: float, size: Size = 1) -> Box:
+    """Returns the central box of a size's shape, `fraction` of the largest one that there is.
 
-    Cropping and resizing it once is equivalent to resizing the short side to size / fraction and
-    then cropping the center, but cheaper.
+    For a square, cropping and resizing it once is equivalent to resizing the short side to size /
+    fraction and then cropping the center, but cheaper.
     """
-    side = min(width, height) * fraction
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    down, across = height_and_width(size)
+    box_width = min(width, height * across / down) * fraction
+    box_height = min(height, width * down / across) * fraction
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    return left, top, left + box_width, top + box_height
 
 
 def center_crop(
-    encoded: bytes | np.ndarray, size: int, fraction: float, exif_orientation: bool = True
+    encoded: bytes | np.ndarray, size: Size, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Crops an image's central square and resizes it to uint8 [S, S, 3].
+    """Crops an image's central square or rectangle and resizes it to uint8 [h, w, 3].
 
     Args:
         encoded: Contents of a file, or uint8 [H, W, C] pixels.
-        size: Side S of the result.
-        fraction: Share of the short side that is kept, see `center_box`.
+        size: Side of the result, or its height and width.
+        fraction: Share of the largest central box's sides that is kept, see `center_box`.
         exif_orientation: Whether to rotate the image upright by its EXIF data, as viewers do.
 
     Raises:
         ImageError: The file is not an image, or is damaged.
     """
     opened = open_image(encoded, exif_orientation)
-    return resized_crop(opened, center_box(*opened.size, fraction), size)
+    return resized_crop(opened, center_box(*opened.size, fraction, size), size)
 
 
 def read_image(
-    path: str | pathlib.Path, size: int, fraction: float, exif_orientation: bool = True
+    path: str | pathlib.Path, size: Size, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Reads a file and crops it as `center_crop` does, to uint8 [S, S, 3].
+    """Reads a file and crops it as `center_crop` does, to uint8 [h, w, 3].
 
     Raises:
         ImageError: The file cannot be read, is not an image, or is damaged.

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from msvit_jax import sharding
 from msvit_jax.data import decode, on_device_masks, pipeline, segmentation, sources
 from msvit_jax.errors import UserError
+from msvit_jax.image_size import ImageSize, height_and_width
 
 # Keys of a config's `data` section that need the processor, with the values that leave them out.
 HOST_ONLY = {"color_jitter": 0.0, "erasing": 0.0, "randaugment.num_ops": 0, "resize": "pillow"}
@@ -41,8 +42,8 @@ def train_iterator(
       start_step: First step to yield.
 
     Yields:
-      {'image': uint8 [B, S, S, 3], 'label': int32 [B]}, cut over the mesh; for the target
-      'segmentation_mask' {'image', 'segmentation_mask': uint8 [B, S, S]}.
+      {'image': uint8 [B, h, w, 3], 'label': int32 [B]}, cut over the mesh; for the target
+      'segmentation_mask' {'image', 'segmentation_mask': uint8 [B, h, w]}.
 
     Raises:
       UserError: The config asks for what is only made by the processor, the images differ in size,
@@ -60,7 +61,7 @@ def train_iterator(
         rng = np.random.default_rng((seed, step))
         drawn = how(config, rng, batch_size, height, width)
         chosen = _examples_of(step, batch_size, count, seed)
-        yield cut(*placed, chosen, *drawn, size=config.image_size)
+        yield cut(*placed, chosen, *drawn, size=height_and_width(config.image_size))
         step += 1
 
 
@@ -100,17 +101,18 @@ def _cut(
     boxes: Array,
     shifts: Array,
     flips: Array,
-    size: int,
+    size: tuple[int, int],
 ) -> dict[str, Array]:
     """Cuts, mirrors and shifts the chosen images."""
     picked = images[chosen]
-    if images.shape[1:3] != (size, size):
+    if images.shape[1:3] != size:
         picked = jax.vmap(resized_crop, (0, 0, None))(picked, boxes, size)
     picked = jnp.where(flips[:, None, None, None], picked[:, :, ::-1], picked)
-    places = (shifts[:, :, None] + jnp.arange(size)[None, None]).clip(
-        0, size - 1
-    )  # the border fills the gap
-    picked = jax.vmap(lambda x, at: x[at[0]][:, at[1]])(picked, places)
+    rows, columns = (  # the border fills the gap
+        (shifts[:, axis, None] + jnp.arange(side)[None]).clip(0, side - 1)
+        for axis, side in enumerate(size)
+    )
+    picked = jax.vmap(lambda x, down, across: x[down][:, across])(picked, rows, columns)
     return {"image": picked, "label": labels[chosen]}
 
 
@@ -121,21 +123,22 @@ def _cut_masked(
     scaled: Array,
     corners: Array,
     flips: Array,
-    size: int,
+    size: tuple[int, int],
 ) -> dict[str, Array]:
     """Cuts and mirrors the chosen images with their masks."""
     return on_device_masks.cut(images[chosen], masks[chosen], scaled, corners, flips, size)
 
 
-def resized_crop(image: Array, box: Array, size: int) -> Array:
-    """Cuts a box (left, upper, right, lower) out of uint8 [H, W, 3]; returns uint8 [S, S, 3].
+def resized_crop(image: Array, box: Array, size: ImageSize) -> Array:
+    """Cuts a box (left, upper, right, lower) out of uint8 [H, W, 3]; returns uint8 [h, w, 3].
 
     Unlike Pillow, which cuts first, pixels around the box count at its border.
     """
     corner, far = box[:2][::-1], box[2:][::-1]  # rows first
-    scale = size / (far - corner)
+    shape = height_and_width(size)
+    scale = jnp.asarray(shape, jnp.float32) / (far - corner)
     resized = jax.image.scale_and_translate(
-        image.astype(jnp.float32), (size, size, 3), (0, 1), scale, -corner * scale, "cubic"
+        image.astype(jnp.float32), (*shape, 3), (0, 1), scale, -corner * scale, "cubic"
     )
     return jnp.rint(resized).clip(0, 255).astype(jnp.uint8)
 

@@ -9,6 +9,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from msvit_jax.data import augment
+from msvit_jax.image_size import height_and_width
 from msvit_jax.segmentation import IGNORED
 
 # Keys of a config's `data` section that need the processor, with the values that leave them out.
@@ -36,14 +37,15 @@ def draw(
         lowest, highest = config.scale_range
         factors *= rng.uniform(lowest, highest, size=batch)
     scaled = np.maximum(1, np.rint(factors[:, None] * size)).astype(np.int32)
-    corners = rng.integers(np.maximum(scaled - config.image_size, 0) + 1, dtype=np.int32)
+    crop = np.asarray(height_and_width(config.image_size), np.int32)
+    corners = rng.integers(np.maximum(scaled - crop, 0) + 1, dtype=np.int32)
     flips = rng.random(batch) < 0.5 if config.flip else np.zeros(batch, bool)
     return scaled, corners, flips
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, 0, None))
 def cut(
-    image: Array, mask: Array, scaled: Array, corner: Array, flip: Array, size: int
+    image: Array, mask: Array, scaled: Array, corner: Array, flip: Array, size: tuple[int, int]
 ) -> dict[str, Array]:
     """Scales, crops and mirrors images and masks, filling what lies beyond a smaller image.
 
@@ -53,18 +55,17 @@ def cut(
       scaled: [B, 2] from `draw`.
       corner: [B, 2] from `draw`.
       flip: [B] from `draw`.
-      size: Side S of the crops in px.
+      size: (h, w) of the crops in px.
 
     Returns:
-      {'image': uint8 [B, S, S, 3], 'segmentation_mask': uint8 [B, S, S]}.
+      {'image': uint8 [B, h, w, 3], 'segmentation_mask': uint8 [B, h, w]}.
     """
-    places = corner[:, None] + jnp.arange(size)[None]  # [2, S] in the scaled image
-    inside = places < scaled[:, None]
-    inside = inside[0][:, None] & inside[1][None]
+    places = [corner[axis] + jnp.arange(size[axis]) for axis in (0, 1)]  # in the scaled image
+    inside = (places[0] < scaled[0])[:, None] & (places[1] < scaled[1])[None]
     scale = scaled.astype(jnp.float32) / jnp.asarray(mask.shape, jnp.float32)
     resized = jax.image.scale_and_translate(
         image.astype(jnp.float32),
-        (size, size, 3),
+        (*size, 3),
         (0, 1),
         scale,
         -corner.astype(jnp.float32),
@@ -73,9 +74,10 @@ def cut(
     resized = jnp.rint(resized).clip(0, 255).astype(jnp.uint8)
     pixels = jnp.where(inside[..., None], resized, jnp.asarray(augment.MEAN_COLOR, jnp.uint8))
     # In whole numbers, as pixels whose center falls between two others round either way in floats.
-    sides = jnp.asarray(mask.shape, jnp.int32)[:, None]
-    nearest = (2 * places + 1) * sides // (2 * scaled[:, None])
-    rows, columns = (nearest[axis].clip(0, mask.shape[axis] - 1) for axis in (0, 1))
+    rows, columns = (
+        ((2 * places[axis] + 1) * side // (2 * scaled[axis])).clip(0, side - 1)
+        for axis, side in enumerate(mask.shape)
+    )
     classes = jnp.where(inside, mask[rows][:, columns], jnp.uint8(IGNORED))
     return {
         "image": jnp.where(flip, pixels[:, ::-1], pixels),

@@ -18,6 +18,7 @@ from msvit_jax.data import augment, decode, image_files, segmentation, sources
 from msvit_jax.data.batches import Rows, ahead
 from msvit_jax.data.image_files import ImageError
 from msvit_jax.errors import UserError
+from msvit_jax.image_size import ImageSize, height_and_width, simplified
 from msvit_jax.segmentation import MaskClasses
 
 Batch = dict[str, np.ndarray]
@@ -77,8 +78,8 @@ def train_iterator(
         process_count: Number of processes; None: JAX's.
 
     Yields:
-        {'image': uint8 [B/n, S, S, 3], 'label': int32 [B/n]}; for the target 'segmentation_mask'
-        {'image', 'segmentation_mask': uint8 [B/n, S, S]}, classes of the pixels.
+        {'image': uint8 [B/n, h, w, 3], 'label': int32 [B/n]}; for the target 'segmentation_mask'
+        {'image', 'segmentation_mask': uint8 [B/n, h, w]}, classes of the pixels.
 
     Raises:
         UserError: The data set cannot be opened (see `sources.open_dataset`), the batch size is not
@@ -138,9 +139,9 @@ def eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform(grain.transforms.RandomMap):
-    """Turns an encoded or cached training image into augmented uint8 [S, S, 3] pixels."""
+    """Turns an encoded or cached training image into augmented uint8 [h, w, 3] pixels."""
 
-    size: int
+    size: ImageSize
     crop_scale: tuple[float, float] | None
     crop_ratio: tuple[float, float]
     resize: str
@@ -203,11 +204,11 @@ def _checked_resize(name: str) -> str:
 
 
 def center_crop(
-    element: dict[str, Any], size: int, fraction: float, exif_orientation: bool = True
+    element: dict[str, Any], size: ImageSize, fraction: float, exif_orientation: bool = True
 ) -> np.ndarray:
-    """Crops the central square of an example's image and resizes it to uint8 [S, S, 3]."""
-    pixels = element["image"]
-    if isinstance(pixels, np.ndarray) and pixels.shape == (size, size, 3) and fraction == 1.0:
+    """Crops the central box of `size`'s shape of an example's image; returns uint8 [h, w, 3]."""
+    pixels, shape = element["image"], (*height_and_width(size), 3)
+    if isinstance(pixels, np.ndarray) and pixels.shape == shape and fraction == 1.0:
         return pixels
     try:
         return image_files.center_crop(pixels, size, fraction, exif_orientation)
@@ -218,8 +219,8 @@ def center_crop(
 class EvalBatches(Iterable[Batch]):
     """Exact evaluation set that can be iterated repeatedly, with equally many batches per process.
 
-    Yields {'image': uint8 [b, S, S, 3], 'label': int32 [b], 'valid': bool [b]}, and
-    'segmentation_mask': uint8 [b, S, S] if the data set has masks. Padding rows of the last batch
+    Yields {'image': uint8 [b, h, w, 3], 'label': int32 [b], 'valid': bool [b]}, and
+    'segmentation_mask': uint8 [b, h, w] if the data set has masks. Padding rows of the last batch
     are zero, with `valid` False.
     """
 
@@ -254,7 +255,7 @@ class EvalBatches(Iterable[Batch]):
 
 
 def _eval_example(
-    index: int, examples: sources.Examples, size: int, crop: float, exif_orientation: bool
+    index: int, examples: sources.Examples, size: ImageSize, crop: float, exif_orientation: bool
 ) -> Batch:
     """Returns example `index`, or a zero row beyond the last one."""
     valid = index < len(examples)
@@ -269,7 +270,9 @@ def _eval_example(
     return made if valid else {key: np.zeros_like(value) for key, value in made.items()}
 
 
-def _mask(example: dict[str, Any], size: int, crop: float, exif_orientation: bool) -> np.ndarray:
+def _mask(
+    example: dict[str, Any], size: ImageSize, crop: float, exif_orientation: bool
+) -> np.ndarray:
     try:
         return decode.decode_mask(example[sources.MASK], size, crop, exif_orientation)
     except ImageError as error:
@@ -296,7 +299,7 @@ def decoded_examples(config: ConfigDict) -> "_CachedExamples":
 
 
 def _key(config: ConfigDict, builder: Any) -> "_Key":
-    size = config.image_size if config.crop_scale is None else None
+    size = simplified(config.image_size) if config.crop_scale is None else None
     key: _Key = (str(builder.data_dir), config.train_split, size, config.exif_orientation, None)
     if config.target == sources.MASK:
         key = (*key[:2], None, key[3], segmentation.mask_classes(builder, config))
@@ -311,7 +314,7 @@ class _CachedExamples(collections.UserList[dict[str, Any]]):
 
 
 # Folder, split, size, exif_orientation, classes of the masks where they are learned.
-_Key = tuple[str, str, int | None, bool, MaskClasses | None]
+_Key = tuple[str, str, ImageSize | None, bool, MaskClasses | None]
 _CACHE: dict[_Key, _CachedExamples] = {}
 
 
@@ -326,7 +329,10 @@ def _decoded(key: _Key, examples: sources.Examples) -> _CachedExamples:
 
 
 def _decode_example(
-    example: dict[str, Any], size: int | None, exif_orientation: bool, classes: MaskClasses | None
+    example: dict[str, Any],
+    size: ImageSize | None,
+    exif_orientation: bool,
+    classes: MaskClasses | None,
 ) -> dict[str, Any]:
     if classes is not None:
         pixels, mask = segmentation.read(example, classes, exif_orientation)

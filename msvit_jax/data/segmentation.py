@@ -14,6 +14,7 @@ from msvit_jax.data import augment, decode, image_files, sources
 from msvit_jax.data.batches import Rows, ahead
 from msvit_jax.data.image_files import ImageError
 from msvit_jax.errors import UserError
+from msvit_jax.image_size import height_and_width
 from msvit_jax.segmentation import IGNORED, Confusion, MaskClasses, Stitcher, Windows, to_classes
 
 Batch = dict[str, np.ndarray]
@@ -79,10 +80,10 @@ def mask_classes(builder: Any, config: ConfigDict) -> MaskClasses:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationTransform(grain.transforms.RandomMap):
-    """Turns a training image and its mask into uint8 [S, S, 3] pixels and [S, S] classes."""
+    """Turns a training image and its mask into uint8 [h, w, 3] pixels and [h, w] classes."""
 
     classes: MaskClasses
-    size: int
+    size: tuple[int, int]
     short_side: int | None
     scale_range: tuple[float, float] | None
     max_class_share: float
@@ -103,7 +104,7 @@ class SegmentationTransform(grain.transforms.RandomMap):
         check_config(config)
         return cls(
             classes=classes,
-            size=config.image_size,
+            size=height_and_width(config.image_size),
             short_side=config.short_side,
             scale_range=config.scale_range and tuple(config.scale_range),
             max_class_share=config.max_class_share,
@@ -137,13 +138,13 @@ class SegmentationTransform(grain.transforms.RandomMap):
     def _crop(
         self, pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scales and crops to [S, S], filling what lies beyond a smaller image below and right."""
+        """Scales and crops to [h, w], filling what lies beyond a smaller image below and right."""
         size = mask.shape
         factor = 1.0 if self.short_side is None else self.short_side / min(size)
         if self.scale_range is not None:
             factor *= rng.uniform(*self.scale_range)
         scaled = [max(1, round(side * factor)) for side in size]
-        crop = [min(self.size, side) for side in scaled]
+        crop = [min(pair) for pair in zip(self.size, scaled, strict=True)]
         for _ in range(_TRIES):
             top, left = (int(rng.integers(s - c + 1)) for s, c in zip(scaled, crop, strict=True))
             down, across = size[0] / scaled[0], size[1] / scaled[1]
@@ -153,9 +154,9 @@ class SegmentationTransform(grain.transforms.RandomMap):
             if not self._one_class_rules(cut):
                 break
         image = _resized(pixels, box, crop, Image.Resampling.BILINEAR)
-        beyond = [(0, self.size - side) for side in crop]
+        beyond = [(0, size - side) for size, side in zip(self.size, crop, strict=True)]
         if any(end for _, end in beyond):
-            filled = np.empty((self.size, self.size, 3), np.uint8)
+            filled = np.empty((*self.size, 3), np.uint8)
             filled[:] = augment.MEAN_COLOR
             filled[: crop[0], : crop[1]] = image
             image, cut = filled, np.pad(cut, beyond, constant_values=IGNORED)
@@ -197,7 +198,7 @@ def _resized(
 class WindowBatches(Iterable[Batch]):
     """All windows of every image of a split, in batches of one size.
 
-    Yields {'image': uint8 [b, S, S, 3], 'segmentation_mask': uint8 [b, S, S], 'valid': bool [b]}.
+    Yields {'image': uint8 [b, h, w, 3], 'segmentation_mask': uint8 [b, h, w], 'valid': bool [b]}.
     Rows of padding are zero, with `valid` False. Processes share the images; each has equally many
     batches. `take` gets the answers in the same order and scores whole images at their own size.
     """
@@ -269,10 +270,10 @@ class WindowBatches(Iterable[Batch]):
         return -(-int(np.max(per_process)) // self._rows.local)
 
     def _empty(self) -> Batch:
-        side, rows = self._config.image_size, self._rows.local
+        shape, rows = self.windows.shape, self._rows.local
         return {
-            "image": np.zeros((rows, side, side, 3), np.uint8),
-            sources.MASK: np.zeros((rows, side, side), np.uint8),
+            "image": np.zeros((rows, *shape, 3), np.uint8),
+            sources.MASK: np.zeros((rows, *shape), np.uint8),
             "valid": np.zeros(rows, bool),
         }
 

@@ -263,8 +263,7 @@ def _exit_thresholds(model: ImageModel, bundle: ExportBundle, options: Options) 
 def functions(model: ImageModel, bundle: ExportBundle, options: Options) -> list[Function]:
     """All functions of a model; the one to try first comes first."""
     (batch,) = export.symbolic_shape(_BATCH)
-    side = model.image_size
-    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.dtype(options.pixels))
+    images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.dtype(options.pixels))
     if model.is_cascade:
         return _stages(model, bundle, images)
     inputs: dict[str, Any] = {"images": images}
@@ -289,8 +288,6 @@ def _wanted(bundle: ExportBundle, prefixes: tuple[str, ...] = ("",)) -> dict[str
 
 
 def _forward(model: ImageModel) -> Callable[..., dict[str, Array]]:
-    side = model.grid_size
-
     def forward(params: Any, images: Array, *threshold: Array) -> dict[str, Array]:
         own: Any = model
         if model.layout == "budget":
@@ -308,7 +305,7 @@ def _forward(model: ImageModel) -> Callable[..., dict[str, Array]]:
                 "coarse": (output.gate.coarse > 0.5).reshape(shape),
                 "coarse_probability": jax.nn.sigmoid(output.gate.logits).reshape(shape),
             }
-        merge_maps = output.merge_maps((side, side))
+        merge_maps = output.merge_maps(model.patch_grid)
         if merge_maps is not None:
             answers["merge_maps"] = merge_maps.astype(jnp.int16)
         return answers

@@ -2,7 +2,7 @@
 
     python run.py photo.jpg folder/ images.npy [--batch=32] [--out=answers.npz] [--on_error=stop]
 
-Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, S, S, 3] of 0 to 255.
+Needs jax and numpy, and Pillow for image files; .npy files hold pixels [N, h, w, 3] of 0 to 255.
 Files that cannot be read are named and skipped, or, with --on_error=stop, end the program before
 any image is classified. --threshold sets the threshold of a mixed-scale model's gate,
 --thresholds=0.9,0.8 those of a cascade's exits. about.json describes the functions' inputs and
@@ -123,10 +123,10 @@ class Model:
         threshold: float | None = None,
         thresholds: Sequence[float] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Runs the model on pixels [N, S, S, 3].
+        """Runs the model on pixels [N, h, w, 3].
 
         Args:
-          images: [N, S, S, 3], pixels of 0 to 255 in the type that about.json names.
+          images: [N, h, w, 3], pixels of 0 to 255 in the type that about.json names.
           batch: Number of images run at a time; the last batch is padded with zeros.
           threshold: Threshold of a mixed-scale model's gate; None: about.json's.
           thresholds: Thresholds of a cascade's exits but the last; None: about.json's.
@@ -155,7 +155,7 @@ class Model:
         """Runs a model that segments; arguments as in `classify`.
 
         Returns:
-          The functions' outputs by name, and `labels` [N, S, S] uint8, each pixel's class. Logits
+          The functions' outputs by name, and `labels` [N, h, w] uint8, each pixel's class. Logits
           are those of patches.
         """
         answers = self.classify(images, **options)
@@ -229,7 +229,7 @@ def read_files(
       about: Contents of about.json.
 
     Returns:
-      Names of images, pixels [S, S, 3] of each, and a message for each file that cannot be read.
+      Names of images, pixels [h, w, 3] of each, and a message for each file that cannot be read.
 
     Raises:
       ValueError: A name matches no file.
@@ -278,11 +278,12 @@ def check_pixels(images: np.ndarray, about: dict[str, Any]) -> np.ndarray:
     """Checks pixels and converts them to the type that the functions take.
 
     Raises:
-      ValueError: The shape is not [N, S, S, 3], there are no images, or the type does not fit.
+      ValueError: The shape is not [N, h, w, 3], there are no images, or the type does not fit.
     """
-    side, dtype = about["image_size"], np.dtype(about["pixels"])
-    if images.ndim != 4 or not len(images) or images.shape[1:] != (side, side, 3):
-        raise ValueError(f"images are [N, {side}, {side}, 3], not {images.shape}")
+    height, width = np.broadcast_to(about["image_size"], 2).tolist()  # one number or two
+    dtype = np.dtype(about["pixels"])
+    if images.ndim != 4 or not len(images) or images.shape[1:] != (height, width, 3):
+        raise ValueError(f"images are [N, {height}, {width}, 3], not {images.shape}")
     if not np.can_cast(images.dtype, dtype):
         raise ValueError(f"images are {dtype} of 0 to 255, not {images.dtype}")
     return images.astype(dtype, copy=False)

@@ -169,12 +169,11 @@ class ExecutableCache:
           coarse: [B, R] float32, the gate's decisions; None for a model without a gate.
         """
         model = in_shape(self._model, shape)
-        side = model.grid_size
 
         def program(variables: Any, images: Array, coarse: Array | None) -> Answers:
             decided = {} if coarse is None else {"coarse": coarse}
             output = model.apply(variables, images, train=False, **decided)
-            merge_maps = output.merge_maps((side, side))
+            merge_maps = output.merge_maps(model.patch_grid)
             if merge_maps is not None:
                 merge_maps = merge_maps.astype(jnp.int16)  # kept for every image of a call
             return Answers(
@@ -247,8 +246,11 @@ class ExecutableCache:
 def _answer_shape(model: ImageModel) -> tuple[int, ...]:
     if model.task != SEGMENTATION:
         return (model.num_classes,)
-    padded = -(-model.image_size // model.side_multiple) * model.side_multiple
-    return (*[padded // model.patch_size] * 2, model.num_classes)
+    cells = [
+        -(-side // model.side_multiple) * model.side_multiple // model.patch_size
+        for side in model.image_shape[:2]
+    ]
+    return (*cells, model.num_classes)
 
 
 def kept_name(name: str, images: Any) -> str:

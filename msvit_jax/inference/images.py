@@ -14,6 +14,7 @@ from msvit_jax import paths
 from msvit_jax.data import image_files
 from msvit_jax.data.image_files import Found, ImageError, shown
 from msvit_jax.errors import UserError, check_choice
+from msvit_jax.image_size import ImageSize, height_and_width
 
 File: TypeAlias = str | pathlib.Path
 Images: TypeAlias = np.ndarray | Array | Sequence[np.ndarray | Array] | File | Sequence[File]
@@ -29,7 +30,7 @@ class ImageSource:
 
     Attributes:
       count: Number of images.
-      read: Function that reads a slice of the images: uint8 or float32 [n, S, S, 3]. For files, it
+      read: Function that reads a slice of the images: uint8 or float32 [n, h, w, 3]. For files, it
         returns a list with an `ImageError` for each image that cannot be read.
       failed: The reason why each skipped image could not be read, by its index; filled while images
         are read.
@@ -66,9 +67,9 @@ class Reading:
     """Settings for reading images.
 
     Attributes:
-      size: Side S of the model's images; arrays must have this size, files are cropped and resized
-        to it.
-      crop: Side of the central square that is cut from a file, as a share of the short side.
+      size: Side of the model's images in px, or their (height, width); arrays must have this size,
+        files are cropped and resized to it.
+      crop: Share of a file's largest central square, or rectangle of that shape, that is kept.
       exif_orientation: Whether files are rotated upright by their EXIF data.
       on_error: 'stop' at a file that cannot be read, or 'skip' it.
       mean: Means, per channel and for pixels of 0 to 1, that the model normalizes images with;
@@ -76,7 +77,7 @@ class Reading:
       std: Standard deviations, per channel and for pixels of 0 to 1; None: as for `mean`.
     """
 
-    size: int
+    size: ImageSize
     crop: float = 1.0
     exif_orientation: bool = True
     on_error: str = "stop"
@@ -198,7 +199,7 @@ def _as_read(images: np.ndarray) -> np.ndarray:
     return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
 
 
-def _check_shapes(shapes: Sequence[tuple[int, ...]], size: int) -> None:
+def _check_shapes(shapes: Sequence[tuple[int, ...]], size: ImageSize) -> None:
     for shape in shapes:
         if len(shape) == 3 and shape[0] == 3 != shape[-1]:
             raise UserError(
@@ -211,15 +212,16 @@ def _check_shapes(shapes: Sequence[tuple[int, ...]], size: int) -> None:
                 "for instance with PIL's image.convert('RGB')."
             )
     found = sorted({shape[:2] for shape in shapes})
-    if found == [(size, size)]:
+    height, width = height_and_width(size)
+    if found == [(height, width)]:
         return
     mixed = "mixed sizes: " if len(found) > 1 else ""
-    named = ", ".join(f"{height} x {width}" for height, width in found[:_NAMED])
+    named = ", ".join(f"{rows} x {columns}" for rows, columns in found[:_NAMED])
     named += ", ..." if len(found) > _NAMED else ""
     raise UserError(
-        f"Images of {mixed}{named} px; the model takes {size} x {size}. Give paths of image files, "
-        f"which are cut and resized, or resize arrays: PIL.Image.fromarray(image).resize(({size}, "
-        f"{size}))."
+        f"Images of {mixed}{named} px; the model takes {height} x {width}. Give paths of image "
+        "files, which are cut and resized, or resize arrays: "
+        f"PIL.Image.fromarray(image).resize(({width}, {height}))."
     )
 
 

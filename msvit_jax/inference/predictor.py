@@ -16,6 +16,7 @@ from msvit_jax import checkpoint, sharding, weights
 from msvit_jax.errors import UserError
 from msvit_jax.exits import exit_thresholds
 from msvit_jax.exits.budget_curve import fitted_thresholds
+from msvit_jax.image_size import height_and_width, shown
 from msvit_jax.inference import segmenting, shapes
 from msvit_jax.inference.calibrate import Calibration, threshold_for
 from msvit_jax.inference.cascade import CascadeJob
@@ -256,8 +257,7 @@ class Predictor:
 
         Programs are compiled in parallel, one thread per CPU core.
         """
-        side = self.model.image_size
-        pixels = np.zeros((1, side, side, 3), np.uint8)
+        pixels = np.zeros((1, *self.model.image_shape), np.uint8)
         waiting = len(self.model.exit_tokens if self.model.is_cascade else self._policy.shapes)
         for given in (pixels, pixels.astype(np.float32)):  # programs that mix images of batches
             pool = ImagePool(self._executables, waiting)
@@ -289,9 +289,9 @@ class Predictor:
         """Classifies images.
 
         Args:
-          images: Pixels, uint8 [N, S, S, 3] of 0 to 255, or floats already normalized with the
-            model's mean and std; a sequence of [S, S, 3] arrays; or paths of image files, whose
-            central square is cut out and resized. S is the model's image size.
+          images: Pixels, uint8 [N, h, w, 3] of 0 to 255, or floats already normalized with the
+            model's mean and std; a sequence of [h, w, 3] arrays; or paths of image files, whose
+            center is cut out and resized. (h, w) is the model's image size.
           on_error: 'stop' at a file that cannot be read, or 'skip' it (see `Predictions.failed`).
           answered: Callback that gets the indices of images and their answers as they are
             completed, in order of completion. The result contains all of them as well.
@@ -332,9 +332,9 @@ class Predictor:
         if self.model.task != SEGMENTATION:
             raise UserError("This model classifies whole images; call predictor(images).")
         windows = windows or self.windows
-        if windows.size != self.model.image_size:
+        if windows.shape != height_and_width(self.model.image_size):
             raise UserError(
-                f"Windows of {windows.size} px; the model takes {self.model.image_size} px."
+                f"Windows of {shown(windows.size)}; the model takes {shown(self.model.image_size)}."
             )
         reading = dataclasses.replace(self.reading(), on_error=on_error)
         return segmenting.segment(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
+from msvit_jax.image_size import ImageSize
 from msvit_jax.models.interface import ModelDefaults
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class BackboneMixin(ModelDefaults):
             """Returns a copy with changed attributes."""
 
     @property
-    def image_size(self) -> int:
-        """Side of the training images in px."""
+    def image_size(self) -> ImageSize:
+        """Side of the training images in px, or their (height, width)."""
         return self.backbone.image_size
 
     @property
@@ -33,9 +34,9 @@ class BackboneMixin(ModelDefaults):
         return self.backbone.patch_size
 
     @property
-    def grid_size(self) -> int:
-        """Number of the backbone's patches along one side of a training image."""
-        return self.backbone.grid_size
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the backbone's patches of a training image."""
+        return self.backbone.patch_grid
 
     @property
     def num_classes(self) -> int:

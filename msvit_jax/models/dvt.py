@@ -256,9 +256,9 @@ class DVT(BackboneMixin, nn.Module):
         return self._stage(self.grid_sizes[-1]).effective_patch_size
 
     @property
-    def grid_size(self) -> int:
-        """Tokens along one side of the last stage."""
-        return self.grid_sizes[-1]
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the last stage's tokens."""
+        return self.grid_sizes[-1], self.grid_sizes[-1]
 
     @property
     def is_cascade(self) -> bool:

@@ -14,15 +14,15 @@ from msvit_jax.tokens import grid
 POSITIONS = ("normal", "sincos", "fixed")  # values of `ViT.pos_init`
 
 
-def sincos_positions(prefix: int, side: int) -> Callable[..., Array]:
-    """Returns an initializer for position embeddings [prefix + side**2, D].
+def sincos_positions(prefix: int, size: tuple[int, int]) -> Callable[..., Array]:
+    """Returns an initializer for position embeddings [prefix + h * w, D] of a grid (h, w).
 
     Those of the prefix start small and random, those of the patches as sines and cosines of row
     and column at D / 4 frequencies each.
     """
 
     def start(key: Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
-        waves = grid.sincos(side, shape[1])
+        waves = grid.sincos(size, shape[1])
         first = init_weights(key, (prefix, shape[1]), dtype)
         return jnp.concatenate([first, jnp.asarray(waves, dtype)])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
+from msvit_jax.image_size import ImageSize, height_and_width
 from msvit_jax.models.layout import Layout
 
 if TYPE_CHECKING:
@@ -35,16 +36,20 @@ class ImageModel(Protocol):
         """Number of classes of the head; 0 for a model that answers with features."""
 
     @property
-    def image_size(self) -> int:
-        """Side of the training images in px."""
+    def image_size(self) -> ImageSize:
+        """Side of the training images in px, or their (height, width)."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of a training image: (height, width, 3)."""
 
     @property
     def patch_size(self) -> int:
         """Side of the finest patches in px."""
 
     @property
-    def grid_size(self) -> int:
-        """Number of the finest patches along one side of a training image."""
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the finest patches of a training image."""
 
     @property
     def max_tokens(self) -> int:
@@ -166,20 +171,42 @@ class ModelDefaults:
     if TYPE_CHECKING:
 
         @property
+        def image_size(self) -> ImageSize:
+            """Side of the training images in px, or their (height, width)."""
+
+        @property
         def patch_size(self) -> int:
             """Side of the finest patches in px."""
 
         @property
-        def grid_size(self) -> int:
-            """Number of the finest patches along one side of a training image."""
+        def patch_grid(self) -> tuple[int, int]:
+            """(rows, columns) of the finest patches of a training image."""
 
         def macs(self, tokens: ArrayLike) -> np.ndarray:
             """Counts multiply-accumulates for images with the given numbers of patch tokens."""
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of a training image: (height, width, 3)."""
+        return (*height_and_width(self.image_size), 3)
+
+    @property
+    def grid_size(self) -> int:
+        """Number of the finest patches along one side of a square training image.
+
+        Raises:
+          ValueError: The images are rectangles; `patch_grid` has both numbers.
+        """
+        rows, columns = self.patch_grid
+        if rows != columns:
+            raise ValueError(f"{rows} x {columns} patches are no square; use `patch_grid`.")
+        return rows
+
+    @property
     def max_tokens(self) -> int:
         """Largest number of patch tokens that a training image can have."""
-        return self.grid_size**2
+        rows, columns = self.patch_grid
+        return rows * columns
 
     @property
     def side_multiple(self) -> int:

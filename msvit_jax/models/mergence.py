@@ -19,6 +19,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.image_size import shown
 from msvit_jax.models.backbone_mixin import BackboneMixin
 from msvit_jax.models.block import gelu
 from msvit_jax.models.embedding import PatchEmbed
@@ -81,10 +82,10 @@ class Mergence(BackboneMixin, nn.Module):
         """Raises ValueError for scales that do not fit the image or its patches."""
         stride = self.patch_size
         for size in self.scales:
-            if size < 1 or self.image_size % size:
+            if size < 1 or any(side % size for side in self.image_shape[:2]):
                 raise ValueError(
                     f"scales={self.scales}: patches of {size} px do not divide an image of "
-                    f"{self.image_size} px; use sizes that do, or another image_size."
+                    f"{shown(self.image_size)}; use sizes that do, or another image_size."
                 )
             if size % stride and stride % size:
                 raise ValueError(
@@ -106,9 +107,10 @@ class Mergence(BackboneMixin, nn.Module):
         vit = self.backbone
         extra = 0.0
         for size in self._others:
-            patches = (self.image_size // size) ** 2
+            height, width, _ = self.image_shape
+            patches = (height // size) * (width // size)
             extra += float(flops.dense(patches, 3 * size**2, vit.width))
-            extra += float(flops.dense(min(patches, vit.grid_size**2), vit.width, vit.width))
+            extra += float(flops.dense(min(patches, vit.max_tokens), vit.width, vit.width))
         return vit.macs(tokens) + extra
 
     @also_empty

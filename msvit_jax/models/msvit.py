@@ -121,7 +121,7 @@ class MSViT(BackboneMixin, nn.Module):
         check_choice("coarse_embedding", self.coarse_embedding, COARSE_EMBEDDINGS)
         if self.fine_share is not None and not 0 <= self.fine_share <= 1:
             raise ValueError(f"fine_share={self.fine_share} is not between 0 and 1.")
-        if self.image_size % self.coarse_size:
+        if any(side % self.coarse_size for side in self.image_shape[:2]):
             raise ValueError(
                 f"image_size={self.image_size} is not divisible by the coarse patch of "
                 f"{self.coarse_size} px (twice patch_size={self.patch_size})."
@@ -175,8 +175,8 @@ class MSViT(BackboneMixin, nn.Module):
     @property
     def region_grid(self) -> tuple[int, int]:
         """(rows, columns) of regions in a training image."""
-        side = self.image_size // self.coarse_size
-        return side, side
+        height, width, _ = self.image_shape
+        return height // self.coarse_size, width // self.coarse_size
 
     @property
     def has_threshold(self) -> bool:

@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 
 from msvit_jax import config_aliases, config_rules, reducers
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.image_size import simplified
 from msvit_jax.models.dvt import DVT
 from msvit_jax.models.mergence import Mergence
 from msvit_jax.models.msvit import MSViT
@@ -184,6 +185,8 @@ def create_model(name: str, **overrides: Any) -> Any:
             raise UserError(f"Model {name!r} has no option {key!r}.{hint}")
         _check_value(name, key, value, options[key])
     given = {**_OWN_DEFAULTS.get(name, {}), **overrides}
+    if "image_size" in given:
+        given["image_size"] = simplified(given["image_size"])
     return _segmenter(name, given) if name in SEGMENTERS else _classifier(name, given)
 
 

@@ -295,7 +295,7 @@ class Segmenter(BackboneMixin, nn.Module):
 
         With `decode="dense"` the decoder sees the whole grid, whatever the tokens.
         """
-        seen: ArrayLike = self.grid_size**2
+        seen: ArrayLike = self.max_tokens
         if self.decode == "mixed":
             seen = self.backbone.final_tokens(tokens)
         decoder = self._decoder(parent=None).macs(np.asarray(seen, float), self.backbone.width)

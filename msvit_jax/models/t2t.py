@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from msvit_jax import flops
+from msvit_jax.models import vit_checks
 from msvit_jax.models.block import LayerNorm, gelu, init_weights
 from msvit_jax.models.vit import ViT
 from msvit_jax.tokens import grid
@@ -162,10 +163,9 @@ class T2TViT(ViT):
 
     def check_grid(self) -> None:
         """Raises ValueError unless a first soft split leads to the grid."""
-        if self.fixed_grid_size is None and self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not divisible by patch_size={self.patch_size}."
-            )
+        vit_checks.check_square(self, "The tokenizer of T2T-ViT")
+        if self.fixed_grid_size is None:
+            vit_checks.check_divisible(self)
         _ = self.split
 
     @property
@@ -175,7 +175,7 @@ class T2TViT(ViT):
         Raises:
           ValueError: There is none for the grid.
         """
-        return first_split(self.image_size, self.grid_size)
+        return first_split(self.image_shape[0], self.grid_size)
 
     @property
     def embed_macs(self) -> float:
@@ -186,7 +186,7 @@ class T2TViT(ViT):
         return (
             performer_macs(first.side**2, 3 * first.window**2)
             + performer_macs(second**2, joined)
-            + float(flops.dense(self.grid_size**2, joined, self.width))
+            + float(flops.dense(self.max_tokens, joined, self.width))
         )
 
     @property

@@ -16,6 +16,7 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from msvit_jax import flops
+from msvit_jax.image_size import ImageSize
 from msvit_jax.models import reduction, vit_checks
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.block import Block, LayerNorm, init_weights
@@ -40,10 +41,11 @@ class ViT(ModelDefaults, nn.Module):
     Attributes:
       num_classes: Number of classes of the head; 0 for no head, the answer is then
         `Output.features`.
-      image_size: Side of the training images in px; position embeddings are made for it and resized
-        for images of any other size that is a whole number of patches.
+      image_size: Side of the training images in px, or their (height, width); position embeddings
+        are made for it and resized for images of any other size that is a whole number of patches.
       patch_size: Side of a patch in px.
-      fixed_grid_size: Number of patches along one side, instead of as many as `patch_size` gives.
+      fixed_grid_size: Number of patches along one side of square images, instead of as many as
+        `patch_size` gives.
         Patches are then as large as needed, with zeros around the image (10 at 224 px: patches of
         23 px, 3 px of zeros on each side), and only images of `image_size` are taken.
       width: Number of channels of a token.
@@ -92,7 +94,7 @@ class ViT(ModelDefaults, nn.Module):
     """
 
     num_classes: int = 1000
-    image_size: int = 224
+    image_size: ImageSize = 224
     patch_size: int = 16
     fixed_grid_size: int | None = None
     width: int = 384
@@ -127,12 +129,11 @@ class ViT(ModelDefaults, nn.Module):
     def setup(self) -> None:
         """Makes the submodules and parameters."""
         self.check()
-        side = self.grid_size
-        count = side * side + self.positioned_prefix
+        count = self.max_tokens + self.positioned_prefix
         self.patch_embed = self._embedding()
         start = {
             "normal": init_weights,
-            "sincos": sincos_positions(self.positioned_prefix, side),
+            "sincos": sincos_positions(self.positioned_prefix, self.patch_grid),
             "fixed": sequence_positions,
         }[self.pos_init]
         self.pos_embed = self.param("pos_embed", start, (count, self.width))
@@ -203,7 +204,7 @@ class ViT(ModelDefaults, nn.Module):
             remove=self.remove,
             options=self.reducer_options,
             depth=self.depth,
-            patches=self.grid_size**2,
+            patches=self.max_tokens,
             prefix=self.prefix_length,
             mean_query=self.pool == "mean",
         )
@@ -217,22 +218,25 @@ class ViT(ModelDefaults, nn.Module):
         return reduction.layer_tokens(self.reductions, self.depth, tokens)[-1]
 
     @property
-    def grid_size(self) -> int:
-        """Patches along one side of a training image."""
-        return self.fixed_grid_size or self.image_size // self.patch_size
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches of a training image."""
+        if self.fixed_grid_size:
+            return self.fixed_grid_size, self.fixed_grid_size
+        height, width, _ = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def effective_patch_size(self) -> int:
         """Side of a patch in px: `patch_size`, or what follows from `fixed_grid_size`."""
         side = self.fixed_grid_size
-        return self.patch_size if side is None else -(-self.image_size // side)
+        return self.patch_size if side is None else -(-self.image_shape[0] // side)
 
     @property
     def padding(self) -> tuple[int, int]:
         """Width in px of the zeros before and after an image along either side."""
         if self.fixed_grid_size is None:
             return 0, 0
-        beyond = self.fixed_grid_size * self.effective_patch_size - self.image_size
+        beyond = self.fixed_grid_size * self.effective_patch_size - self.image_shape[0]
         return beyond // 2, beyond - beyond // 2
 
     @property
@@ -269,7 +273,7 @@ class ViT(ModelDefaults, nn.Module):
     @property
     def embed_macs(self) -> float:
         """Multiply-accumulates of the patch embedding."""
-        return flops.dense(self.grid_size**2, 3 * self.effective_patch_size**2, self.width)
+        return flops.dense(self.max_tokens, 3 * self.effective_patch_size**2, self.width)
 
     @property
     def embed_norm_elements(self) -> float:
@@ -283,8 +287,7 @@ class ViT(ModelDefaults, nn.Module):
 
     def positions(self, size: tuple[int, int]) -> Array:
         """Position embeddings of the patches on a grid of the given size: [h, w, D] float32."""
-        side = self.grid_size
-        own = self._positions[self.positioned_prefix :].reshape(side, side, self.width)
+        own = self._positions[self.positioned_prefix :].reshape(*self.patch_grid, self.width)
         return grid.resize_positions(own, size, self.pos_resize)
 
     @property
@@ -442,10 +445,10 @@ class ViT(ModelDefaults, nn.Module):
     def check_shape(self, images: Array) -> None:
         """Raises ValueError unless the model takes images of this shape."""
         vit_checks.check_images(images, self.patch_size if self.fixed_grid_size is None else 1)
-        side = self.image_size
-        if self.fixed_grid_size is not None and images.shape[1:3] != (side, side):
+        if self.fixed_grid_size is not None and images.shape[1:] != self.image_shape:
+            height, width, _ = self.image_shape
             raise ValueError(
-                f"With fixed_grid_size={self.grid_size} images must be {side} x {side} px, not "
+                f"With fixed_grid_size={self.grid_size} images must be {height} x {width} px, not "
                 f"{images.shape[1]} x {images.shape[2]}; resize them."
             )
 

@@ -5,6 +5,7 @@ from typing import Any
 from jax import Array
 
 from msvit_jax.errors import check_choice
+from msvit_jax.image_size import is_square
 from msvit_jax.models.attention import IMPLEMENTATIONS
 from msvit_jax.models.block import GELUS
 from msvit_jax.models.embedding import POSITIONS
@@ -54,16 +55,16 @@ def check_attributes(vit: Any) -> None:
 
 def check_grid(vit: Any) -> None:
     """Raises ValueError unless the images divide into the grid's patches."""
-    if vit.fixed_grid_size is None and vit.image_size % vit.patch_size:
+    if vit.fixed_grid_size is not None:
+        check_square(vit, f"fixed_grid_size={vit.fixed_grid_size}, as in a cascade's stages,")
+    else:
+        check_divisible(vit)
+    if vit.max_tokens > _MOST_PATCHES:
         raise ValueError(
-            f"image_size={vit.image_size} is not divisible by patch_size={vit.patch_size}."
-        )
-    if vit.grid_size**2 > _MOST_PATCHES:
-        raise ValueError(
-            f"image_size={vit.image_size} makes {vit.grid_size**2:,} patches of an image; "
+            f"image_size={vit.image_size} makes {vit.max_tokens:,} patches of an image; "
             f"{_MOST_PATCHES:,} are the most that is sensible."
         )
-    if vit.fixed_grid_size is not None and not 1 <= vit.fixed_grid_size <= vit.image_size:
+    if vit.fixed_grid_size is not None and not 1 <= vit.fixed_grid_size <= vit.image_shape[0]:
         raise ValueError(
             f"fixed_grid_size={vit.grid_size} is not from 1 to image_size={vit.image_size}."
         )
@@ -72,6 +73,23 @@ def check_grid(vit: Any) -> None:
             f"fixed_grid_size={vit.grid_size} does not fit an image of {vit.image_size} px: "
             f"patches of {vit.effective_patch_size} px reach {sum(vit.padding)} px beyond "
             "it, so some would lie outside. Use another fixed_grid_size or image_size."
+        )
+
+
+def check_divisible(vit: Any) -> None:
+    """Raises ValueError unless both sides of the images are whole numbers of patches."""
+    if any(side % vit.patch_size for side in vit.image_shape[:2]):
+        raise ValueError(
+            f"image_size={vit.image_size} is not divisible by patch_size={vit.patch_size}."
+        )
+
+
+def check_square(vit: Any, maker: str) -> None:
+    """Raises ValueError for images that are rectangles; `maker` names what makes square grids."""
+    if not is_square(vit.image_size):
+        raise ValueError(
+            f"{maker} makes square grids of square images; image_size={vit.image_size} is a "
+            "rectangle. Give one number, or use a model such as vit or msvit."
         )
 
 

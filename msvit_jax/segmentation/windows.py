@@ -6,12 +6,15 @@ resized to the image; views are averaged as probabilities, as in Segmenter's cod
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from msvit_jax.errors import UserError
+from msvit_jax.image_size import WANTED, ImageSize, fits, height_and_width
 from msvit_jax.segmentation.upsampling import upsample
 
 
@@ -35,19 +38,30 @@ class Windows:
     """How images are looked at.
 
     Attributes:
-      size: Side of a window in px, the model's image size.
-      stride: Largest step between windows in px; None for windows that only overlap at the end.
+      size: Side of a window in px, or its (height, width); the model's image size.
+      stride: Largest step between windows in px, or steps (down, across); None for windows that
+        only overlap at the end.
       short_side: Short side in px that images are resized to; None for their own size. An image
         smaller than a window is enlarged until the window fits into it.
       scales: Factors of that size, one for each view.
       flip: Whether each view is also looked at mirrored.
     """
 
-    size: int
-    stride: int | None = None
+    size: ImageSize
+    stride: ImageSize | None = None
     short_side: int | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("size", self.size), ("stride", self.stride or self.size)):
+            if not fits(value):
+                raise UserError(f"Windows of {name}={value!r} px: {WANTED} expected.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of a window in px."""
+        return height_and_width(self.size)
 
     @classmethod
     def from_config(cls, config: Any) -> "Windows":
@@ -65,9 +79,7 @@ class Windows:
         found = []
         for scale in self.scales:
             scaled = self._scaled(size, scale)
-            corners = tuple(
-                (y, x) for y in self._starts(scaled[0]) for x in self._starts(scaled[1])
-            )
+            corners = tuple(itertools.product(self._starts(scaled, 0), self._starts(scaled, 1)))
             found += [
                 View(scaled, mirrored, corners) for mirrored in (False, True)[: 1 + self.flip]
             ]
@@ -75,14 +87,14 @@ class Windows:
 
     def _scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         factor = scale * (1.0 if self.short_side is None else self.short_side / min(size))
-        if min(size) * factor < self.size:
-            factor = self.size / min(size)
-        height, width = (max(self.size, round(side * factor)) for side in size)
+        pairs = list(zip(self.shape, size, strict=True))
+        factor = max(factor, *(window / side for window, side in pairs))
+        height, width = (max(window, round(side * factor)) for window, side in pairs)
         return height, width
 
-    def _starts(self, length: int) -> list[int]:
-        step = self.stride or self.size
-        return [*range(0, length - self.size, step), length - self.size]
+    def _starts(self, size: tuple[int, int], axis: int) -> list[int]:
+        step, last = height_and_width(self.stride or self.size)[axis], size[axis] - self.shape[axis]
+        return [*range(0, last, step), last]
 
     def count(self, size: tuple[int, int]) -> int:
         """Counts the windows of an image of (height, width) px."""
@@ -97,8 +109,9 @@ class Windows:
             numbers have to be, instead of interpolated.
 
         Yields:
-          [size, size, 3] or [size, size] uint8.
+          [h, w, 3] or [h, w] uint8, of a window's size.
         """
+        height, width = self.shape
         how = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
         for view in self.views(pixels.shape[:2]):
             seen = pixels
@@ -106,7 +119,7 @@ class Windows:
                 seen = np.asarray(Image.fromarray(pixels).resize(view.size[::-1], how))
             seen = seen[:, ::-1] if view.mirrored else seen
             for top, left in view.corners:
-                yield seen[top : top + self.size, left : left + self.size]
+                yield seen[top : top + height, left : left + width]
 
 
 class Stitcher:
@@ -136,13 +149,13 @@ class Stitcher:
     def add(self, logits: np.ndarray) -> None:
         """Adds the next window, in the order of `Windows.cut`: [h, w, C] on the patch grid."""
         view, (top, left) = self._left.pop()
-        side, classes = self._windows.size, logits.shape[-1]
+        (height, width), classes = self._windows.shape, logits.shape[-1]
         if self._sum is None or self._count is None:
             self._sum = np.zeros((*view.size, classes), np.float32)
             self._count = np.zeros((*view.size, 1), np.float32)
         grid = (logits.shape[0] * self._patch, logits.shape[1] * self._patch)
-        here = (slice(top, top + side), slice(left, left + side))
-        self._sum[here] += upsample(logits, grid)[:side, :side]
+        here = (slice(top, top + height), slice(left, left + width))
+        self._sum[here] += upsample(logits, grid)[:height, :width]
         self._count[here] += 1
         if not self._left or self._left[-1][0] is not view:
             self._finish(view)

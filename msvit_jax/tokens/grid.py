@@ -221,14 +221,14 @@ def center_distance(size: tuple[int, int]) -> np.ndarray:
     return distance / max(distance.max(), 1e-9)
 
 
-def sincos(side: int, width: int, *, row_first: bool = True) -> np.ndarray:
-    """Sines and cosines of every cell's row and column: [side**2, width] float64.
+def sincos(size: tuple[int, int], width: int, *, row_first: bool = True) -> np.ndarray:
+    """Sines and cosines of the row and column of a grid's cells (h, w): [h * w, width] float64.
 
     There are width / 4 frequencies for each; `row_first` tells whether the row's or the column's
     come first.
     """
     frequency = 10000.0 ** -np.linspace(0.0, 1.0, width // 4)
-    cells = np.divmod(np.arange(side * side), side)
+    cells = np.divmod(np.arange(size[0] * size[1]), size[1])
     angles = [np.outer(p, frequency) for p in (cells if row_first else cells[::-1])]
     return np.concatenate([wave(a) for a in angles for wave in (np.sin, np.cos)], axis=1)
 

@@ -23,6 +23,7 @@ from msvit_jax import config as configs
 from msvit_jax.data import on_device
 from msvit_jax.errors import UserError
 from msvit_jax.evaluate import Evaluator
+from msvit_jax.image_size import shown
 from msvit_jax.models.interface import ImageModel
 from msvit_jax.models.layout import images_per_group
 from msvit_jax.run_log import Logger
@@ -162,7 +163,7 @@ class _Run:
         if self.config.init_from:
             source = weights.load(self.config.init_from, self.model)
             source = dataclasses.replace(source, flat=self._with_our_classes(source.flat))
-            taken, report = source.adapt_to(self.program.params["model"])
+            taken, report = source.adapt_to(self.program.params["model"], self.model.patch_grid)
             loaded = {f"model/{name}": value for name, value in taken.items()}
             self.messages.append(f"starting from {self.config.init_from}: {report}")
         return self.program.fresh_state(loaded)
@@ -332,7 +333,7 @@ class _Run:
         return [
             f"{config.model.name}: {count:,} parameters"
             + (f" ({learned:,} trained)" if learned != count else "")
-            + f", {tokens}, up to {most:.4g} GMACs an image of {model.image_size} px",
+            + f", {tokens}, up to {most:.4g} GMACs an image of {shown(model.image_size)}",
             f"{self.info.name}: {examples:,} training and {self.info.eval_examples:,} evaluation "
             f"images, {self.info.num_classes} classes",
             f"{devices} ({axes}), {jax.process_count()} process(es), batch {config.batch_size}, "

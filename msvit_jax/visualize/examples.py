@@ -89,7 +89,7 @@ def check_classes(run: checkpoint.Run) -> None:
 
 
 def from_files(paths: Sequence[str], config: ConfigDict) -> list[Example]:
-    """Reads image files as in evaluation: the central square, resized.
+    """Reads image files as in evaluation: the center, resized.
 
     Args:
       paths: Paths of the files.

@@ -22,7 +22,7 @@ from msvit_jax.visualize.examples import ON_SHEET, SHEET, Drawn, reducing_layers
 
 @dataclasses.dataclass(frozen=True)
 class MaskedExample:
-    """An image to draw: uint8 [S, S, 3] pixels, its name, and its mask [S, S] if it is known."""
+    """An image to draw: uint8 [h, w, 3] pixels, its name, and its mask [h, w] if it is known."""
 
     image: np.ndarray
     name: str
@@ -34,7 +34,7 @@ def draw_run(
 ) -> Drawn:
     """Draws a segmenter's answers for image files, or for examples of its evaluation split.
 
-    The central square of each image is drawn, resized to a window.
+    The center of each image is drawn, of a window's shape and resized to it.
 
     Args:
       run: A run of a segmenter.
@@ -86,8 +86,8 @@ def _from_dataset(config: ConfigDict, count: int) -> list[MaskedExample]:
     for index in np.unique(np.linspace(0, len(split) - 1, count).astype(int)):
         pixels, mask = segmentation.read(split[index], classes, config.exif_orientation)
         image = pipeline.center_crop({**split[index], "image": pixels}, config.image_size, 1.0)
-        square = decode.decode_mask(mask, config.image_size, 1.0)
-        found.append(MaskedExample(image, f"{config.eval_split} {index}", square))
+        center = decode.decode_mask(mask, config.image_size, 1.0)
+        found.append(MaskedExample(image, f"{config.eval_split} {index}", center))
     return found
 
 

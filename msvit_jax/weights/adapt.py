@@ -22,9 +22,11 @@ from msvit_jax.tokens import grid
 from msvit_jax.tree import flat_names, map_names
 
 Flat = dict[str, np.ndarray]
+Grid = tuple[int, int]  # rows and columns
 HEADS = ("head/", "head_dist/", "decoder/head/", "decoder/class_embed", "decoder/mask_norm/")
 # Layers on the pixels of square patches or regions, whose size may change.
 PATCH_KERNELS = ("patch_embed/proj/kernel", "coarse_embed/proj/kernel", "gate_mlp/fc1/kernel")
+_MOST_BEFORE = 2  # positions before those of the patches: class and distillation token
 # Parts that may be missing in the source; they start fresh.
 OWN_PARTS = ("gate", "coarse_embed", "scale_", "residual", "reuse_", "decoder/")
 
@@ -61,7 +63,12 @@ class Report:
 
 
 def adapt_weights(
-    weights: Mapping[str, np.ndarray], params: Any, *, pos_resize: str = "timm"
+    weights: Mapping[str, np.ndarray],
+    params: Any,
+    *,
+    pos_resize: str = "timm",
+    source_grid: Grid | None = None,
+    patch_grid: Grid | None = None,
 ) -> tuple[Flat, Report]:
     """Fits weights to a model's parameters.
 
@@ -70,6 +77,9 @@ def adapt_weights(
       params: Tree of the model's parameters, arrays or shapes.
       pos_resize: Method that resizes position embeddings, one of `grid.RESIZINGS`; those of a gate
         are always resized by our own method.
+      source_grid: (rows, columns) of the patches that the weights were trained with; None if that
+        is not known, and then they are taken for a square, or for the model's if as many.
+      patch_grid: (rows, columns) of the model's patches; None for a square.
 
     Returns:
       Arrays by the model's names, for those that are taken over, and a report on each parameter.
@@ -86,12 +96,13 @@ def adapt_weights(
     for name, leaf in wanted.items():
         short = re.sub(r"^(backbone|stage_\d+)/", "", name)
         value = weights.get(name)
-        if value is not None and tuple(value.shape) == tuple(leaf.shape):
+        grids = _grids(name, value, leaf, source_grid, patch_grid)
+        if value is not None and grids is not None:
+            report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
+            taken[name] = _resize(np.asarray(value, np.float32), *grids, pos_resize)
+        elif value is not None and tuple(value.shape) == tuple(leaf.shape):
             report.matched.append(name)
             taken[name] = np.asarray(value, leaf.dtype)
-        elif value is not None and name.endswith("pos_embed") and _resizable(value, leaf):
-            report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
-            taken[name] = _resize(np.asarray(value, np.float32), tuple(leaf.shape), pos_resize)
         elif value is not None and short in PATCH_KERNELS and _squares(value, leaf):
             report.resized.append(f"{name} {tuple(value.shape)} -> {tuple(leaf.shape)}")
             kernel = grid.resize_kernel(np.asarray(value, np.float64), leaf.shape[0])
@@ -125,15 +136,23 @@ def model_shapes(model: ImageModel) -> Any:
     Raises:
       UserError: The model's sizes do not fit together.
     """
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     try:
         return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     except ValueError as error:
         raise UserError(f"The model cannot be built: {error}") from error
 
 
-def params_for(model: ImageModel, weights: Any, *, pos_resize: str = "timm") -> tuple[Any, Report]:
+def params_for(
+    model: ImageModel,
+    weights: Any,
+    *,
+    pos_resize: str = "timm",
+    source_grid: Grid | None = None,
+) -> tuple[Any, Report]:
     """Fits a tree or flat dict of weights, which must hold all of a model's parameters, to it.
+
+    The other arguments are those of `adapt_weights`.
 
     Returns:
       Parameters of the model, and a report on each.
@@ -142,7 +161,13 @@ def params_for(model: ImageModel, weights: Any, *, pos_resize: str = "timm") -> 
       UserError: Some are missing or have another shape.
     """
     shapes = model_shapes(model)
-    taken, report = adapt_weights(flat_names(weights), shapes, pos_resize=pos_resize)
+    taken, report = adapt_weights(
+        flat_names(weights),
+        shapes,
+        pos_resize=pos_resize,
+        source_grid=source_grid,
+        patch_grid=model.patch_grid,
+    )
     if report.fresh:
         heads = all(re.search(r"(^|/)head(_dist)?/", name) for name in report.fresh)
         remedy = "; without a head they give features alone (num_classes=0)." if heads else ""
@@ -218,26 +243,38 @@ def _widen(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return wide
 
 
-def _prefix_length(count: int) -> int | None:
-    """Number of tokens before a square grid among `count` positions: 0, 1 or 2, else None."""
-    return next((p for p in range(3) if math.isqrt(count - p) ** 2 == count - p), None)
-
-
-def _resizable(value: Any, leaf: Any) -> bool:
+def _grids(
+    name: str, value: Any, leaf: Any, source_grid: Grid | None, patch_grid: Grid | None
+) -> tuple[Grid, Grid] | None:
+    """Old and new grid of position embeddings that are to be resized, and can be; else None."""
+    if value is None or not name.endswith("pos_embed"):
+        return None
+    if source_grid is None and tuple(value.shape) == tuple(leaf.shape):
+        return None
     if len(value.shape) != len(leaf.shape) or value.shape[-1] != leaf.shape[-1]:
-        return False
+        return None
     if len(value.shape) == 3:  # of a gate, [rows, columns, D]
-        return True
-    prefixes = _prefix_length(value.shape[0]), _prefix_length(leaf.shape[0])
-    return len(value.shape) == 2 and prefixes[0] == prefixes[1] and prefixes[0] is not None
+        source_grid, patch_grid = tuple(value.shape[:2]), tuple(leaf.shape[:2])
+    counts = [math.prod(x.shape[:-1]) for x in (value, leaf)]
+    old, new = _grid(counts[0], source_grid), _grid(counts[1], patch_grid)
+    if old is None or new is None or old == new:
+        return None
+    same_prefix = counts[0] - math.prod(old) == counts[1] - math.prod(new)
+    return (old, new) if same_prefix else None
 
 
-def _resize(value: np.ndarray, shape: tuple[int, ...], method: str) -> np.ndarray:
+def _grid(count: int, known: Grid | None) -> Grid | None:
+    """The grid among `count` positions, behind 0, 1 or 2 others: the known one, or a square."""
+    if known is not None and 0 <= count - math.prod(known) <= _MOST_BEFORE:
+        return known
+    sides = ((math.isqrt(count - p), count - p) for p in range(_MOST_BEFORE + 1))
+    return next(((side, side) for side, cells in sides if side**2 == cells), None)
+
+
+def _resize(value: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray:
     if value.ndim == 3:
-        return np.asarray(grid.resize_positions(jnp.asarray(value), (shape[0], shape[1])))
-    count, width = value.shape
-    prefix = _prefix_length(count) or 0
-    old, new = math.isqrt(count - prefix), math.isqrt(shape[0] - prefix)
-    cells = jnp.asarray(value[prefix:].reshape(old, old, width))
-    resized = np.asarray(grid.resize_positions(cells, (new, new), method)).reshape(new * new, width)
+        return np.asarray(grid.resize_positions(jnp.asarray(value), new))
+    prefix, width = len(value) - math.prod(old), value.shape[1]
+    cells = jnp.asarray(value[prefix:].reshape(*old, width))
+    resized = np.asarray(grid.resize_positions(cells, new, method)).reshape(-1, width)
     return np.concatenate([value[:prefix], resized])

@@ -127,7 +127,7 @@ def canonical(state: State, model: Any) -> tuple[Flat, list[str]]:
             flat[name.replace("encoderblock", f"encoderblock_{layer}", 1)] = part
     old = _with_class_position(model)
     found = [flat.pop(name) for name in _POSITIONS if name in flat]
-    computed = grid.sincos(model.grid_size, model.width, row_first=False)
+    computed = grid.sincos(model.patch_grid, model.width, row_first=False)
     positions = found[0] if found else computed[None].astype(np.float32)
     flat[_POSITIONS[old]] = positions
     if old and positions.ndim == 3 and timm.is_square(positions.shape[1]):

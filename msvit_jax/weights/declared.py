@@ -61,6 +61,8 @@ class Declared:
       crop: Share of an image's short side used in evaluation; None if the source does not state it.
       exif_orientation: Whether images are rotated upright by their EXIF data; None if the source
         does not state it.
+      patch_grid: (rows, columns) of the patches of the model's images; None if the source does not
+        state its whole model.
       where: Description of the place that states an attribute, by the attribute's name.
       problems: Statements that our models cannot satisfy.
       notes: Statements that are not followed but worth reporting.
@@ -72,6 +74,7 @@ class Declared:
     class_names: tuple[str, ...] = ()
     crop: float | None = None
     exif_orientation: bool | None = None
+    patch_grid: tuple[int, int] | None = None
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -178,6 +181,7 @@ def of_file(file: pathlib.Path, contents: files.Contents) -> Declared:
 
 def _say_all(found: Declared, model: Any, where: str) -> None:
     trunk = model.backbone
+    found.patch_grid = model.patch_grid
     found.say(where, **{key: getattr(trunk, key) for key in UNSEEN})
 
 
@@ -456,7 +460,9 @@ def _square(found: Declared, where: str, key: str, value: Any) -> int | None:
         return None
     if len(set(sides)) > 1:
         by = " x ".join(map(str, sides))
-        found.problems.append(f"{where}: {key} is {by}; images and patches are square here")
+        found.problems.append(
+            f"{where}: {key} is {by}; images and patches of other formats are square here"
+        )
         return None
     return sides[0]
 

@@ -5,6 +5,7 @@ below `backbone/` here; a segmenter's decoder is beside it, below `decoder/`.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from msvit_jax.errors import UserError, nearest
+from msvit_jax.image_size import is_square, shown
 from msvit_jax.models.interface import SEGMENTATION
 from msvit_jax.tree import flat_names
 from msvit_jax.weights import (
@@ -57,6 +59,7 @@ class LoadedWeights:
       unused: Names in the source that the model does not use.
       notes: Remarks on choices made, settings adopted, and suspicious values.
       pos_resize: Method of the source's own code for resizing positions, one of `grid.RESIZINGS`.
+      patch_grid: (rows, columns) of the source's patches; None if it is not known.
     """
 
     flat: Flat
@@ -64,15 +67,26 @@ class LoadedWeights:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     pos_resize: str = "timm"
+    patch_grid: adapt.Grid | None = None
 
-    def adapt_to(self, params: Any) -> tuple[Flat, adapt.Report]:
-        """Fits the weights to a model's parameters; see `adapt.adapt_weights`."""
-        taken, report = adapt.adapt_weights(self.flat, params, pos_resize=self.pos_resize)
+    def adapt_to(
+        self, params: Any, patch_grid: adapt.Grid | None = None
+    ) -> tuple[Flat, adapt.Report]:
+        """Fits the weights to a model's parameters and patches; see `adapt.adapt_weights`."""
+        taken, report = adapt.adapt_weights(
+            self.flat,
+            params,
+            pos_resize=self.pos_resize,
+            source_grid=self.patch_grid,
+            patch_grid=patch_grid,
+        )
         return taken, self._completed(report)
 
     def params_for(self, model: Any) -> tuple[Any, adapt.Report]:
         """Returns all parameters of a model; see `adapt.params_for`."""
-        params, report = adapt.params_for(model, self.flat, pos_resize=self.pos_resize)
+        params, report = adapt.params_for(
+            model, self.flat, pos_resize=self.pos_resize, source_grid=self.patch_grid
+        )
         return params, self._completed(report)
 
     def _completed(self, report: adapt.Report) -> adapt.Report:
@@ -101,6 +115,8 @@ def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
     # The table needs a head to recognize the source's.
     plain = trunk.clone(num_classes=1) if headless else trunk
     plain = plain.clone(scan_layers=False) if _scanned(plain) else plain
+    if not is_square(plain.image_size):  # as all of the format's images are
+        plain = plain.clone(image_size=min(plain.image_shape[:2]))
     shapes = flat_names(adapt.model_shapes(plain))
     table = form.table(plain)
     named, unused = form.canonical(state, plain)
@@ -115,7 +131,20 @@ def from_theirs(state: State, model: Any, name: str) -> LoadedWeights:
     inside = {
         key if key.startswith(segmenter.DECODER) else prefix + key: x for key, x in flat.items()
     }
-    return LoadedWeights(inside, name, (*unused, *extras), pos_resize=_pos_resize(name, state))
+    return LoadedWeights(
+        inside,
+        name,
+        (*unused, *extras),
+        pos_resize=_pos_resize(name, state),
+        patch_grid=_square_grid(flat, plain.backbone),
+    )
+
+
+def _square_grid(flat: Flat, vit: Any) -> adapt.Grid | None:
+    """The square grid of a plain transformer's positions; None for a cascade's stages."""
+    cells = len(flat.get("pos_embed", ())) - vit.positioned_prefix
+    side = math.isqrt(max(cells, 0))
+    return (side, side) if side and side**2 == cells else None
 
 
 def _parameters(state: State, table: Sequence[Entry]) -> tuple[Flat, list[str]]:
@@ -157,6 +186,11 @@ def to_theirs(format_name: str, flat: Mapping[str, np.ndarray], model: Any) -> F
     Raises:
       UserError: The format is unknown or cannot express the model, or parameters are missing.
     """
+    if not is_square(model.image_size):
+        raise UserError(
+            f"Images of {shown(model.image_size)} make a grid of patches that is no square, which "
+            f"{format_name} cannot tell from its arrays; use our own format (--format=safetensors)."
+        )
     if format_name not in FORMATS:
         raise UserError(
             f"There is no format {format_name!r}.{nearest(format_name, FORMATS)} "

@@ -79,7 +79,9 @@ class OpenedSource:
                 for key, value in there.items()
             ]
         if self.format == ours.NAME:
-            found = LoadedWeights(_by_slashes(self.arrays), self.format)
+            found = LoadedWeights(
+                _by_slashes(self.arrays), self.format, patch_grid=self.declared.patch_grid
+            )
         else:
             try:
                 found = from_theirs(self.arrays, model, self.format)
