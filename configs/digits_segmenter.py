@@ -19,7 +19,6 @@ def get_config() -> config_dict.ConfigDict:
         "name": "segmenter",
         "encoder": "vit",
         "decoder": "mask",
-        "image_size": 64,
         "patch_size": 8,
         "width": 64,
         "depth": 4,

@@ -40,18 +40,19 @@ def _clear(old, new, first, count):
 
 
 @pytest.mark.parametrize("short_side", [None, 25, 50])
-def test_crops_are_those_of_the_scaled_image(short_side):
+@pytest.mark.parametrize("size", [(32, 32), (24, 44)])
+def test_crops_are_those_of_the_scaled_image(short_side, size):
     pairs = examples(8)
-    how = config(short_side=short_side, scale_range=(0.5, 2.0), flip=True)
+    how = config(short_side=short_side, scale_range=(0.5, 2.0), flip=True, image_size=size)
     drawn = on_device_masks.draw(how, np.random.default_rng(1), len(pairs), *SIZE)
     images, masks = (np.stack([p[key] for p in pairs]) for key in ("image", sources.MASK))
-    made = jax.device_get(on_device_masks.cut(images, masks, *drawn, 32))
+    made = jax.device_get(on_device_masks.cut(images, masks, *drawn, size))
     for row, ((height, width), (top, left), flip) in enumerate(zip(*drawn, strict=True)):
         whole = Image.fromarray(images[row]).resize((width, height), Image.Resampling.BILINEAR)
         classes = Image.fromarray(masks[row]).resize((width, height), Image.Resampling.NEAREST)
-        cut = (slice(top, top + 32), slice(left, left + 32))
+        cut = (slice(top, top + size[0]), slice(left, left + size[1]))
         theirs, answers = np.asarray(whole)[cut], np.asarray(classes)[cut]
-        assert min(answers.shape) == min(32, height, width)
+        assert answers.shape == (min(size[0], height), min(size[1], width))
         ours, mask = (made[key][row] for key in ("image", sources.MASK))
         if flip:
             ours, mask = ours[:, ::-1], mask[:, ::-1]
@@ -66,7 +67,7 @@ def test_crops_are_those_of_the_scaled_image(short_side):
             )
         )
         np.testing.assert_array_equal(mask[filled][clear], answers[clear])
-        beyond = np.ones((32, 32), bool)
+        beyond = np.ones(size, bool)
         beyond[filled] = False
         assert (mask[beyond] == IGNORED).all()
         assert (ours[beyond] == augment.MEAN_COLOR).all()

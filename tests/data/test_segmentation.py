@@ -46,10 +46,12 @@ def transform(example, seed=0, **changes):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("scale_range", [None, (0.5, 2.0)])
-def test_an_image_and_its_mask_stay_together(seed, scale_range):
-    made = transform(pair(), seed, scale_range=scale_range, flip=True, pad_shift=3)
+@pytest.mark.parametrize(("size", "shape"), [(32, (32, 32)), ((24, 48), (24, 48))])
+def test_an_image_and_its_mask_stay_together(seed, scale_range, size, shape):
+    how = {"scale_range": scale_range, "flip": True, "pad_shift": 3, "image_size": size}
+    made = transform(pair(), seed, **how)
     image, mask = made["image"], made[sources.MASK]
-    assert (image.shape, mask.shape) == ((32, 32, 3), (32, 32))
+    assert (image.shape, mask.shape) == ((*shape, 3), shape)
     # Away from the edges of squares, where images are interpolated, and from what was filled in.
     same = (image == image[..., :1]).all(axis=2) & (mask != IGNORED)
     shown = image[..., 0].astype(int)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from msvit_jax import segmentation
+from msvit_jax.errors import UserError
 from msvit_jax.segmentation import IGNORED, Confusion, MaskClasses, Stitcher, Windows
 from msvit_jax.segmentation.windows import softmax
 
@@ -67,9 +69,10 @@ def of_patches(window):
     return np.concatenate([patches, patches[..., :2] ** 2], axis=-1)
 
 
-def test_a_window_that_covers_the_image_once_is_the_whole_image():
-    pixels, stitcher = stitched(Windows(32), (32, 32), of_patches)
-    expected = segmentation.upsample_logits(jnp.asarray(of_patches(pixels)[None]), (32, 32), 4)[0]
+@pytest.mark.parametrize(("size", "shape"), [(32, (32, 32)), ((16, 40), (16, 40))])
+def test_a_window_that_covers_the_image_once_is_the_whole_image(size, shape):
+    pixels, stitcher = stitched(Windows(size), shape, of_patches)
+    expected = segmentation.upsample_logits(jnp.asarray(of_patches(pixels)[None]), shape, 4)[0]
     np.testing.assert_array_equal(stitcher.labels, np.asarray(expected).argmax(axis=-1))
     np.testing.assert_allclose(
         stitcher.probabilities, jax.nn.softmax(expected, axis=-1), rtol=1e-5, atol=1e-6
@@ -90,6 +93,53 @@ def test_overlapping_windows_are_averaged_as_logits():
             count[top : top + 16, left : left + 16] += 1
     expected = softmax(total / count)
     np.testing.assert_allclose(stitcher.probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def interpolated(x, size):
+    """Bilinear resizing, axis by axis, between the centers of cells."""
+    for axis, new in enumerate(size):
+        old = x.shape[axis]
+        at = (np.arange(new) + 0.5) * old / new - 0.5
+        x = np.apply_along_axis(lambda column: np.interp(at, np.arange(old), column), axis, x)  # noqa: B023
+    return x
+
+
+@settings(max_examples=25)
+@given(
+    st.tuples(st.integers(1, 45), st.integers(1, 45)),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    st.none() | st.tuples(st.integers(6, 20), st.integers(6, 20)),
+)
+def test_rectangular_windows_are_averaged_and_cover_every_pixel(size, patches, stride):
+    """Literally: the image enlarged until the window fits, and every pixel's mean over windows."""
+    window = (4 * patches[0], 4 * patches[1])
+    windows = Windows(window, stride)
+    pixels, stitcher = stitched(windows, size, of_patches)
+    factor = max(1.0, window[0] / size[0], window[1] / size[1])
+    height, width = (max(w, round(s * factor)) for w, s in zip(window, size, strict=True))
+    assert height == window[0] or width == window[1] or (height, width) == size
+    enlarged = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+    seen = np.asarray(enlarged)
+    total, count = np.zeros((height, width, 5)), np.zeros((height, width, 1))
+    down, across = stride or window
+    for y in range(0, height - window[0] + down, down):
+        for x in range(0, width - window[1] + across, across):
+            top, left = min(y, height - window[0]), min(x, width - window[1])
+            here = (slice(top, top + window[0]), slice(left, left + window[1]))
+            total[here] += interpolated(of_patches(seen[here]), window)
+            count[here] += 1
+    assert count.min() >= 1
+    expected = softmax(interpolated(total / count, size))
+    np.testing.assert_allclose(stitcher.probabilities, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, -4, 1.5, "16", (16, 24, 3), (16,), (0, 16), (16, 2.5), True])
+def test_windows_of_no_size_are_refused(size):
+    with pytest.raises(UserError, match=r"Windows of size=.* px: a whole number of px from 1, or"):
+        Windows(size)
+    if size:
+        with pytest.raises(UserError, match=r"Windows of stride="):
+            Windows(16, stride=size)
 
 
 def test_mirrored_views_are_mirrored_back():

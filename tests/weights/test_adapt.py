@@ -43,6 +43,57 @@ def test_same_model_takes_everything():
     assert report.resized + report.fresh + report.unused == []
 
 
+def _positions(size, source, source_grid):
+    """Positions [rows, columns, 16] of a model that starts from others, and the report."""
+    model = _model(image_size=size)
+    taken, report = adapt.adapt_weights(
+        {**_weights(model), "pos_embed": source},
+        adapt.model_shapes(model),
+        source_grid=source_grid,
+        patch_grid=model.patch_grid,
+    )
+    np.testing.assert_array_equal(taken["pos_embed"][0], source[0])
+    return taken["pos_embed"][1:].reshape(*model.patch_grid, 16), report
+
+
+def test_positions_of_a_square_become_those_of_a_rectangle():
+    """Rows and columns are told apart: what falls along rows alone stays even along columns."""
+    rng = np.random.default_rng(0)
+    down = np.repeat(rng.normal(size=(4, 1, 16)), 4, axis=1).astype(np.float32)
+    for cells, axis in ((down, 1), (down.swapaxes(0, 1), 0)):
+        source = np.concatenate([np.ones((1, 16), np.float32), cells.reshape(16, 16)])
+        for grid in (None, (4, 4)):  # a square is what is not known
+            found, report = _positions((16, 24), source, grid)
+            assert found.shape == (4, 6, 16)
+            np.testing.assert_allclose(found.std(axis=axis), 0, atol=1e-5)
+            assert found.std(axis=1 - axis).min() > 0.1
+            assert report.resized == ["pos_embed (17, 16) -> (25, 16)"]
+
+
+@pytest.mark.parametrize("size", [(24, 24), (36, 16)])
+def test_as_many_positions_of_another_shape_are_resized(size):
+    source = np.random.default_rng(0).normal(size=(37, 16)).astype(np.float32)
+    across, _ = _positions(size, source, (4, 9))
+    turned = source[1:].reshape(4, 9, 16).swapaxes(0, 1).reshape(36, 16)
+    down, report = _positions(size[::-1], np.concatenate([source[:1], turned]), (9, 4))
+    np.testing.assert_allclose(across, down.swapaxes(0, 1), rtol=1e-4, atol=1e-5)
+    assert report.resized == ["pos_embed (37, 16) -> (37, 16)"]
+    same, report = _positions((16, 36), source, (4, 9))
+    np.testing.assert_array_equal(same, source[1:].reshape(4, 9, 16))
+    assert report.resized == []
+
+
+def test_a_file_of_another_project_holds_a_square_grid(tmp_path):
+    """36 positions are 6 x 6 there, also for a model of 4 x 9 patches."""
+    square, wide = _model(image_size=24), _model(image_size=(16, 36))
+    flat = _weights(square)
+    save_file(files.to_theirs("timm", flat, square), tmp_path / "x.safetensors")
+    params, report = files.load_params(tmp_path / "x.safetensors", wide)
+    assert report.resized == ["pos_embed (37, 16) -> (37, 16)"]
+    expected, _ = _positions((16, 36), flat["pos_embed"], (6, 6))
+    np.testing.assert_allclose(params["pos_embed"][1:].reshape(4, 9, 16), expected, rtol=1e-6)
+
+
 def test_dense_model_goes_below_the_backbone():
     weights = _weights(_model())
     mixed = _model("msvit_tiny_patch16_224", scale_embedding=True, coarse_residual=True)
