@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from msvit_jax.errors import UserError
-from msvit_jax.image_size import WANTED, ImageSize, fits, height_and_width
+from msvit_jax.image_size import WANTED, ImageSize, fits, height_and_width, shown
 from msvit_jax.segmentation.upsampling import upsample
 
 
@@ -57,11 +57,21 @@ class Windows:
         for name, value in (("size", self.size), ("stride", self.stride or self.size)):
             if not fits(value):
                 raise UserError(f"Windows of {name}={value!r} px: {WANTED} expected.")
+        if any(step > side for step, side in zip(self.steps, self.shape, strict=True)):
+            raise UserError(
+                f"Windows of {shown(self.size)} in steps of {shown(self.steps)} leave pixels out; "
+                "use steps that are at most as large."
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) of a window in px."""
         return height_and_width(self.size)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Largest steps between windows in px, (down, across)."""
+        return height_and_width(self.stride or self.size)
 
     @classmethod
     def from_config(cls, config: Any) -> "Windows":
@@ -93,8 +103,8 @@ class Windows:
         return height, width
 
     def _starts(self, size: tuple[int, int], axis: int) -> list[int]:
-        step, last = height_and_width(self.stride or self.size)[axis], size[axis] - self.shape[axis]
-        return [*range(0, last, step), last]
+        last = size[axis] - self.shape[axis]
+        return [*range(0, last, self.steps[axis]), last]
 
     def count(self, size: tuple[int, int]) -> int:
         """Counts the windows of an image of (height, width) px."""

@@ -108,11 +108,12 @@ def interpolated(x, size):
 @given(
     st.tuples(st.integers(1, 45), st.integers(1, 45)),
     st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    st.none() | st.tuples(st.integers(6, 20), st.integers(6, 20)),
+    st.none() | st.tuples(st.integers(4, 20), st.integers(4, 20)),
 )
 def test_rectangular_windows_are_averaged_and_cover_every_pixel(size, patches, stride):
     """Literally: the image enlarged until the window fits, and every pixel's mean over windows."""
     window = (4 * patches[0], 4 * patches[1])
+    stride = stride and (min(stride[0], window[0]), min(stride[1], window[1]))
     windows = Windows(window, stride)
     pixels, stitcher = stitched(windows, size, of_patches)
     factor = max(1.0, window[0] / size[0], window[1] / size[1])
@@ -140,6 +141,12 @@ def test_windows_of_no_size_are_refused(size):
     if size:
         with pytest.raises(UserError, match=r"Windows of stride="):
             Windows(16, stride=size)
+
+
+@pytest.mark.parametrize("stride", [25, (8, 25), (17, 8)])
+def test_steps_that_leave_pixels_out_are_refused(stride):
+    with pytest.raises(UserError, match=r"Windows of 16 x 24 px in steps of .* leave pixels out"):
+        Windows((16, 24), stride)
 
 
 def test_mirrored_views_are_mirrored_back():
