@@ -203,13 +203,11 @@ def model_attributes(config: config_dict.ConfigDict) -> dict[str, Any]:
     attributes.pop("name")
     attributes.setdefault("dtype", config.dtype)
     attributes["dtype"] = jnp.dtype(attributes["dtype"])
-    ours, size = (
-        simplified(size)
-        for size in (config.model.get("image_size", config.data.image_size), config.data.image_size)
-    )
-    if ours != size:
+    size = simplified(config.data.image_size)
+    given = simplified(attributes.setdefault("image_size", size))
+    if given != size:
         raise UserError(
-            f"model.image_size is {ours} but data.image_size is {size}; "
+            f"model.image_size is {given} but data.image_size is {size}; "
             "set both to the same size, or only data.image_size."
         )
     return {**attributes, "image_size": size}

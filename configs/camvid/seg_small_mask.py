@@ -6,7 +6,8 @@
 
 The zip has train/, trainannot/, val/, valannot/ and so on, as the tutorials' CamVid has them; the
 JSON names the classes, see docs/segmentation.md. Images are resized to a short side of 352 px and
-looked at in square windows of 352 px.
+looked at in square windows of 352 px; whole frames, one window each, by
+--config.data.image_size=336,448 --config.data.short_side=336.
 Cost: not measured; minutes on a GPU, days on a laptop.
 Expect: not run by us, so no figure is promised.
 """

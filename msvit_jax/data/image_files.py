@@ -238,6 +238,7 @@ def resized_crop(
 
 def height_and_width(size: Size) -> tuple[int, int]:
     """Returns height and width; a single number is both."""
+    # As in msvit_jax.image_size, which exports do not hold.
     height, width = np.broadcast_to(size, 2).tolist()
     return height, width
 

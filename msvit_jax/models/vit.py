@@ -45,9 +45,9 @@ class ViT(ModelDefaults, nn.Module):
         are made for it and resized for images of any other size that is a whole number of patches.
       patch_size: Side of a patch in px.
       fixed_grid_size: Number of patches along one side of square images, instead of as many as
-        `patch_size` gives.
-        Patches are then as large as needed, with zeros around the image (10 at 224 px: patches of
-        23 px, 3 px of zeros on each side), and only images of `image_size` are taken.
+        `patch_size` gives. Patches are then as large as needed, with zeros around the image (10 at
+        224 px: patches of 23 px, 3 px of zeros on each side), and only images of `image_size` are
+        taken.
       width: Number of channels of a token.
       depth: Number of blocks.
       heads: Number of attention heads.

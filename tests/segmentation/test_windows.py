@@ -38,6 +38,13 @@ def test_an_image_smaller_than_a_window_is_enlarged_until_the_window_fits():
     assert view.size == (32, 96)
     (view,) = Windows(32, short_side=16).views((50, 100))
     assert view.size == (32, 64)
+    (view,) = Windows((32, 64)).views((40, 20))
+    assert view.size == (128, 64)
+
+
+def test_camvid_s_frames_fit_into_one_window():
+    (view,) = Windows((336, 448), short_side=336).views((360, 480))
+    assert (view.size, view.corners) == ((336, 448), ((0, 0),))
 
 
 @pytest.mark.parametrize("size", [(7, 9), (16, 5), (3, 3)])
