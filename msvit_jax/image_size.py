@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 ImageSize: TypeAlias = int | tuple[int, int]
 
-WANTED = "a whole number of px from 1, or two of them, (height, width)"
+WANTED = "one whole number of px (1 or more) or two as (height, width)"
 _MOST = 2**31 - 1  # no array has a longer axis
 
 

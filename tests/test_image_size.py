@@ -52,13 +52,15 @@ def test_what_is_no_size_is_refused_and_named(key, value):
         configs.load(SEGMENTER, [f"{key}={value}"])
     message = str(error.value)
     assert message.startswith(f"{key}=")
-    assert "a whole number of px from 1, or two of them, (height, width)" in message
+    assert "one whole number of px (1 or more) or two as (height, width)" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("value", [(1, 2, 3), 0, -1, (8, 0), 1.5, (8, 8.0), "8", None, True])
 def test_models_refuse_what_is_no_size(value):
-    with pytest.raises(UserError, match=r"Model 'vit': image_size=.* \(height, width\) expected"):
+    with pytest.raises(
+        UserError, match=r"Model 'vit': image_size=.* two as \(height, width\) expected"
+    ):
         create_model("vit", image_size=value, **SIZES)
 
 
