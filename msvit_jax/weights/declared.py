@@ -61,8 +61,7 @@ class Declared:
       crop: Share of an image's short side used in evaluation; None if the source does not state it.
       exif_orientation: Whether images are rotated upright by their EXIF data; None if the source
         does not state it.
-      patch_grid: (rows, columns) of the patches of the model's images; None if the source does not
-        state its whole model.
+      patch_grid: (rows, columns) of the patches of its images; None if it is not a model of ours.
       where: Description of the place that states an attribute, by the attribute's name.
       problems: Statements that our models cannot satisfy.
       notes: Statements that are not followed but worth reporting.
@@ -460,9 +459,7 @@ def _square(found: Declared, where: str, key: str, value: Any) -> int | None:
         return None
     if len(set(sides)) > 1:
         by = " x ".join(map(str, sides))
-        found.problems.append(
-            f"{where}: {key} is {by}; images and patches of other formats are square here"
-        )
+        found.problems.append(f"{where}: {key} is {by}; images and patches are square in files")
         return None
     return sides[0]
 
