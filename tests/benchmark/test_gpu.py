@@ -19,7 +19,7 @@ def test_steps_are_written_one_by_one_and_what_was_left_out_is_named(tmp_path):
         subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(out.read_text())
 
-    found = run("--steps=layouts,forward")
+    found = run("--steps=layouts,forward", "--batches=8")
     assert max(each["error"] for each in found["layouts"]["records"]) < 1e-5
     sides = {each["layout"]: each for each in found["forward, 8"]["records"]}
     assert set(sides) >= {"dense", "dense, cuDNN", "budget", "rows", "mergence", "ToMe"}
