@@ -7,6 +7,7 @@ again.
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from absl import flags
 
 from msvit_jax import config as configs
 from msvit_jax import data, errors, evaluate, pixels, sharding, tree
-from msvit_jax.inference import calibrate
+from msvit_jax.inference import Predictor, calibrate
 from msvit_jax.train import loop
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -242,6 +243,35 @@ def load_gate(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Loads a gate's parameters that `save_half` saved, by their names in a model."""
     with np.load(file) as arrays:
         return {f"gate_mlp/{name}": np.float32(arrays[name]) for name in arrays.files}
+
+
+def untrained(study: Study, arm: Arm, seed: int, count: int) -> tuple[Predictor, np.ndarray]:
+    """A Predictor with random weights and as many tokens as an arm has, to measure its speed.
+
+    Weights change the speed through tokens and exits alone; a gate's threshold is set for the
+    arm's tokens.
+
+    Args:
+      study: The study.
+      arm: The arm.
+      seed: Seed of the weights.
+      count: Number of images, or of windows of a segmenter.
+
+    Returns:
+      The Predictor, and its images: uint8 [count, H, W, 3].
+    """
+    config = study.resolved(arm, seed)
+    model = configs.build_model(config)
+    batch = config.eval_batch_size
+    made = data.eval_batches(config.data, batch_size=batch, patch_size=model.patch_size)
+    images = (image for each in made for image in each["image"][each["valid"]])
+    pixels = np.stack(list(itertools.islice(images, count)))
+    variables = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, *model.image_shape)))
+    predictor = Predictor(model, variables, batch_size=batch)
+    if model.has_threshold:
+        shaped = model.num_regions * (1 + 3 * config.loss.gate.target)
+        predictor.calibrate(pixels, arm.tokens or shaped)
+    return predictor, pixels
 
 
 def rates(runs: Mapping[str, Callable[[], Any]], images: Mapping[str, int]) -> Figures:

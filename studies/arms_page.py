@@ -34,15 +34,15 @@ def points(results: Results, key: str, leave: Sequence[str] = ()) -> dict[str, t
 
 
 def speeds(results: Results) -> Figures:
-    """Measured speeds by arm; empty if none were measured."""
+    """Measured speeds by arm, that of "longer" being dense's; empty if none were measured."""
     measured = [found["figures"] for found in results.get(SPEED, {}).values()]
-    return measured[0] if measured else {}
+    return {**measured[0], "longer": measured[0]["dense"]} if measured else {}
 
 
 def row(name: str, point: tuple[float, ...], dense: float, measured: Figures) -> list[str]:
     """An arm's cells: name, tokens, MACs over dense's, quality, number of seeds and images/s."""
     tokens, macs, *quality = point
-    rate = f"{measured[name]['images_per_second']:,.0f}" if name in measured else ""
+    rate = f"{measured[name]['images_per_second']:#,.3g}".rstrip(".") if name in measured else ""
     cells = [name, f"{tokens:.1f}", f"{macs / dense:.3f}", with_spread(quality)]
     return [*cells, str(len(quality)), rate]
 
@@ -68,7 +68,8 @@ def draw(
     Args:
       trained: Arms from `points`.
       curves: (MACs over dense's, quality) along a model's own curve, by name; drawn as lines.
-      measured: Speeds from `speeds`.
+      measured: Speeds from `speeds`; an arm that has another quality at its speed than as it was
+        trained has it as "quality".
       title: Name of the quality, with its unit.
       file: Path of the picture.
     """
@@ -81,10 +82,14 @@ def draw(
     ratios = [{name: point[1] / dense for name, point in trained.items()}]
     if measured:
         rate = measured["dense"]["images_per_second"]
-        ratios.append({name: x["images_per_second"] / rate for name, x in measured.items()})
+        ratios.append(
+            {n: x["images_per_second"] / rate for n, x in measured.items() if n in trained}
+        )
     for axes, places, label in zip(plots[0], ratios, titles, strict=False):
         for name, x in places.items():
             quality = float(np.mean(trained[name][2:]))
+            if places is not ratios[0]:
+                quality = measured[name].get("quality", quality)
             learned = any(part in name for part in LEARNED)
             axes.plot(x, quality, "o" if learned else "s", color="C1" if learned else "C0")
             where = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8}

@@ -16,8 +16,8 @@ many steps:
   training images have 397 tokens. Without --gate this arm is left out
 * entropy: a gate that learns nothing, at 397 tokens
 * algm, mergence, tome: merging, at about as many MACs as 397 tokens have, 0.55 of dense's
-* speed: images/s of the arms that are trained through the Predictor, in turns, when all else has
-  ended
+* speed: images/s of the arms through the Predictor, in turns, when all else has ended; random
+  weights at the arms' tokens
 
 Thresholds are fitted on training images. Everything is judged after its last step, on the whole
 test split, and once on val. Each arm is a process of its own; what is done already is not done
@@ -46,9 +46,9 @@ from arms import WARM, Arm, Figures, Judge
 from arms_page import SPEED
 from camvid_page import TARGETS, write_page
 
-from msvit_jax import checkpoint, data, errors, tree
+from msvit_jax import checkpoint, errors, tree
 from msvit_jax import config as configs
-from msvit_jax.inference import Predictor, calibrate
+from msvit_jax.inference import calibrate
 from msvit_jax.weights import adapt, ours
 
 _GATE = flags.DEFINE_string(
@@ -74,7 +74,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "optimizer.warmup_epochs": 0.1,
     },
 }
-SPEED_BATCH = {"gpu": 64, "laptop": 4}  # windows
+WINDOWS = {"gpu": 464, "laptop": 32}  # that speed is measured with
+TIMED = ("dense", "lower_280", "lower_252", "msvit", "entropy", "algm", "mergence", "tome")
 LONGER = "seg_small_dinov2_longer"
 MSVIT = "msvit_seg_small_dinov2"
 
@@ -185,25 +186,18 @@ def after_training(name: str, seed: int) -> Figures:
 
 
 def measure_speed(seed: int) -> Figures:
-    """Measures images/s of the trained arms through a Predictor, in turns, warm.
+    """Measures images/s of the arms through a Predictor, in turns, warm.
 
-    Windows are in memory, and answers are logits of patches: what the processor does to put windows
-    together is the same for all arms.
+    The weights are random, see `arms.untrained`. Windows are in memory, and answers are logits of
+    patches: what the processor does to put windows together is the same for all arms.
     """
     runs, images = {}, {}
-    for name in ("dense", *ARMS):
-        folder = STUDY.workdir(name, seed)
-        if name == "longer" or not checkpoint.has_checkpoint(folder):
-            continue
-        config = checkpoint.read_config(folder)
-        batch = SPEED_BATCH[arms.SCALE.value]
-        predictor = Predictor.load(folder, "latest", batch_size=batch)
-        made = data.eval_batches(
-            config.data, batch_size=batch, patch_size=predictor.model.patch_size
-        )
-        windows = np.concatenate([b["image"][b["valid"]] for b in made])
+    for name in TIMED:
+        arm = ARMS.get(name, STUDY.dense)
+        predictor, windows = arms.untrained(STUDY, arm, seed, WINDOWS[arms.SCALE.value])
         runs[name] = functools.partial(predictor.answer_windows, windows)
         images[name] = len(windows) // 2  # two windows cover an image
+    batch = SCALES[arms.SCALE.value]["eval_batch_size"]
     found = arms.rates(runs, images)
     return {"figures": {name: {**figures, "batch": batch} for name, figures in found.items()}}
 

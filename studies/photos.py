@@ -32,7 +32,6 @@ split on the device, about a minute an arm, most of it compilation.
 """
 
 import functools
-import itertools
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -45,10 +44,9 @@ from arms import FITTED, SCALE, WARM, Arm, Figures, Judge
 from arms_page import SPEED
 from photos_page import TARGETS, UNTRAINED, write_page
 
-from msvit_jax import checkpoint, data, errors, sharding, tree
+from msvit_jax import checkpoint, errors, sharding, tree
 from msvit_jax import config as configs
 from msvit_jax.exits import budget_curve
-from msvit_jax.inference import Predictor
 from msvit_jax.weights import adapt
 
 SAVED = (1.3, 1.6, 2.0)  # dense's MACs over the budgets that exits are chosen for
@@ -227,36 +225,18 @@ def judge_untrained(seed: int) -> Figures:
 def measure_speed(seed: int) -> Figures:
     """Measures images/s of the main arms through a Predictor, in turns, warm.
 
-    Random weights: the speed depends on them through tokens and exits alone, which are set as the
-    arms have them.
+    The weights are random, see `arms.untrained`; exits are set as the arms have them.
     """
-    batch = SCALES[SCALE.value]["eval_batch_size"]
-    pixels_of: dict[int, np.ndarray] = {}
-
-    def ready(name: str) -> Predictor:
+    runs, images = {}, {}
+    for name in TIMED:
         arm = ARMS.get(name, Arm("vit_small"))
-        config = STUDY.resolved(arm, seed)
-        model = configs.build_model(config)
-        size = model.image_size
-        if size not in pixels_of:
-            batches = data.eval_batches(config.data, batch_size=64)
-            enough = itertools.islice(batches, SPEED_IMAGES[SCALE.value] // 64)
-            pixels_of[size] = np.concatenate([b["image"] for b in enough])
-        variables = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, size, size, 3)))
-        predictor = Predictor(model, variables, batch_size=batch)
-        if model.has_threshold:
-            regions = model.num_regions
-            tokens = arm.tokens or regions * (1 + 3 * config.loss.gate.target)
-            predictor.calibrate(pixels_of[size], tokens)
+        predictor, pixels = arms.untrained(STUDY, arm, seed, SPEED_IMAGES[SCALE.value])
         if name in LEAVE:
-            certain = predictor.certainty(pixels_of[size])[:, 0]
+            certain = predictor.certainty(pixels)[:, 0]
             predictor.thresholds = (float(np.quantile(certain, 1 - LEAVE[name])),)
-        return predictor
-
-    predictors = {name: ready(name) for name in TIMED}
-    shown = {name: pixels_of[p.model.image_size] for name, p in predictors.items()}
-    runs = {name: functools.partial(p, shown[name]) for name, p in predictors.items()}
-    found = arms.rates(runs, {name: len(images) for name, images in shown.items()})
+        runs[name], images[name] = functools.partial(predictor, pixels), len(pixels)
+    batch = SCALES[SCALE.value]["eval_batch_size"]
+    found = arms.rates(runs, images)
     return {"figures": {name: {**figures, "batch": batch} for name, figures in found.items()}}
 
 
