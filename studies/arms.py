@@ -270,7 +270,7 @@ def untrained(study: Study, arm: Arm, seed: int, count: int) -> tuple[Predictor,
     predictor = Predictor(model, variables, batch_size=batch)
     if model.has_threshold:
         shaped = model.num_regions * (1 + 3 * config.loss.gate.target)
-        predictor.calibrate(pixels, arm.tokens or shaped)
+        predictor.calibrate(pixels, arm.tokens or shaped, fit_buckets=True)
     return predictor, pixels
 
 

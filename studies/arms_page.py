@@ -42,9 +42,13 @@ def speeds(results: Results) -> Figures:
 def row(name: str, point: tuple[float, ...], dense: float, measured: Figures) -> list[str]:
     """An arm's cells: name, tokens, MACs over dense's, quality, number of seeds and images/s."""
     tokens, macs, *quality = point
-    rate = f"{measured[name]['images_per_second']:#,.3g}".rstrip(".") if name in measured else ""
+    rate = _rate(measured[name]["images_per_second"]) if name in measured else ""
     cells = [name, f"{tokens:.1f}", f"{macs / dense:.3f}", with_spread(quality)]
     return [*cells, str(len(quality)), rate]
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 20 else f"{rate:.1f}"
 
 
 def at_tokens(by_seed: Mapping[str, Figures], key: str, target: float) -> str:

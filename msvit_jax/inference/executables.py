@@ -2,7 +2,7 @@
 
 import collections
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -88,6 +88,11 @@ class ExecutableCache:
     def compiled(self) -> tuple[str, ...]:
         """Names of the programs compiled so far."""
         return tuple(self._compiled)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forgets all programs but those of these names; calls that still run are not disturbed."""
+        with self._starting:
+            self._compiled = {name: x for name, x in self._compiled.items() if name in names}
 
     def upload(self, images: np.ndarray) -> Array:
         """Puts images on the devices: [B, S, S, 3], beginning with them, then zeros.
@@ -234,13 +239,16 @@ class ExecutableCache:
         with self._starting:
             compiling = self._compiling[name]
         with compiling:
-            if name not in self._compiled:
+            compiled = self._compiled.get(name)
+            if compiled is None:
                 with jax.set_mesh(self._mesh):
                     split = to or self._split
                     jitted = jax.jit(function, out_shardings=split, donate_argnums=donated)
-                    self._compiled[name] = jitted.lower(*arguments).compile()
+                    compiled = jitted.lower(*arguments).compile()
+                with self._starting:
+                    self._compiled[name] = compiled
         with self._starting:
-            return self._compiled[name](*arguments)
+            return compiled(*arguments)
 
 
 def _answer_shape(model: ImageModel) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -29,6 +30,7 @@ from msvit_jax.inference.schedule import PADDING
 from msvit_jax.inference.segmenting import Segmented
 from msvit_jax.models.interface import SEGMENTATION, ImageModel
 from msvit_jax.segmentation import Windows
+from msvit_jax.tokens import grid
 from msvit_jax.weights.adapt import Report
 
 # Programs in addition to those of the shapes: for batches as they come, and for mixed ones.
@@ -87,7 +89,8 @@ class Predictor:
             "rows" packs several images into each row; "auto" uses budgets for full batches and the
             cheaper of budgets and rows for the images left at the end. It does not apply to a model
             without a gate.
-          buckets: Capacities, in patch tokens per image, of the "budget" shapes; None: about ten.
+          buckets: Capacities, in patch tokens per image, of the "budget" shapes; None: about ten in
+            even steps. See also `calibrate`.
           row_width: Tokens per row; None: the smallest multiple of 128 that holds any image.
           threshold: Threshold of the gate; None: the model's own. See also `calibrate`.
           thresholds: Thresholds of a cascade, one for each exit but the last: an image leaves at
@@ -100,7 +103,7 @@ class Predictor:
           mesh: Devices to spread batches over; None: all local devices.
           windows: For a segmenter, how images are looked at; None: in windows of the model's image
             size that only overlap at the end. A run's are those of its evaluation.
-          max_programs: Upper bound on the number of programs that are ever compiled.
+          max_programs: Upper bound on the number of programs that are kept compiled.
 
         Raises:
           UserError: Options do not fit the model or each other.
@@ -113,15 +116,16 @@ class Predictor:
         self._threshold = model.threshold if model.has_threshold else None
         if threshold is not None:
             self.threshold = threshold
-        self._policy = shapes.make_policy(
+        self._policy_for = functools.partial(
+            shapes.make_policy,
             self.model,
             layout=layout,
             batch=self._batch,
             groups=self._mesh.size,
-            buckets=buckets,
             row_width=row_width,
             most_shapes=max_programs - len(_PREPARATION) - 1,  # and the gate
         )
+        self._policy = self._policy_for(buckets=buckets)
         self._executables = ExecutableCache(self.model, variables, self._batch, self._mesh)
         self._exit_thresholds: tuple[float, ...] | None = None
         if model.is_cascade:
@@ -473,7 +477,12 @@ class Predictor:
         )
 
     def calibrate(
-        self, images: Images, tokens: float = 100.0, *, on_error: str = "stop"
+        self,
+        images: Images,
+        tokens: float = 100.0,
+        *,
+        on_error: str = "stop",
+        fit_buckets: bool = False,
     ) -> Calibration:
         """Sets the gate's threshold so that a sample's images have `tokens` tokens on average.
 
@@ -484,15 +493,21 @@ class Predictor:
           images: Sample of images, as in `__call__`.
           tokens: Mean number of active patch tokens per image.
           on_error: 'stop' at a file that cannot be read, or 'skip' it.
+          fit_buckets: Whether to choose the capacities of the "budget" shapes anew, as many as
+            before, for the tokens that the sample's images then have: less padding, and programs
+            that are compiled on their next use, or by `warm_up`.
 
         Returns:
           The threshold and the mean number of tokens that it gives on the sample.
 
         Raises:
           UserError: No threshold gives such a mean (the message states the range), the model has no
-            threshold, or no image can be read.
+            threshold, no image can be read, or there are no buckets to fit.
         """
         self._check_adjustable()
+        count = sum(shape.layout == "budget" for shape in self._policy.shapes)
+        if fit_buckets and not count:
+            raise UserError('fit_buckets is for layout="auto" or "budget"; the others have none.')
         batches = decide_batches(self._executables, self._open(images, on_error), self.threshold)
         probability = [
             np.asarray(batch.decisions.probability)[: len(batch.numbers)]
@@ -501,8 +516,15 @@ class Predictor:
         ]
         if not probability:
             raise UserError("None of the images can be read, so there is nothing to calibrate on.")
-        calibration = threshold_for(np.concatenate(probability), tokens)
+        found = np.concatenate(probability)
+        calibration = threshold_for(found, tokens)
         self.threshold = calibration.threshold
+        if fit_buckets:
+            needed = np.where(found > calibration.threshold, 1, grid.REGION**2).sum(axis=1)
+            # The whole grid is a bucket besides.
+            fitted = shapes.fitted_buckets(self.model, needed, max(1, count - 1))
+            self._policy = self._policy_for(buckets=fitted)
+            self._executables.keep(self.programs)
         return calibration
 
 

@@ -87,11 +87,48 @@ def default_buckets(least: int, most: int, prefix: int = 0) -> list[int]:
       most: Number of patch tokens of an image with only fine regions; the last capacity.
       prefix: Tokens per image in addition to its patch tokens.
     """
-    unit = 16 if most >= 128 else 4
+    unit = _unit(most)
     step = unit * math.ceil((most - least) / _BUCKETS / unit)
     first = step * math.ceil((least + prefix) / step) - prefix
     # A capacity just below the last one would cost a program and save little for few images.
     return [*range(first, most - step // 2, step), most]
+
+
+def fitted_buckets(model: ImageModel, tokens: np.ndarray, count: int) -> list[int]:
+    """The capacities that hold a sample's images with the fewest multiply-accumulates.
+
+    They are multiples as in `default_buckets`. Every image counts with the smallest capacity that
+    holds it; dynamic programming over the capacities finds the best.
+
+    Args:
+      model: A model with a gate.
+      tokens: [N] int, number of active patch tokens of each image.
+      count: Largest number of capacities.
+    """
+    most, prefix = model.max_tokens, model.backbone.prefix_length
+    unit = _unit(most)
+    held = np.minimum(-(-(tokens + prefix) // unit) * unit - prefix, most)
+    sizes, images = np.unique(held, return_counts=True)
+    cost, below = model.macs(sizes), np.concatenate([[0], np.cumsum(images)])
+    # cheapest[-1][j]: least cost of the images of the j smallest sizes, in one bucket more each
+    # time, of which the last has size j - 1 and holds the images from `first` on.
+    cheapest, first = [np.array([0.0] + [np.inf] * len(sizes))], []
+    for _ in range(min(count, len(sizes))):
+        totals = cheapest[-1][:, None] + (below - below[:, None]) * np.concatenate([[0], cost])
+        totals[np.tril_indices_from(totals)] = np.inf
+        first.append(totals.argmin(axis=0))
+        cheapest.append(totals.min(axis=0))
+    number, end = int(np.argmin([each[-1] for each in cheapest[1:]])) + 1, len(sizes)
+    fitted = []
+    for starts in reversed(first[:number]):
+        fitted.append(int(sizes[end - 1]))
+        end = starts[end]
+    return fitted[::-1]
+
+
+def _unit(most: int) -> int:
+    """Number whose multiples capacities are, with the prefix, on a grid of `most` patches."""
+    return 16 if most >= 128 else 4
 
 
 def _row_shapes(

@@ -333,6 +333,32 @@ def test_a_budget_out_of_reach_leaves_the_threshold():
     assert predictor.threshold == 0.3
 
 
+def test_fitted_buckets_answer_alike_with_fewer_macs():
+    predictor = Predictor(_model(), _variables(), batch_size=4, layout="budget", mesh=_mesh(1))
+    predictor.calibrate(_pool(), 30)
+    even, before = predictor.programs, predictor(_pool())
+    assert predictor.calibrate(_pool(), 30, fit_buckets=True).threshold == predictor.threshold
+    assert len(predictor.programs) <= len(even)
+    assert set(predictor.compiled) < set(even), "programs of other capacities are forgotten"
+    after = predictor(_pool())
+    assert set(predictor.compiled) <= set(predictor.programs)
+    np.testing.assert_array_equal(after.tokens, before.tokens)
+    np.testing.assert_allclose(after.logits, before.logits, rtol=1e-4, atol=1e-5)
+
+    def padded(names):
+        sizes = np.asarray([int(n.split()[1]) for n in names if n.startswith("budget")])
+        held = [sizes[sizes >= tokens].min() for tokens in after.tokens]
+        return _model().macs(np.asarray(held)).sum()
+
+    assert padded(predictor.programs) < padded(even)
+
+
+def test_layouts_without_buckets_have_none_to_fit():
+    predictor = _predictor("rows")
+    with pytest.raises(UserError, match="the others have none"):
+        predictor.calibrate(_pool(), 30, fit_buckets=True)
+
+
 def test_predictions_read_well():
     names = ("a", "b", "c", "d", "e")
     options, devices = KINDS["slots"]

@@ -1,11 +1,14 @@
 """Every image runs exactly once, where it fits, whatever the counts."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import msvit_jax
 from msvit_jax.inference.schedule import (
     PADDING,
     Buckets,
@@ -15,6 +18,7 @@ from msvit_jax.inference.schedule import (
     Shape,
     plan,
 )
+from msvit_jax.inference.shapes import fitted_buckets
 
 GRID, PREFIX = 64, 1
 
@@ -140,3 +144,29 @@ def test_what_did_not_fit_runs_in_the_last_shape_after_all_others():
 )
 def test_shapes_have_names(shape, name):
     assert shape.name == name
+
+
+@given(
+    tokens=st.lists(st.integers(0, 16).map(lambda fine: 16 + 3 * fine), min_size=1, max_size=12),
+    count=st.integers(1, 4),
+)
+def test_fitted_buckets_are_the_cheapest_of_all_choices(tokens, count):
+    model = msvit_jax.create_model(
+        "msvit_tiny_patch16_224", image_size=32, patch_size=4, width=16, heads=2, num_classes=5
+    )
+    sizes = [*range(19, 64, 4), 64]  # a multiple of 4 with the class token, or the whole grid
+
+    def cost(chosen):
+        return sum(float(model.macs(min(s for s in chosen if s >= t))) for t in tokens)
+
+    fitted = fitted_buckets(model, np.asarray(tokens), count)
+    assert set(fitted) <= set(sizes)
+    assert fitted == sorted(set(fitted))
+    assert len(fitted) <= count
+    choices = (
+        chosen
+        for number in range(1, count + 1)
+        for chosen in itertools.combinations(sizes, number)
+        if chosen[-1] >= max(tokens)
+    )
+    assert cost(fitted) == pytest.approx(min(map(cost, choices)), rel=1e-12)
