@@ -210,9 +210,8 @@ def _calibrate(predictor: Predictor, files: Sequence[pathlib.Path], options: Opt
     assert options.tokens is not None
     spread = np.unique(np.linspace(0, len(files) - 1, _CALIBRATED_ON).astype(int))
     sample = [files[index] for index in spread]
-    fit = options.layout in ("auto", "budget")
     reached = predictor.calibrate(
-        sample, options.tokens, on_error=options.on_error, fit_buckets=fit
+        sample, options.tokens, on_error=options.on_error, fit_buckets=bool(predictor.buckets)
     )
     print(
         f"gate threshold {reached.threshold:.4g}: {reached.tokens:.4g} tokens per image on "

@@ -36,7 +36,7 @@ def run(
             "--pictures is for classifiers; msvit visualize draws what a segmenter does."
         )
     if options.tokens is not None:
-        fit = options.layout in ("auto", "budget")
+        fit = bool(predictor.buckets)
         predictor.calibrate(files, options.tokens, on_error=options.on_error, fit_buckets=fit)
     folder = None if options.out is None else _folder(options.out)
     names = png_names(files)

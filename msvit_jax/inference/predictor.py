@@ -242,6 +242,11 @@ class Predictor:
         self._exit_thresholds = exit_thresholds.check(values, len(self.model.exit_tokens))
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """Capacities of the "budget" shapes in patch tokens per image; empty if there are none."""
+        return tuple(shape.tokens for shape in self._policy.shapes if shape.layout == "budget")
+
+    @property
     def programs(self) -> tuple[str, ...]:
         """Names of all programs that may be compiled, at most `max_programs`."""
         if self.model.is_cascade:
@@ -505,7 +510,7 @@ class Predictor:
             threshold, no image can be read, or there are no buckets to fit.
         """
         self._check_adjustable()
-        count = sum(shape.layout == "budget" for shape in self._policy.shapes)
+        count = len(self.buckets)
         if fit_buckets and not count:
             raise UserError('fit_buckets is for layout="auto" or "budget"; the others have none.')
         batches = decide_batches(self._executables, self._open(images, on_error), self.threshold)

@@ -336,25 +336,25 @@ def test_a_budget_out_of_reach_leaves_the_threshold():
 def test_fitted_buckets_answer_alike_with_fewer_macs():
     predictor = Predictor(_model(), _variables(), batch_size=4, layout="budget", mesh=_mesh(1))
     predictor.calibrate(_pool(), 30)
-    even, before = predictor.programs, predictor(_pool())
+    even, programs, before = predictor.buckets, predictor.programs, predictor(_pool())
     assert predictor.calibrate(_pool(), 30, fit_buckets=True).threshold == predictor.threshold
-    assert len(predictor.programs) <= len(even)
-    assert set(predictor.compiled) < set(even), "programs of other capacities are forgotten"
+    assert len(predictor.programs) <= len(programs)
+    assert set(predictor.compiled) < set(programs), "programs of other capacities are forgotten"
     after = predictor(_pool())
     assert set(predictor.compiled) <= set(predictor.programs)
     np.testing.assert_array_equal(after.tokens, before.tokens)
     np.testing.assert_allclose(after.logits, before.logits, rtol=1e-4, atol=1e-5)
 
-    def padded(names):
-        sizes = np.asarray([int(n.split()[1]) for n in names if n.startswith("budget")])
-        held = [sizes[sizes >= tokens].min() for tokens in after.tokens]
+    def padded(buckets):
+        held = [min(size for size in buckets if size >= tokens) for tokens in after.tokens]
         return _model().macs(np.asarray(held)).sum()
 
-    assert padded(predictor.programs) < padded(even)
+    assert padded(predictor.buckets) < padded(even)
 
 
 def test_layouts_without_buckets_have_none_to_fit():
     predictor = _predictor("rows")
+    assert predictor.buckets == ()
     with pytest.raises(UserError, match="the others have none"):
         predictor.calibrate(_pool(), 30, fit_buckets=True)
 
