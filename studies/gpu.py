@@ -185,7 +185,7 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
     )
     work = sides.draw(options, 8)
     model = work.model
-    shape = (8, model.image_size, model.image_size, 3)
+    shape = (8, *model.image_shape)
     images = jax.random.normal(jax.random.key(0), shape)
     variables = jax.jit(model.init)(jax.random.key(1), images[:1])
     coarse = jnp.asarray(forced.decisions(work.counts[0], work.coarse.shape[-1], 0))

@@ -187,7 +187,7 @@ def judge_untrained(seed: int) -> Figures:
     def judged(arm: Arm, gate: Mapping[str, np.ndarray] | None = None) -> Judge:
         config = STUDY.resolved(arm, seed)
         model = configs.build_model(config)
-        image = np.zeros((1, model.image_size, model.image_size, 3), np.float32)
+        image = np.zeros((1, *model.image_shape), np.float32)
         fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
         taken, report = adapt.adapt_weights({**source, **(gate or {})}, fresh)
         assert not report.unused, report.unused

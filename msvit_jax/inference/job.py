@@ -120,7 +120,7 @@ class Job:
             self.probability = np.ones_like(self.coarse)
         self.coarse[own] = coarse
         self.probability[own] = np.asarray(decisions.probability)[: len(numbers)]
-        return np.where(coarse > 0.5, 1, grid.REGION**2).sum(axis=1)
+        return grid.count_tokens(coarse)
 
     def _start(self, call: Call) -> None:
         """Starts a call on the devices; its answers are read later."""

@@ -525,7 +525,7 @@ class Predictor:
         calibration = threshold_for(found, tokens)
         self.threshold = calibration.threshold
         if fit_buckets:
-            needed = np.where(found > calibration.threshold, 1, grid.REGION**2).sum(axis=1)
+            needed = grid.count_tokens(found > calibration.threshold)
             # The whole grid is a bucket besides.
             fitted = shapes.fitted_buckets(self.model, needed, max(1, count - 1))
             self._policy = self._policy_for(buckets=fitted)

@@ -85,6 +85,14 @@ def from_regions(
     return split.reshape(batch, rows * size, columns * size, width)
 
 
+def count_tokens(coarse: np.ndarray) -> np.ndarray:
+    """Counts the active patch tokens of images, [N], from the decisions of their regions, [N, R].
+
+    A region is coarse where its decision is above 1/2.
+    """
+    return np.where(coarse > 0.5, 1, REGION**2).sum(axis=1)
+
+
 def fill_slots(
     fine: Float[AnyArray, "B R S D"],
     coarse: Float[AnyArray, "B R D"],
