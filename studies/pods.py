@@ -50,7 +50,10 @@ and bytes that it sends to others. Milliseconds are computed from these and the 
 rates; nothing was run. "Products" at their peak are the least that a step can take; "memory" is for
 the bytes that the compiler counts, more than fused operations move. "Links" is at most the share
 that transfers take: beside products alone, without overlap. Chip-hours of the papers' recipes are
-at these two rates: no run takes less than the first.
+at these two rates: no run takes less than the first. Loops whose length the compiler does not
+tell are counted as one pass each. The four that every step has are small; the further ones of FSDP
+on v5p and v6e overlap a product with the transfer of its weights piece by piece, so that products
+and transfers of these two rows are too low: their products are those of the rows without FSDP.
 Made by `python studies/pods.py`; every figure is in pods.json."""
 
 
@@ -88,7 +91,7 @@ def page(done: dict[str, Any]) -> str:
         model, _, part = run.partition(":")
         (record,) = done[run]["records"]
         if not record["fits"]:
-            rows.append([model, part, f"{record['needs_gib']} (does not fit)", *[""] * 5])
+            rows.append([model, part, f"{record['needs_gib']} (does not fit)", *[""] * 6])
             continue
         limits = record["limits"]
         sent = sum(c["bytes"] for c in record["collectives"].values()) / 2**20
@@ -100,8 +103,9 @@ def page(done: dict[str, Any]) -> str:
         milliseconds = f"{limits['products']:.1f} / {limits['memory']:.1f}"
         links = f"{limits['links_share']:.1%}"
         memory = f"{record['memory_gib']:.2f}"
-        rows.append([model, part, memory, f"{sent:,.1f}", milliseconds, links, hours])
-    head = ["model", "slice", "GiB", "MiB in collectives", "products / memory, ms", "links"]
+        loops = str(record["loops_of_unknown_length"])
+        rows.append([model, part, memory, f"{sent:,.1f}", loops, milliseconds, links, hours])
+    head = ["model", "slice", "GiB", "MiB in collectives", "loops", "products / memory, ms", "links"]
     parts = [HEAD, markdown([*head, "chip-hours of the recipe"], rows)]
     largest = [
         [run.removesuffix(":largest"), str(r["batch"]), f"{r['memory_gib']:.2f}"]

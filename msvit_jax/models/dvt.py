@@ -56,20 +56,8 @@ class Exit:
     handed: StageCarry | None = None
 
 
-def upsample_tokens(x: Array, axis: int, prefix: int, old: int, new: int) -> Array:
-    """Resizes a square grid of tokens: [..., P + old**2, ...] -> [..., P + new**2, ...].
-
-    The first `prefix` tokens stay as they are; the others as in `grid.upsample`.
-    """
-    first, patches = jnp.split(x, [prefix], axis=axis)
-    around = x.shape[:axis], x.shape[axis + 1 :]
-    squares = patches.reshape(*around[0], old, old, *around[1])
-    squares = grid.upsample(squares, (new, new), axis=axis)
-    return jnp.concatenate([first, squares.reshape(*around[0], new * new, *around[1])], axis=axis)
-
-
 def _upsampling_macs(old: int, new: int) -> float:
-    """Counts multiply-accumulates of resizing one channel of a square grid."""
+    """Counts multiply-accumulates of resizing one channel of a square grid, zeros left out."""
     return float((grid.upsampling(old, new) != 0).sum() * (old + new))
 
 
@@ -165,10 +153,9 @@ class Reuse(nn.Module):
         """Returns a layer's bias r, resized except for the prefix: [B, H, P + N, P + N]."""
         if mixed is None:
             return None
-        vit = self.backbone
-        own = mixed[:, layer * vit.heads : (layer + 1) * vit.heads]
-        sides = vit.prefix_length, self.old, vit.grid_size
-        return upsample_tokens(upsample_tokens(own, 3, *sides), 2, *sides)
+        heads, resize = self.backbone.heads, self._upsampling(mixed)
+        own = mixed[:, layer * heads : (layer + 1) * heads]
+        return jnp.einsum("nq,bhqm->bhnm", resize, jnp.einsum("bhqk,mk->bhqm", own, resize))
 
     def features_of(self, layer: int, handed: StageCarry) -> Array | None:
         """Returns a layer's context E, zeros for the prefix: [B, P + N, C]."""
@@ -176,8 +163,12 @@ class Reuse(nn.Module):
             return None
         prefix = self.backbone.prefix_length
         context = self.blocks[layer](handed.tokens[:, prefix:])
-        context = upsample_tokens(context, 1, 0, self.old, self.backbone.grid_size)
-        return jnp.pad(context, ((0, 0), (prefix, 0), (0, 0)))
+        return jnp.einsum("nq,bqc->bnc", self._upsampling(context)[:, prefix:], context)
+
+    def _upsampling(self, x: Array) -> Array:
+        """Returns the matrix from the old tokens to the new, [P + N, P + n], in the dtype of x."""
+        old, new, prefix = (self.old,) * 2, self.backbone.patch_grid, self.backbone.prefix_length
+        return jnp.asarray(grid.grid_upsampling(old, new, prefix), x.dtype)
 
 
 class DVT(BackboneMixin, nn.Module):

@@ -322,30 +322,21 @@ def upsampling(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def upsample(x: Array, new: tuple[int, int], axis: int) -> Array:
-    """Resizes a grid by `upsampling`: [..., h, w, ...] -> [..., H, W, ...].
+def grid_upsampling(old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> np.ndarray:
+    """Returns the matrix that resizes a row-major grid of tokens: [P + H*W, P + h*w] float32.
+
+    One product with it is several times faster on a TPU than gathering and blending along each
+    axis, whose gradient is a loop that scatters.
 
     Args:
-      x: Map whose axes `axis` and `axis` + 1 are the rows and columns of the grid.
-      new: (H, W) of the result.
-      axis: Axis of the rows, counted from the front.
+      old: (h, w) of the grid.
+      new: (H, W) of the result; each axis is resized by `upsampling`.
+      prefix: Number P of tokens before the grid, which stay as they are.
     """
-    for dim, size in enumerate(new, start=axis):
-        x = _blend(x, upsampling(x.shape[dim], size), dim)
-    return x
-
-
-def _blend(x: Array, matrix: np.ndarray, axis: int) -> Array:
-    """Multiplies one axis of x by a matrix [new, old], as blends of its few non-zero columns."""
-    order = np.argsort(matrix == 0, axis=1, kind="stable")  # the non-zero columns first
-    shape = (1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1)
-    total = None
-    for tap in range(int((matrix != 0).sum(axis=1).max())):
-        share = np.take_along_axis(matrix, order[:, tap : tap + 1], axis=1).reshape(shape)
-        part = jnp.take(x, order[:, tap], axis=axis) * jnp.asarray(share, x.dtype)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+    cells = np.kron(*(upsampling(*sides) for sides in zip(old, new, strict=True)))
+    matrix = np.eye(prefix + cells.shape[0], prefix + cells.shape[1], dtype=np.float32)
+    matrix[prefix:, prefix:] = cells
+    return matrix
 
 
 def windows(

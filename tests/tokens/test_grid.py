@@ -144,14 +144,16 @@ def nearest_then_pooled(image, new):
         ((4, 4), (4, 4)),
     ],
 )
-def test_upsampling_is_nearest_then_adaptive_average_pooling(old, new):
-    image = np.random.default_rng(0).standard_normal((2, *old, 3)).astype(np.float32)
-    found = grid.upsample(jnp.asarray(image), new, axis=1)
-    assert found.shape == (2, *new, 3)
-    for b in range(2):
-        for channel in range(3):
-            expected = nearest_then_pooled(image[b, :, :, channel], new)
-            np.testing.assert_allclose(found[b, :, :, channel], expected, atol=1e-6)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_upsampling_is_nearest_then_adaptive_average_pooling(old, new, prefix):
+    rng = np.random.default_rng(0)
+    image, first = rng.standard_normal(old), rng.standard_normal(prefix)
+    matrix = grid.grid_upsampling(old, new, prefix)
+    assert matrix.dtype == np.float32
+    found = matrix @ np.concatenate([first, image.ravel()])
+    np.testing.assert_array_equal(found[:prefix], first)
+    expected = nearest_then_pooled(image, new)
+    np.testing.assert_allclose(found[prefix:].reshape(new), expected, atol=1e-6)
 
 
 # Column: weight of each row, from the official code.
