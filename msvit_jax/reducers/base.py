@@ -412,17 +412,19 @@ def assign_positions(
       token's position [B, N] int32.
     """
     active = tokens.member.any(axis=2)
-    kept = active & ~removed
+    kept, removed = active & ~removed, active & removed
+    # Counts up to each token, in one sum; the others so far are inactive.
+    kept_count, removed_count = jnp.cumsum(jnp.stack([kept, removed]), axis=2, dtype=jnp.int32)
+    inactive_count = jnp.arange(1, active.shape[1] + 1)[None] - kept_count - removed_count
     # Kept tokens move up to close the gaps.
-    position = jnp.cumsum(kept, axis=1, dtype=jnp.int32) - 1
+    position = kept_count - 1
     if order is not None:  # reorders within an image; images stay where they are
         position = position - position_in_image(tokens, kept) + order
     # Every position must hold a token: inactive ones, which stay inactive, follow the kept ones.
-    last = kept.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
-    behind = last + jnp.cumsum(~active, axis=1, dtype=jnp.int32)
+    behind = kept_count[:, -1:] - 1 + inactive_count
     # Removed tokens get an index beyond the capacity, which stands for no position.
     position = jnp.where(kept, position, jnp.where(active, capacity[0], behind))
-    gone = jnp.where(removed, jnp.cumsum(removed, axis=1, dtype=jnp.int32) - 1, capacity[1])
+    gone = jnp.where(removed, removed_count - 1, capacity[1])
     return _inverted(position, capacity[0]), _inverted(gone, capacity[1]), position
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 import msvit_jax
 from msvit_jax import reducers
-from tests.jitted import apply
+from tests.jitted import apply, init
 
 SIDE, GRID = 32, 64
 SIZES = {"image_size": SIDE, "patch_size": 4, "width": 16, "depth": 3, "heads": 2, "num_classes": 3}
@@ -31,7 +32,7 @@ def _images(count=8):
 def _variables(name):
     """Random, and larger than at the start, so that images and their gates differ."""
     model = msvit_jax.create_model(name, **SIZES)
-    start = jax.jit(model.init)(jax.random.key(0), _images(1))
+    start = init(model, _images(1))
 
     def larger(path, x):
         return (20 if "fc4" in jax.tree_util.keystr(path) else 3) * x if x.ndim > 1 else x
@@ -51,17 +52,28 @@ def test_a_model_that_reduces_nothing_has_no_hosts():
     assert apply(model, _variables("vit_tiny_patch16_224"), _images()).merge_targets is None
 
 
+@functools.cache
+def _first_layer(name):
+    """What attention of the first layer sees: [B, 1 + N, D]."""
+
+    @jax.jit
+    def first(variables, images):
+        dense = msvit_jax.create_model(name, **SIZES).bind(variables)
+        x = dense.with_prefix(dense.embed(images).reshape(8, GRID, -1))
+        return dense.blocks[0].norm1(x)
+
+    return np.asarray(first(_variables(name), _images()))
+
+
 @pytest.mark.parametrize("reducer", ["mergence", "topk", "evit"])
 def test_the_hosts_are_the_patches_that_the_class_token_looks_at_most(reducer):
     name = "vit_tiny_patch16_224"
     first, _ = _apply(name, reducer=reducer).merge_targets
-    dense = msvit_jax.create_model(name, **SIZES).bind(_variables(name))
-    x = dense.with_prefix(dense.embed(_images()).reshape(8, GRID, -1))
-    qkv = _variables(name)["params"]["blocks_0"]["attn"]["qkv"]
-    projected = dense.blocks[0].norm1(x) @ qkv["kernel"] + qkv["bias"].reshape(1, 1, -1)
+    x, qkv = _first_layer(name), _variables(name)["params"]["blocks_0"]["attn"]["qkv"]
+    projected = x @ np.asarray(qkv["kernel"]) + np.asarray(qkv["bias"])
     query, key, _ = np.moveaxis(projected.reshape(8, 1 + GRID, 3, 2, 8), 2, 0)
     scores = np.einsum("bhd,bnhd->bhn", query[:, 0], key) / np.sqrt(8)
-    received = np.asarray(jax.nn.softmax(scores, axis=-1))[:, :, 1:].mean(axis=1)
+    received = softmax(scores, axis=-1)[:, :, 1:].mean(axis=1)
     crucial = int(np.ceil(0.6 * GRID))
     kept = crucial + (reducer == "evit")  # the first of the others holds their sum
     for image in range(8):

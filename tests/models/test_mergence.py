@@ -17,6 +17,7 @@ from msvit_jax.errors import UserError
 from msvit_jax.models import block as blocks
 from msvit_jax.models.attention import IMPLEMENTATIONS, Mask, attention
 from msvit_jax.models.msvit import MSViT
+from tests.jitted import init
 from tests.models.poison import poisonable
 from tests.models.test_vit import TINY, reference_forward, rough
 from tests.reducers.test_reducers import loop
@@ -144,7 +145,7 @@ def test_one_scale_is_the_model_without_scales_bit_for_bit(scales):
 
 def test_scales_start_as_if_they_were_not_there():
     model, variables, images = make(MERGENCE, scales=(4, 8, 16, 32))
-    started = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    started = init(model, images)["params"]
     assert {"scale_4", "scale_16", "scale_32", "backbone"} == set(started)
     plain = {"params": variables["params"]["backbone"]}
     variables = {"params": started | {"backbone": plain["params"]}}
@@ -261,24 +262,26 @@ def decisions(seed):
 
 # Two buckets of four images: each more is a compilation of every layer.
 BUCKETS = {"layout": "budget", "token_capacity": (18, 36)}
-GROUPS = {"layout": "budget", "token_capacity": (18, 24), "row_groups": 2}
+BUDGET = {"layout": "budget", "token_capacity": 24}
+GROUPS = {**BUDGET, "row_groups": 2}
 ROWS = {"layout": "rows", "rows": 4, "row_width": 64}
 TILES = {"layout": "rows", "rows": 2, "row_width": 128, "row_groups": 2}
 TRIMMED = {"layout": "trimmed", "token_capacity": (18, 36)}
 EVIT = {"reducer": "evit", "distilled": True, "register_tokens": 2}
 TOME = {"reducer": "tome", "remove": 6, "keep": 1.0}
 WITHOUT_CLASS = {"pool": "mean", "class_token": False}
+ONCE = {"reduce_layers": (1,)}  # where both layers would do the same
 
 
 @pytest.mark.parametrize(
     ("options", "layouts"),
     [
         ({"reducer": "mergence"}, (BUCKETS, ROWS, TILES, TRIMMED)),
-        ({"reducer": "mergence", **WITHOUT_CLASS}, (BUCKETS, ROWS)),
-        ({"reducer": "topk", "pool": "mean"}, (TRIMMED,)),
+        ({"reducer": "mergence", **WITHOUT_CLASS, **ONCE}, (BUCKETS, ROWS)),
+        ({"reducer": "topk", "pool": "mean", **ONCE}, (TRIMMED,)),
         (EVIT, (GROUPS, ROWS)),
         (TOME, (BUCKETS, ROWS, TILES, TRIMMED)),
-        ({"reducer": "random"}, (BUCKETS, ROWS)),
+        ({"reducer": "random", **ONCE}, (BUCKETS, ROWS)),
     ],
     ids=str,
 )
@@ -330,7 +333,7 @@ def test_hidden_slots_are_never_kept_hosts_or_counted(reducer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reducer", "layout"), [("mergence", BUCKETS), ("evit", ROWS), ("tome", ROWS)], ids=str
+    ("reducer", "layout"), [("mergence", BUDGET), ("evit", ROWS), ("tome", ROWS)], ids=str
 )
 def test_poison_in_unused_places_reaches_no_result(reducer, layout, monkeypatch):
     model, variables, images = mixed(reducer=reducer)
@@ -344,12 +347,16 @@ def test_poison_in_unused_places_reaches_no_result(reducer, layout, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("reducer", "layout"),
-    [("mergence", {}), ("tome", {}), ("evit", {"layout": "trimmed", "token_capacity": 36})],
+    ("options", "layout"),
+    [
+        ({"reducer": "mergence", **ONCE}, {}),
+        ({"reducer": "tome"}, {}),
+        ({"reducer": "evit", **ONCE}, {"layout": "trimmed", "token_capacity": 36}),
+    ],
     ids=str,
 )
-def test_gradients_are_finite_and_reach_the_gate(reducer, layout):
-    model, variables, images = mixed(reducer=reducer, gate_bias=0.0)
+def test_gradients_are_finite_and_reach_the_gate(options, layout):
+    model, variables, images = mixed(gate_bias=0.0, **options)
     model = model.clone(**layout)
 
     @jax.jit
@@ -369,9 +376,9 @@ def test_gradients_are_finite_and_reach_the_gate(reducer, layout):
 # Under transformations.
 
 
-@pytest.mark.parametrize("reducer", ["mergence", "tome"])
-def test_recomputed_blocks_have_the_same_gradients(reducer):
-    model, variables, images = make(DENSE, reducer=reducer, keep=0.6)
+@pytest.mark.parametrize(("reducer", "depth"), [("mergence", 1), ("tome", 2)])
+def test_recomputed_blocks_have_the_same_gradients(reducer, depth):
+    model, variables, images = make(DENSE, reducer=reducer, keep=0.6, depth=depth)
     both = [
         jax.jit(jax.grad(lambda v, m=m: (m.apply(v, images).logits ** 2).sum()))(variables)
         for m in (model, model.clone(remat=True))
@@ -379,9 +386,11 @@ def test_recomputed_blocks_have_the_same_gradients(reducer):
     chex.assert_trees_all_close(*both, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("reducer", ["mergence", "evit", "tome"])
-def test_bfloat16_stays_near_float32(reducer):
-    model, variables, images = make(DENSE, reducer=reducer, keep=0.6)
+@pytest.mark.parametrize(
+    "options", [{"reducer": "mergence"}, {"reducer": "evit"}, {"reducer": "tome", **ONCE}], ids=str
+)
+def test_bfloat16_stays_near_float32(options):
+    model, variables, images = make(DENSE, keep=0.6, **options)
     # As small as at the start: rough ones have attention so sharp that rounding changes the ranks.
     variables = jax.tree.map(lambda leaf: leaf / 10, variables)
     half = compiled(model.clone(dtype=jnp.bfloat16))(variables, images)
@@ -390,7 +399,7 @@ def test_bfloat16_stays_near_float32(reducer):
 
 
 def test_the_same_under_pmap():
-    model, variables, images = make(MERGENCE, scales=(4, 8))
+    model, variables, images = make(MERGENCE, scales=(4, 8), depth=1)
     expected = logits(model, variables, images)
     spread = jax.pmap(model.apply, in_axes=(None, 0))(variables, images[:2, None])
     np.testing.assert_allclose(spread.logits[:, 0], expected[:2], rtol=1e-4, atol=1e-4)

@@ -38,7 +38,9 @@ def create(encoder, decoder="linear", **options):
 @functools.cache
 def variables(model):
     """Random, and larger than at the start, so that images and their gates differ."""
-    start = jitted.init(model, images(1))
+    # No layout, reducer or way of decoding has parameters: one program makes those of all.
+    plain = model.with_dense_layout().with_backbone(reducer="none", unmerge="copy")
+    start = _start(plain.clone(decode="dense"))
 
     def larger(path, x):
         name = jax.tree_util.keystr(path)
@@ -49,9 +51,22 @@ def variables(model):
     return jax.tree_util.tree_map_with_path(larger, start)
 
 
-def features(model, **options):
-    encoder = {k: v for k, v in variables(model)["params"].items() if k != "decoder"}
-    return jitted.apply(model.encoder, {"params": encoder}, images(), **options).features.patches
+@functools.cache
+def _start(model):
+    return jitted.init(model, images(1))
+
+
+def output_and_features(model):
+    """What a segmenter answers, and what its encoder alone gives: one program computes both."""
+
+    @jax.jit
+    def both(variables):
+        encoder = {k: v for k, v in variables["params"].items() if k != "decoder"}
+        alone = model.encoder.apply({"params": encoder}, images())
+        return model.apply(variables, images()), alone.features.patches
+
+    output, patches = both(variables(model))
+    return output, np.asarray(patches, np.float64)
 
 
 # The decoders, literally.
@@ -89,7 +104,7 @@ def literal_mask_transformer(patches, p, heads):
     """[h, w, D] -> [h, w, classes], float64, one token after the other where it matters."""
     x = linear(patches.reshape(-1, patches.shape[-1]), p["proj_dec"])
     x = np.concatenate([x, p["class_embed"]])
-    for layer in range(2):
+    for layer in range(sum(name.startswith("layers_") for name in p)):
         x = literal_block(x, p[f"layers_{layer}"], heads)
     x = norm(x, p["norm"])
     cells = x[:-CLASSES] @ p["proj_patch"]["kernel"]
@@ -104,10 +119,10 @@ def literal_mask_transformer(patches, p, heads):
 @pytest.mark.parametrize("decoder", ["linear", "mask"])
 def test_decoders_are_their_literal_form(encoder, decoder):
     heads = {"decoder_heads": 2} if decoder == "mask" else {}
-    model = create(encoder, decoder, **heads)
-    found = jitted.apply(model, variables(model), images()).logits
+    model = create(encoder, decoder, depth=1, **heads)
+    output, patches = output_and_features(model)
+    found = output.logits
     assert found.shape == (4, 8, 8, CLASSES)
-    patches = np.asarray(features(model), np.float64)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables(model)["params"]["decoder"])
     for image in range(4):
         if decoder == "linear":
@@ -143,7 +158,7 @@ def test_layouts_agree(layout, reducer):
     reduced = {"reducer": "mergence", "reduce_layers": (1,)} if "mergence" in reducer else {}
     if "residual" in reducer:
         reduced |= {"unmerge": "residual"} | ({"reduce_layers": (1, 2)} if reduced else {})
-    model = create("msvit", "mask", gate_bias=0.0, **reduced)
+    model = create("msvit", "mask", decoder_depth=1, gate_bias=0.0, **reduced)
     expected = jitted.apply(model, variables(model), images())
     assert len(np.unique(expected.tokens)) > 1
     packed = model.clone(layout=layout.split(",")[0], **LAYOUTS[layout])
@@ -154,11 +169,12 @@ def test_layouts_agree(layout, reducer):
     assert np.isnan(found.logits[~fits]).all()
 
 
+EVEN = {"gate_bias": 0.0}
 MIXED = {  # encoder and what makes its tokens fewer than the cells
-    "gate, budget": ("msvit", {"gate_bias": 0.0, "layout": "budget", "token_capacity": 22}),
-    "gate, reducer": ("msvit", {"gate_bias": 0.0, "reducer": "mergence", "reduce_layers": (1,)}),
+    "gate, budget": ("msvit", {"depth": 1, "layout": "budget", "token_capacity": 22, **EVEN}),
+    "gate, reducer": ("msvit", {"depth": 1, "reducer": "mergence", **EVEN}),
     "reducer": ("vit", {"reducer": "algm", "keep": (0.6, 0.7)}),
-    "dropped": ("vit", {"reducer": "topk", "reduce_layers": (1,)}),
+    "dropped": ("vit", {"depth": 1, "reducer": "topk"}),
 }
 
 
@@ -166,15 +182,14 @@ MIXED = {  # encoder and what makes its tokens fewer than the cells
 @pytest.mark.parametrize("decoder", ["linear", "mask"])
 def test_tokens_decoded_once_give_the_logits_of_every_cell(decoder, case):
     encoder, options = MIXED[case]
-    heads = {"decoder_heads": 2} if decoder == "mask" else {}
-    model = create(encoder, decoder, decode="mixed", **heads, **options)
-    found = jitted.apply(model, variables(model), images())
+    sizes = {"decoder_heads": 2, "decoder_depth": 1} if decoder == "mask" else {}
+    model = create(encoder, decoder, decode="mixed", **sizes, **options)
+    found, patches = output_and_features(model)
     fits = np.asarray(found.answered)
     assert fits.any()
     if case == "gate, budget":
         assert not fits.all()
         assert np.isnan(found.logits[~fits]).all()
-    patches = np.asarray(features(model), np.float64)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables(model)["params"]["decoder"])
     for image in np.flatnonzero(fits):
         if decoder == "linear":
@@ -210,13 +225,12 @@ def test_both_ways_of_decoding_learn_the_same(encoder):
     for decode in ("dense", "mixed"):
         model = create(encoder, "mask", decode=decode, **options)
 
-        @jax.jit
         def loss(params, model=model):
             rngs = {"gate": jax.random.key(0)}
             output = model.apply({"params": params}, images(), train=True, rngs=rngs, **coarse)
             return (output.logits * jnp.cos(jnp.arange(CLASSES))[None, None, None]).sum()
 
-        grads.append(jax.device_get(jax.grad(loss)(variables(model)["params"])))
+        grads.append(jax.device_get(jax.jit(jax.grad(loss))(variables(model)["params"])))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(a).max()),
         *grads,
@@ -237,10 +251,13 @@ def loss_of(model, params, coarse):
 
 
 @pytest.mark.parametrize(
-    "merging", [{}, {"reducer": "mergence", "reduce_layers": (1,), "unmerge": "residual"}], ids=str
+    "options",
+    [{"depth": 1}, {"reducer": "mergence", "reduce_layers": (1,), "unmerge": "residual"}],
+    ids=str,
 )
-def test_an_image_that_does_not_fit_leaves_all_gradients_finite(merging):
-    model = create("msvit", "mask", layout="trimmed", token_capacity=40, **merging)
+def test_an_image_that_does_not_fit_leaves_all_gradients_finite(options):
+    small = {"decoder_depth": 1, "layout": "trimmed", "token_capacity": 40}
+    model = create("msvit", "mask", **small, **options)
     coarse = jnp.ones((4, 16), jnp.float32).at[0].set(0.0)  # 64 and 16 tokens
     grads = jax.jit(jax.grad(lambda p, c: loss_of(model, p, c)))(variables(model)["params"], coarse)
     for leaf in jax.tree.leaves(grads):
@@ -284,7 +301,7 @@ def test_the_gate_learns_what_its_cells_would_become():
 
 @pytest.mark.parametrize("encoder", ["vit", "msvit"])
 def test_images_of_any_size_are_padded_below_and_on_the_right(encoder):
-    model = create(encoder, "mask")
+    model = create(encoder, "mask", depth=1, decoder_depth=1)
     x = images(2, (24, 40))
     found = jitted.apply(model, variables(model), x[:, :21, :37]).logits
     rows, columns = (24, 40)

@@ -73,21 +73,27 @@ def test_a_coarse_regions_cells_have_what_its_token_gained():
     model = msvit_jax.create_model("msvit", num_classes=0, unmerge="residual", **options)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(3, 32, 32, 3)).astype(np.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    coarse = rng.integers(0, 2, (3, 16)).astype(np.float32)
+    variables = jitted.init(model, images)
+    coarse = np.float32([rng.permutation(16) < count for count in (8, 8, 5)])
     found = jitted.apply(model, variables, images, coarse=coarse).features
 
     bound = model.bind(variables)
     fine, of_region = map(np.asarray, bound.embed_scales(images))
     vit = bound.backbone
+
+    @jax.jit
+    def encode(tokens):
+        x = vit.with_prefix(tokens[None])
+        for block in vit.blocks:
+            x = block(x, None, None)
+        return x[0]
+
     for image in range(3):
         whole = [r for r in range(16) if coarse[image, r]]
         rows = [of_region[image, r] for r in whole]
         rows += [x for r in range(16) if not coarse[image, r] for x in fine[image, r]]
-        x = vit.with_prefix(np.stack(rows)[None])
-        for block in vit.blocks:
-            x = block(x, None, None)
-        after = iter(np.asarray(x)[0, vit.prefix_length :])
+        x = np.asarray(encode(np.stack(rows)))
+        after = iter(x[vit.prefix_length :])
         cells = np.zeros((16, 4, 16), np.float32)
         for r in whole:
             cells[r] = next(after) + fine[image, r] - of_region[image, r]
@@ -99,7 +105,7 @@ def test_a_coarse_regions_cells_have_what_its_token_gained():
             expected[2 * (r // 4) + cell // 2, 2 * (r % 4) + cell % 2] = cells[r, cell]
         expected = normalized(expected.astype(np.float64), variables["params"]["backbone"]["norm"])
         np.testing.assert_allclose(found.patches[image], expected, rtol=1e-4, atol=1e-4)
-        token = normalized(np.asarray(x, np.float64)[0, 0], variables["params"]["backbone"]["norm"])
+        token = normalized(x[0].astype(np.float64), variables["params"]["backbone"]["norm"])
         np.testing.assert_allclose(found.class_token[image], token, rtol=1e-4, atol=1e-4)
 
 

@@ -11,7 +11,7 @@ from msvit_jax import config as configs
 from msvit_jax.models import GateOutput
 from msvit_jax.models import gate as gates
 from msvit_jax.train import gate_target
-from tests import tiny_run
+from tests import jitted, tiny_run
 from tests.train.test_step import Setup
 
 
@@ -97,23 +97,29 @@ def test_a_held_level_is_blind_to_any_price_of_fine_regions(seed, spread, price)
 
 
 def test_what_is_held_back_is_a_multiple_of_the_mean_probabilitys_gradient():
-    config = configs.resolve(tiny_run.msvit(), 3)
+    config = configs.resolve(tiny_run.msvit(model__depth=1), 3)
     model = configs.build_model(config)
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
-    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    params = jitted.init(model, images, seed=1)["params"]
 
-    def gradient(of, **attributes):
+    def gradient(params, of, **attributes):
         def scalar(params):
             asked = {"train": True, "rngs": {"gate": jax.random.key(2)}}
             output = model.clone(**attributes).apply({"params": params}, images, **asked)
             return of(output)
 
-        grads = jax.jit(jax.grad(scalar))(params)
-        return np.concatenate([x.ravel() for x in jax.tree.leaves(grads["gate_mlp"])])
+        grads = jax.grad(scalar)(params)["gate_mlp"]
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
 
     loss = lambda output: jnp.sin(3 * output.logits).sum()  # noqa: E731
-    level = gradient(lambda output: jax.nn.sigmoid(output.gate.logits).sum())
-    free, held = gradient(loss), gradient(loss, hold_level=True)
+    mean = lambda output: jax.nn.sigmoid(output.gate.logits).sum()  # noqa: E731
+
+    @jax.jit  # one program, which computes once what all three need
+    def gradients(params):
+        held = gradient(params, loss, hold_level=True)
+        return gradient(params, mean), gradient(params, loss), held
+
+    level, free, held = map(np.asarray, gradients(params))
     taken = free - held
     share = taken @ level / (level @ level)
     assert np.linalg.norm(taken) > 0.01 * np.linalg.norm(free)
@@ -121,7 +127,7 @@ def test_what_is_held_back_is_a_multiple_of_the_mean_probabilitys_gradient():
 
 
 def test_the_trainer_moves_a_gates_bias_by_the_correction_alone():
-    config = tiny_run.msvit(loss__gate__correction=0.25)
+    config = tiny_run.msvit(loss__gate__correction=0.25, model__depth=1)
     setup = Setup(config)
     read = lambda params: float(params["model"]["gate_mlp"]["fc4"]["bias"][0])  # noqa: E731
     before = read(jax.device_get(setup.state.params))

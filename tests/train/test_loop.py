@@ -35,8 +35,10 @@ def whole_run(tmp_path_factory):
 
 
 def _config(**changes):
+    # Blocks that are scanned are traced and compiled as one.
+    scanned = {"model__scan_layers": True, "model__drop_path": 0.1}
     return tiny_run.msvit(
-        model__drop_path=0.1, data__mixup=0.8, data__pad_shift=2, ema_decay=0.9, **changes
+        data__mixup=0.8, data__pad_shift=2, ema_decay=0.9, **{**scanned, **changes}
     )
 
 

@@ -14,7 +14,7 @@ from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
 from msvit_jax.train.program import TrainProgram
 from msvit_jax.train.step import Teacher
-from msvit_jax.train_state import TrainState, traced_init
+from msvit_jax.train_state import TrainState, init_params
 from tests import jitted, tiny_run
 
 BATCH = 16
@@ -53,9 +53,10 @@ class Setup:
         )
         self.program = program = TrainProgram.from_config(config, self.mesh, lambda step: 1e-3)
         self.model = program.model
-        # Compiled once for a model; `test_same_start_on_every_mesh` is about the others.
+        # `test_same_start_on_every_mesh` is about what starts without it.
         dense, key = program.model.with_dense_layout(), jax.random.key(config.seed)
-        start = jax.device_get(traced_init(dense, program.gate_loss, key))
+        begin = functools.partial(init_params, dense, program.gate_loss)
+        start = jax.device_get(jitted.pruned(begin, key))
         with jax.set_mesh(self.mesh):
             self.state = program.fresh_state(optimizer.flat_names(start))
         self.step = program.jit_step()
@@ -89,6 +90,8 @@ def _outcome(case, devices, fsdp):
     random = {"model__drop_path": 0.2}
     if case == "vit":  # images and labels are mixed, and parameters averaged, for any model alike
         random |= {"data__mixup": 0.8, "data__cutmix": 1.0, "ema_decay": 0.5}
+    elif case != "dvt":  # a cascade's blocks cannot be scanned: one to compile instead of all
+        random |= {"model__scan_layers": True}
     setup = Setup(CASES[case](**random), devices, fsdp)
     start = jax.device_get(setup.state)
     first, reports = setup.run(1)
@@ -112,7 +115,10 @@ def _gradients(state):
 
 
 # On eight devices the batch is cut into eight, and the parameters into four.
-@pytest.mark.parametrize(("case", "devices", "fsdp"), [("vit", 2, 1), *((c, 8, 4) for c in CASES)])
+@pytest.mark.parametrize(
+    ("case", "devices", "fsdp"),
+    [("vit", 8, 4), ("msvit", 2, 1), ("trimmed", 8, 4), ("dvt", 8, 4)],
+)
 def test_same_steps_on_any_number_of_devices(case, devices, fsdp):
     alone, many = _outcome(case, 1, 1), _outcome(case, devices, fsdp)
     _assert_close(alone.reports[0], many.reports[0], rtol=1e-5, atol=1e-6)
@@ -158,7 +164,8 @@ def test_steps_without_alternatives_leave_the_gate_to_its_loss_and_the_others_ma
     grads = {}
     for factor in (0.0, 1.0, 4.0):
         # No loss of its own: what the gate gets is the task's.
-        setup = Setup(tiny_run.msvit(model__layout="trimmed", loss__gate__kind="none"))
+        options = {"model__layout": "trimmed", "model__depth": 1}
+        setup = Setup(tiny_run.msvit(loss__gate__kind="none", **options))
         capacity = StepCapacity((20,) if factor else (16,), factor)
         setup.step = setup.program.jit_step(capacity)
         grads[factor] = _gradients(setup.run(1)[0])
@@ -212,7 +219,8 @@ def test_gate_loss_is_weighed_in():
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_by_hand(kind):
-    config = CASES["vit"](loss__distillation__weight=0.25, loss__distillation__kind=kind)
+    weighed = {"loss__distillation__weight": 0.25, "loss__distillation__kind": kind}
+    config = CASES["vit"](model__depth=1, **weighed)
     config.loss.distillation.temperature = 2.0
     setup = Setup(config)
     # A teacher that wants its images on another scale.
@@ -241,7 +249,9 @@ def test_normalize_by_hand():
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_a_cascade_learns_the_sum_of_its_exits(weight):
-    config = tiny_run.dvt(loss__exits__distillation=weight, loss__label_smoothing=0.1)
+    config = tiny_run.dvt(
+        model__depth=1, loss__exits__distillation=weight, loss__label_smoothing=0.1
+    )
     setup = Setup(config)
     batch, state = _batch(), jax.device_get(setup.state)
     _, (reported,) = setup.run(1)
