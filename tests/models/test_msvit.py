@@ -14,7 +14,7 @@ import msvit_jax
 from msvit_jax import flops
 from msvit_jax.models import block as blocks
 from msvit_jax.models import gate as gates
-from tests.jitted import apply
+from tests.jitted import apply, init
 from tests.models.test_vit import TINY, make, make_rough, rough
 
 NAME = "msvit_deit_tiny_patch16_224"
@@ -161,13 +161,8 @@ def test_gradients_reach_every_parameter(options):
 def test_zero_initialized_options_start_as_the_model_without(options):
     plain, variables, images = make_rough(NAME)
     model = plain.clone(**options)
-
-    @jax.jit
-    def started():  # compiles what the option adds alone
-        made = model.init(jax.random.key(0), images)["params"]
-        return {name: made[name] for name in made.keys() - variables["params"].keys()}
-
-    added = started()
+    started = init(model, images)["params"]
+    added = {name: started[name] for name in started.keys() - variables["params"].keys()}
     assert added
     extended = {"params": {**variables["params"], **added}}
     coarse = jnp.asarray([[0, 1, 0, 1.0]] * 3)

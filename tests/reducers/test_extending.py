@@ -11,7 +11,7 @@ import pytest
 import msvit_jax
 from msvit_jax import config as configs
 from msvit_jax import reducers
-from tests import tiny_run
+from tests import jitted, tiny_run
 from tests.train.test_step import Setup
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "extending.md"
@@ -35,7 +35,7 @@ def images():
 
 def test_a_model_has_its_parameters_and_counts_its_arithmetic(images):
     model = msvit_jax.create_model("vit_tiny_patch16_224", **TINY, **OURS)
-    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    params = jitted.init(model, images, seed=1)["params"]
     kernels = {f"blocks_{i}": params[f"blocks_{i}"].get("reducer") for i in range(2)}
     assert {n: k and k["fc1"]["kernel"].shape for n, k in kernels.items()} == {
         "blocks_0": (16, 8), "blocks_1": (16, 8)}  # fmt: skip
@@ -45,8 +45,8 @@ def test_a_model_has_its_parameters_and_counts_its_arithmetic(images):
 
 
 def test_it_answers_alike_in_every_layout(images):
-    model = msvit_jax.create_model("msvit_tiny_patch16_224", **TINY, **OURS)
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    model = msvit_jax.create_model("msvit_tiny_patch16_224", **TINY, **OURS, reduce_layers=(1,))
+    variables = jitted.init(model, images, seed=1)
     coarse = jnp.asarray([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]], jnp.float32)
     answers = []
     for layout in (
@@ -61,7 +61,7 @@ def test_it_answers_alike_in_every_layout(images):
 
 
 def test_it_learns_in_a_run():
-    config = tiny_run.config(model__reducer="predictor", model__keep=0.6)
+    config = tiny_run.config(model__reducer="predictor", model__keep=0.6, model__depth=1)
     configs.set_key(config, "model.hidden", "16")
     setup = Setup(config)
     before = jax.device_get(setup.state.params["model"]["blocks_0"]["reducer"])

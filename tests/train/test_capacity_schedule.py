@@ -141,9 +141,14 @@ def test_parts_are_equal_parts_of_a_device_s_images():
     assert capacity_schedule.CapacitySchedule.start(section, regions=4, images=12).parts == 4
 
 
+def scanned(**changes):
+    """A mixed-scale config whose blocks are traced and compiled as one."""
+    return tiny_run.msvit(model__scan_layers=True, **changes)
+
+
 def trimmed(**changes):
     options = {"model__layout": "trimmed", "capacity__every_steps": 3, "mesh__data": 8}
-    return tiny_run.msvit(**{**options, **changes})
+    return scanned(**{**options, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +184,7 @@ def test_a_resumed_trimmed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
 def test_trimmed_steps_report_what_slots_report(whole_run, tmp_path):
     """Until the first change of budgets every image has all its places: the same run."""
     workdir, _ = whole_run
-    loop.train(tiny_run.msvit(steps=2), tmp_path)
+    loop.train(scanned(steps=2), tmp_path)
     ours, theirs = _records(workdir, "train")[2], _records(tmp_path, "train")[2]
     for name in ("total_loss", "grad_norm", "gate_loss", "loss"):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
@@ -198,9 +203,9 @@ def test_images_without_places_are_left_out_of_the_loss_and_counted(tmp_path):
 
 def test_rows_train_with_a_frozen_gate(tmp_path):
     options = {"model__layout": "rows", "model__rows": 16, "model__row_width": 20}
-    config = tiny_run.msvit(**options, optimizer__freeze=("gate",), steps=2)
+    config = scanned(**options, optimizer__freeze=("gate",), steps=2)
     loop.train(config, tmp_path / "rows")
-    loop.train(tiny_run.msvit(optimizer__freeze=("gate",), steps=2), tmp_path / "slots")
+    loop.train(scanned(optimizer__freeze=("gate",), steps=2), tmp_path / "slots")
     ours, theirs = (_records(tmp_path / w, "train")[2] for w in ("rows", "slots"))
     assert "overflow" not in ours
     np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
