@@ -61,7 +61,7 @@ def test_it_answers_alike_in_every_layout(images):
 
 
 def test_it_learns_in_a_run():
-    config = tiny_run.config(model__reducer="predictor", model__keep=0.6, model__depth=1)
+    config = tiny_run.config(model__reducer="predictor", model__keep=0.6)
     configs.set_key(config, "model.hidden", "16")
     setup = Setup(config)
     before = jax.device_get(setup.state.params["model"]["blocks_0"]["reducer"])
