@@ -105,8 +105,8 @@ def page(done: dict[str, Any]) -> str:
         memory = f"{record['memory_gib']:.2f}"
         loops = str(record["loops_of_unknown_length"])
         rows.append([model, part, memory, f"{sent:,.1f}", loops, milliseconds, links, hours])
-    head = ["model", "slice", "GiB", "MiB in collectives", "loops", "products / memory, ms", "links"]
-    parts = [HEAD, markdown([*head, "chip-hours of the recipe"], rows)]
+    head = ["model", "slice", "GiB", "MiB in collectives", "loops", "products / memory, ms"]
+    parts = [HEAD, markdown([*head, "links", "chip-hours of the recipe"], rows)]
     largest = [
         [run.removesuffix(":largest"), str(r["batch"]), f"{r['memory_gib']:.2f}"]
         for run in LARGEST
@@ -118,8 +118,8 @@ def page(done: dict[str, Any]) -> str:
         parts.append("## The largest batch on v5e:2x2, within an eighth")
         parts.append(markdown(["model", "images", "GiB a chip"], largest))
         parts.append(
-            "So near the limit the compiler computes some values twice to save memory: a tenth to a\n"
-            "sixth more MACs an image than in the table above."
+            "So near the limit the compiler computes some values twice to save memory: a tenth to\n"
+            "a sixth more MACs an image than in the table above."
         )
     if left := [run for run in RUNS + LARGEST if run not in done]:
         parts.append(f"Not compiled yet: {'; '.join(left)}.")

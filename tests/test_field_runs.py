@@ -29,7 +29,7 @@ from msvit_jax.data import prepare, sources
 from msvit_jax.errors import UserError
 from msvit_jax.train import loop, owner
 from msvit_jax.visualize import examples
-from tests import tiny_run
+from tests import jitted, tiny_run
 from tests.bucket import bucket
 from tests.export import made
 from tests.test_checkpoint import _state
@@ -348,7 +348,7 @@ def test_no_images_have_no_answers(name, options):
 def test_no_images_run_with_decisions_and_under_training():
     source = made.source("msvit_tiny_patch16_224")
     model, images = source.model, jnp.zeros((0, 16, 16, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = jitted.init(model, jnp.zeros((1, 16, 16, 3)))
     output = jax.jit(
         lambda v, x: model.apply(
             v, x, train=True, coarse=jnp.zeros((0, 4)), rngs={"gate": jax.random.key(1)}

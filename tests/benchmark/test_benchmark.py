@@ -15,6 +15,7 @@ import msvit_jax
 from msvit_jax import benchmark, flops
 from msvit_jax.benchmark import forced, sides, turns
 from msvit_jax.errors import UserError
+from tests import jitted
 
 MODEL, DENSE = "msvit_deit_tiny_patch16_224", "deit_tiny_patch16_224"
 TINY = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "num_classes": 3}
@@ -121,7 +122,7 @@ def test_the_gate_is_run():
 def test_logits_are_those_of_the_dense_model_where_all_is_fine():
     options = _options(tokens=16.0, spread=0.0)
     work = sides.draw(options, 2)
-    variables = jax.jit(work.model.init)(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+    variables = jitted.init(work.model, jnp.zeros((2, 16, 16, 3)))
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     dense = {"params": variables["params"]["backbone"]}
     expected = jax.jit(sides.forward(work.model.backbone))(dense, images)["logits"]
@@ -250,7 +251,7 @@ def test_a_segmenter_and_its_dense_model_have_the_same_weights():
     work = sides.draw(options, 4)
     plain = sides.build(options)
     images = jnp.zeros((4, 32, 32, 3))
-    variables = jax.jit(plain.init)(jax.random.key(0), images)
+    variables = jitted.init(plain, images)
     dense = {"params": sides._dense_params(variables["params"])}
     fine = np.zeros((4, 16), np.float32)
     whole = jax.jit(sides.forward(work.dense))(dense, images)["logits"]

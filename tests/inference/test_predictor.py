@@ -65,7 +65,7 @@ def _model(**changes):
 @functools.cache
 def _variables():
     zeros = jnp.zeros((1, SIDE, SIDE, 3))
-    return _larger(jax.jit(_model().init)(jax.random.key(1), zeros))
+    return _larger(jitted.init(_model(), zeros, seed=1))
 
 
 @functools.cache
@@ -212,7 +212,7 @@ def _reducing():
     """A mixed-scale model that reduces tokens, its variables, and its output in slots."""
     model = _model(**REDUCED, reducer="mergence")
     zeros = jnp.zeros((1, SIDE, SIDE, 3))
-    variables = _larger(jax.jit(model.init)(jax.random.key(1), zeros))
+    variables = _larger(jitted.init(model, zeros, seed=1))
     images = normalize(jnp.asarray(_pool()[:9]), model.mean, model.std)
     return model, variables, jax.jit(model.apply)(variables, images)
 
