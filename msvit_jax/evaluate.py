@@ -150,6 +150,7 @@ class Evaluator:
             task.labels(batch),
             judged.losses,
             max_tokens=model.max_tokens,
+            weights=judged.weights,
             valid=batch["valid"],
             mask=task.content(batch),
             pixels=judged.pixels,

@@ -54,7 +54,7 @@ class Sums:
 
     Attributes:
       count: Number of examples.
-      loss: Sum of the task losses.
+      loss: Sum of the task losses, each times its weight: 1, or for segmentation its pixels.
       top1: Number of examples whose label came first; None for segmentation.
       top5: Number of examples whose label was among the first five; None for segmentation.
       tokens: [N + 1], number of images by active patch tokens: a histogram, so that means,
@@ -87,6 +87,7 @@ def batch_sums(
     loss: Array,
     *,
     max_tokens: int,
+    weights: Array | None = None,
     valid: Array | None = None,
     mask: Array | None = None,
     pixels: PixelSums | None = None,
@@ -98,17 +99,19 @@ def batch_sums(
       labels: [B] int32 labels; None for segmentation.
       loss: [B] float32, loss of the task.
       max_tokens: Number of patch tokens of an image on the fine grid.
+      weights: [B] float32, weight of each loss; None for 1.
       valid: [B] bool, False for padding, which is not counted.
       mask: [B, H, W], segmentation mask, 0 where there is no content.
       pixels: Sums over pixels, for segmentation.
     """
     weight = jnp.ones(loss.shape, jnp.float32) if valid is None else valid.astype(jnp.float32)
     answered = jnp.where(output.answered, weight, 0.0)
+    weighed = loss if weights is None else loss * weights
     rank = None if labels is None else _rank(output.logits, labels)
     histogram = jnp.zeros(max_tokens + 1, jnp.float32).at[output.tokens].add(weight)
     return Sums(
         count=weight.sum(),
-        loss=jnp.sum(jnp.where(answered > 0, loss, 0.0)),
+        loss=jnp.sum(jnp.where(answered > 0, weighed, 0.0)),
         top1=None if rank is None else jnp.sum(jnp.where(rank < 1, answered, 0.0)),
         top5=None if rank is None else jnp.sum(jnp.where(rank < 5, answered, 0.0)),
         tokens=histogram,
@@ -189,11 +192,11 @@ def summarize(
     count, images = float(sums.count), np.asarray(sums.tokens)
     grid = np.arange(len(images))
     mean = float(images @ grid / count)
-    answered = max(count - float(sums.overflow), 1)
+    answered, pixels = max(count - float(sums.overflow), 1), sums.pixels
     figures: dict[str, Any] = {
         "examples": round(count),
         **_accuracies(sums, answered),
-        "loss": float(sums.loss) / answered,
+        "loss": float(sums.loss) / (answered if pixels is None else max(float(pixels.count), 1)),
         "tokens_mean": mean,
         "tokens_p5": percentile(images, 5),
         "tokens_p95": percentile(images, 95),

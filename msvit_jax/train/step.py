@@ -181,6 +181,7 @@ def _make_objective(
             task.labels(batch),
             judged.losses,
             max_tokens=model.max_tokens,
+            weights=judged.weights,
             pixels=judged.pixels,
         )
         return total, StepMetrics(sums=sums, scalars={"total_loss": total, **scalars})

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from msvit_jax import checkpoint, evaluate, sharding, tasks
+from msvit_jax import checkpoint, evaluate, metrics, sharding, tasks
 from msvit_jax import config as configs
 from msvit_jax.errors import UserError
 from msvit_jax.models.output import Output
@@ -113,6 +113,16 @@ def judged(logits, targets, **options):
     return tasks.Segmentation().judge(output, jnp.asarray(targets), size, model, **options)
 
 
+def reported_loss(found):
+    """The loss that training and evaluation report for one batch."""
+    count = len(found.losses)
+    output = Output(logits=jnp.zeros((count, 4, 4, 3)), tokens=jnp.full(count, 4, jnp.int32))
+    sums = metrics.batch_sums(
+        output, None, found.losses, max_tokens=16, weights=found.weights, pixels=found.pixels
+    )
+    return metrics.summarize(metrics.to_host(sums))["loss"]
+
+
 def test_the_loss_is_the_mean_over_pixels_that_have_a_class():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 4, 4, 3)).astype(np.float32)
@@ -130,6 +140,7 @@ def test_the_loss_is_the_mean_over_pixels_that_have_a_class():
     right = (np.asarray(upsampled).argmax(-1) == targets) & counted
     assert float(found.pixels.right) == right.sum()
     assert float(found.pixels.count) == counted.sum()
+    assert reported_loss(found) == pytest.approx(float(pixels[counted].mean()), rel=1e-5)
     smoothed = judged(logits, targets, smoothing=0.3)
     even = -np.asarray(jax.nn.log_softmax(upsampled)).mean(axis=-1)
     expected = 0.7 * np.asarray(pixels)[counted].mean() + 0.3 * even[counted].mean()
