@@ -20,7 +20,7 @@ _COLUMNS = (
     ("speed-up", 9, "speedup", ".3f"),
     ("MAC ratio", 10, "mac_ratio", ".3f"),
     ("realized", 9, "realized", ".3f"),
-    ("used capacity", 12, "padding_efficiency", ".3f"),
+    ("used capacity", 15, "padding_efficiency", ".3f"),
     ("bytes", 9, "memory_bytes", ".2e"),
     ("compile s", 10, "compile_seconds", ".1f"),
 )

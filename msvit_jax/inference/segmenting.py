@@ -81,7 +81,9 @@ def open_any(images: Any, how: Reading) -> Iterator[np.ndarray | ImageError]:
 
 def _checked(image: Any) -> np.ndarray:
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+    if array.ndim == 3 and not array.size:
+        raise UserError(f"An image to segment has no pixels: its shape is {array.shape}.")
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise UserError(
             f"An image to segment is uint8 [H, W, 3], not {array.dtype} {array.shape}; convert "
             "gray and RGBA images to RGB, and give pixels of 0 to 255."

@@ -68,6 +68,7 @@ def test_bad_calls_say_what_to_do(made):
         ([], "list is empty"),
         ([np.zeros((8, 8, 4), np.uint8)], r"uint8 \[H, W, 3\], not uint8 \(8, 8, 4\)"),
         ([np.zeros((8, 8, 3), np.float32)], "not float32"),
+        ([np.zeros((0, 8, 3), np.uint8)], r"no pixels: its shape is \(0, 8, 3\)"),
         (np.zeros((8, 8, 3), np.uint8), r"images\[None\] for a single one"),
         (["nowhere.png"], "'nowhere.png' cannot be read"),
         (["nowhere.png", np.zeros((8, 8, 3), np.uint8)], "both paths and arrays"),
