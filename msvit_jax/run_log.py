@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from msvit_jax import event_files, paths
+from msvit_jax import event_files, paths, tree
 from msvit_jax.errors import check_choice
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class Logger:
         self._jobs.append(self._thread.submit(job, *arguments))
 
     def _record(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
-        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.write(json.dumps(tree.for_json(record)) + "\n")
         self._jsonl.flush()
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "time"):

@@ -1,5 +1,7 @@
 """Trees of parameters as flat dictionaries: the name of a leaf is its path."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,3 +20,12 @@ def flat_names(tree: Any) -> dict[str, Any]:
 def map_names(function: Any, tree: Any) -> Any:
     """Maps function(name, leaf) over a tree."""
     return jax.tree_util.tree_map_with_path(lambda p, leaf: function(path_name(p), leaf), tree)
+
+
+def for_json(record: Any) -> Any:
+    """Returns a record with None for numbers that are not finite, for which JSON has no word."""
+    if isinstance(record, Mapping):  # not by JAX, which would sort the keys
+        return {key: for_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [for_json(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record

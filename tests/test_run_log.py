@@ -48,6 +48,22 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_records_are_json_that_any_reader_takes(tmp_path):
+    figures = {"miou": float("nan"), "iou": {"b": 1.5, "a": None}, "rates": [0.5, float("inf")]}
+    logger = run_log.Logger(tmp_path, steps=1, start=0, active=True)
+    logger.report("eval", 1, 0.5, figures)
+    logger.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=refuse)
+    assert {name: read[name] for name in figures} == {
+        "miou": None, "iou": {"b": 1.5, "a": None}, "rates": [0.5, None]}  # fmt: skip
+    assert list(read["iou"]) == ["b", "a"]
+
+
 def test_merge_maps_are_drawn_with_and_without_a_gate(tmp_path, monkeypatch):
     images = np.zeros((2, 16, 16, 3), np.uint8)
     merged = np.zeros((2, 3, 4, 4), np.int32)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from msvit_jax import config, errors, evaluate, launch, peers
+from msvit_jax import config, errors, evaluate, launch, peers, tree
 from msvit_jax.exits.exit_thresholds import CRITERIA
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str], *, overrides: Sequence[str]) -> None:
         peers.agree({"overrides": list(overrides), **{name: given[name] for name in same}})
         result = _evaluate(overrides)
         if jax.process_index() == 0:
-            print(json.dumps(result))
+            print(json.dumps(tree.for_json(result)))
 
 
 def _evaluate(overrides: Sequence[str]) -> dict[str, Any]:
