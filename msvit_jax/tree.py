@@ -1,4 +1,4 @@
-"""Trees of parameters as flat dictionaries: the name of a leaf is its path."""
+"""Trees: parameters as flat dictionaries, where the name of a leaf is its path, and records."""
 
 import math
 from collections.abc import Mapping

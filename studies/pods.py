@@ -52,9 +52,10 @@ rates; nothing was run. "Products" at their peak are the least that a step can t
 the bytes that the compiler counts, more than fused operations move. "Links" is at most the share
 that transfers take: beside products alone, without overlap. Chip-hours of the papers' recipes are
 at these two rates: no run takes less than the first. Loops whose length the compiler does not
-tell are counted as one pass each. The four that every step has are small; the further ones of FSDP
-on v5p and v6e overlap a product with the transfer of its weights piece by piece, so that products
-and transfers of these two rows are too low: their products are those of the rows without FSDP.
+tell are counted as one pass each. The four of ImageNet's steps draw the shares of mixup; the
+further ones of FSDP on v5p and v6e overlap a product with the transfer of its weights piece by
+piece, so that products and transfers of these two rows are too low: their products are those
+without FSDP.
 Made by `python studies/pods.py`; every figure is in pods.json."""
 
 

@@ -325,7 +325,7 @@ def upsampling(old: int, new: int) -> np.ndarray:
 def grid_upsampling(old: tuple[int, int], new: tuple[int, int], prefix: int = 0) -> np.ndarray:
     """Returns the matrix that resizes a row-major grid of tokens: [P + H*W, P + h*w] float32.
 
-    One product with it is several times faster on a TPU than gathering and blending along each
+    One product with it is faster on a TPU (docs/dvt.md) than gathering and blending along each
     axis, whose gradient is a loop that scatters.
 
     Args:

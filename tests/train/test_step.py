@@ -115,10 +115,7 @@ def _gradients(state):
 
 
 # On eight devices the batch is cut into eight, and the parameters into four.
-@pytest.mark.parametrize(
-    ("case", "devices", "fsdp"),
-    [("vit", 8, 4), ("msvit", 2, 1), ("trimmed", 8, 4), ("dvt", 8, 4)],
-)
+@pytest.mark.parametrize(("case", "devices", "fsdp"), [("vit", 2, 1), *((c, 8, 4) for c in CASES)])
 def test_same_steps_on_any_number_of_devices(case, devices, fsdp):
     alone, many = _outcome(case, 1, 1), _outcome(case, devices, fsdp)
     _assert_close(alone.reports[0], many.reports[0], rtol=1e-5, atol=1e-6)
