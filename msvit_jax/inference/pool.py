@@ -28,12 +28,13 @@ class ImagePool:
         self._capacity = (shapes + 4) * executables.batch
         self._free = list(reversed(range(self._capacity)))
         self._slot_of: dict[int, int] = {}
-        self._uploaded: list[tuple[list[int], Array]] = []  # batches without slots yet
+        # Batches without slots yet; None for images that are gone and whose pixels are still there.
+        self._uploaded: list[tuple[list[int | None], Array]] = []
         self._slots: Array | None = None
 
     def __len__(self) -> int:
         """Number of images that are kept."""
-        waiting = [n for numbers, _ in self._uploaded for n in numbers if n != PADDING]
+        waiting = [n for numbers, _ in self._uploaded for n in numbers if n is not None]
         return len(self._slot_of) + len(waiting)
 
     def add(self, numbers: Sequence[int], batch: Array) -> None:
@@ -65,16 +66,16 @@ class ImagePool:
         gone = set(numbers)
         self._free += [self._slot_of.pop(number) for number in gone & self._slot_of.keys()]
         left = [
-            ([PADDING if number in gone else number for number in numbers], batch)
+            ([None if number in gone else number for number in numbers], batch)
             for numbers, batch in self._uploaded
         ]
-        self._uploaded = [(numbers, batch) for numbers, batch in left if set(numbers) != {PADDING}]
+        self._uploaded = [(numbers, batch) for numbers, batch in left if set(numbers) != {None}]
 
     def _store(self) -> None:
         for numbers, batch in self._uploaded:
             slots = np.full(self._executables.batch, self._capacity, np.int32)  # padding has none
             for row, number in enumerate(numbers):
-                if number != PADDING:
+                if number is not None:
                     slots[row] = self._slot_of[number] = self._free.pop()
             if self._slots is None:
                 self._slots = self._executables.empty_slots(self._capacity, batch)

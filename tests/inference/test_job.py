@@ -74,6 +74,7 @@ def _run(fine, batch, misfits):
 
 
 @example(fine=[1, 1, 1], batch=3, misfits={2})  # run as uploaded, all but one
+@example(fine=[0, 0], batch=2, misfits={1})  # again alone, where it was uploaded
 @given(
     st.lists(st.integers(0, REGIONS), min_size=1, max_size=40),
     st.integers(1, 9),
