@@ -7,7 +7,7 @@ TPU, `data` is the axis that crosses the slow network between them, and `fsdp` s
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +79,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
     """Puts an array that every process has on every device, without comparing the processes'."""
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+
+
+def can_map(batch: int) -> bool:
+    """Tells whether `map_devices` knows where the rows of a batch are."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    if AxisType.Explicit in mesh.axis_types:
+        return False
+    return batch % math.prod(mesh.shape[name] for name in _auto_axes(mesh)) == 0
+
+
+def map_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets each device compute a function of its own rows of all arguments.
+
+    XLA cannot cut a kernel over devices by itself. The devices are those of the mesh that
+    `jax.set_mesh` has entered; without a mesh, or under `pmap` or `shard_map`, where a function
+    sees the rows of one device anyway, it is returned as it is.
+
+    Args:
+      function: Function of arrays [B, ...] to arrays [B, ...] whose rows do not depend on each
+        other.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else _auto_axes(mesh)
+    if not axes:
+        return function
+    rows = P(axes)
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False
+    )
+
+
+def _auto_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in pairs if kind == AxisType.Auto)
 
 
 def tree_sharding(mesh: Mesh, tree: Any) -> Any:

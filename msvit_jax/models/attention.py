@@ -1,7 +1,8 @@
 """Multi-head attention as one pure function, the only one in the library.
 
 Its implementations are interchangeable: plain XLA, `jax.nn.dot_product_attention` with a fused
-kernel where the platform has one, and JAX's Pallas kernel for TPUs.
+kernel where the platform has one, and for TPUs Pallas kernels: ours for short sequences, see
+`attention_kernel`, JAX's flash attention for long ones.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from msvit_jax import sharding
 from msvit_jax.errors import check_choice
+from msvit_jax.models import attention_kernel
 from msvit_jax.tokens.packing import NOBODY
 from msvit_jax.typed import Float
 
@@ -24,8 +27,9 @@ BiasFactors = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
 _FAR = 30_000.0  # larger than the difference of any two scores of a row
-_PALLAS_BLOCK = 128  # tokens in a block of the kernel, which takes whole blocks only
-_PALLAS_FROM = 1024  # least tokens at which scores cost more memory traffic than padding to blocks
+# Least tokens for our TPU kernel: up to a tile XLA keeps the scores on the chip by itself.
+_SHORT_FROM = 129
+_FLASH_BLOCK = 128  # tokens in a block of flash attention, which takes whole blocks only
 
 
 @struct.dataclass
@@ -83,8 +87,8 @@ def attention(
       key: [B, N, H, d] keys.
       value: [B, N, H, d] values.
       mask: Attention mask; None if all tokens of a row see each other.
-      implementation: Implementation to use, one of `IMPLEMENTATIONS`; "auto" chooses by platform
-        and length. Weights need "xla" and get it from "auto".
+      implementation: Implementation to use, one of `IMPLEMENTATIONS`; "auto" chooses by platform,
+        dtype and length.
 
     Returns:
       [B, N, H, d] in the dtype of `value`. Scores and exponentials are float32.
@@ -132,45 +136,74 @@ def join_buckets(parts: Sequence[Any], groups: Any) -> Any:
 
 
 def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: str) -> Array:
-    if mask.weights is not None:
-        if implementation not in ("auto", "xla"):
-            raise ValueError(
-                f"attention_impl={implementation!r} gives no gradient to the weights of the slots "
-                "and trimmed layouts; use 'xla' or 'auto' with them."
-            )
-        weights = mask.weights.astype(jnp.float32)
-        return _plain(query, key, value, weights, mask.bias, _size_bias(mask.sizes))
-    if mask.segments is not None:
+    if mask.weights is None and mask.segments is not None:
         # Zero times NaN is NaN, so the contents of empty positions are replaced, not just hidden.
         empty = (mask.segments == NOBODY)[:, :, None, None]
         key, value = (jnp.where(empty, 0, x) for x in (key, value))
     if implementation == "auto":
         return _auto(query, key, value, mask)
-    if implementation == "pallas" and jax.default_backend() == "gpu":
+    if implementation == "fused" and mask.weights is not None:
+        raise ValueError(
+            "attention_impl='fused' gives no gradient to the weights of the slots and trimmed "
+            "layouts; use 'auto', 'xla' or 'pallas' with them."
+        )
+    if implementation == "pallas":
+        return _checked_pallas(query, mask)(query, key, value, mask)
+    return {"xla": _xla, "fused": _fused}[implementation](query, key, value, mask)
+
+
+def _checked_pallas(query: Array, mask: Mask) -> Any:
+    if jax.default_backend() == "gpu":
         raise ValueError("attention_impl='pallas' is a kernel for TPUs; use 'auto' or 'fused'.")
-    if implementation == "pallas" and mask.bias is not None:
+    kernel = _tpu_kernel(query, mask)
+    if kernel is None:
         raise ValueError(
-            "attention_impl='pallas' adds nothing to the scores, as relation_reuse wants; use "
-            "'auto', 'xla' or 'fused' with it."
+            f"attention_impl='pallas' takes more than {attention_kernel.MOST_TOKENS} tokens only "
+            "without a gate's weights, sizes and bias; use 'auto' or 'xla'."
         )
-    if implementation == "pallas" and mask.sizes is not None:
-        raise ValueError(
-            "attention_impl='pallas' cannot count tokens by their sizes, as reducer='tome' wants; "
-            "use 'auto', 'xla' or 'fused' with it."
-        )
-    attend = {"xla": _xla, "fused": _fused, "pallas": _pallas}[implementation]
-    return attend(query, key, value, mask)
+    return kernel
+
+
+def _tpu_kernel(query: Array, mask: Mask) -> Any:
+    """Returns the Pallas implementation for this length and mask, None if there is none."""
+    if query.shape[1] <= attention_kernel.MOST_TOKENS:
+        return _short
+    simple = mask.weights is None and mask.sizes is None and mask.bias is None
+    return _flash if simple else None
+
+
+def _takes_tpu_kernel(x: Array, mask: Mask) -> bool:
+    """Tells whether "auto" takes a Pallas kernel on TPUs, for arrays [B, N, ...] of x's dtype."""
+    if _tpu_kernel(x, mask) is None or x.shape[1] < _SHORT_FROM:
+        return False
+    # A TPU has no float16. A kernel has to be told which images are on which device.
+    known = isinstance(x.shape[0], int) and sharding.can_map(x.shape[0])
+    return known and x.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def joins_heads(x: Array, mask: Mask | None, implementation: str) -> bool:
+    """Tells whether attention on a TPU wants the channels of all heads on one axis.
+
+    Args:
+      x: [B, N, D] tokens.
+      mask: Attention mask.
+      implementation: Implementation of attention.
+    """
+    mask = mask or Mask()
+    if mask.length_buckets or _tpu_kernel(x, mask) is not _short:
+        return False
+    auto = implementation == "auto" and _takes_tpu_kernel(x, mask)
+    return auto or implementation == "pallas"
 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Chooses the faster implementation for the platform that the program is compiled for."""
-    if mask.sizes is not None or mask.bias is not None:
-        return _xla(query, key, value, mask)
     others: dict[str, Any] = {}
-    if query.shape[1] >= _PALLAS_FROM:
-        others["tpu"] = _pallas
+    if _takes_tpu_kernel(query, mask):
+        others["tpu"] = _tpu_kernel(query, mask)
+    plain = mask.weights is None and mask.sizes is None and mask.bias is None
     # Only where there is a GPU: cuDNN's version is asked for while the call is traced.
-    if _has_cudnn(query.dtype) and (mask.segments is None or mask.single_segment):
+    if plain and _has_cudnn(query.dtype) and (mask.segments is None or mask.single_segment):
         others["cuda"] = _fused
     if not others:
         return _xla(query, key, value, mask)
@@ -183,6 +216,9 @@ def _has_cudnn(dtype: Any) -> bool:
 
 
 def _xla(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    if mask.weights is not None:
+        weights = mask.weights.astype(jnp.float32)
+        return _plain(query, key, value, weights, mask.bias, _size_bias(mask.sizes))
     marks = None
     if mask.segments is not None and mask.single_segment:
         marks = _key_bias(mask.segments != mask.segments[:, :1])
@@ -397,21 +433,45 @@ def _fused(
     return mixed[:, :length]
 
 
-def _pallas(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+def _short(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """Calls our kernel for TPUs, in which an image's scores stay on the chip."""
+    hidden, added = None, []
+    if mask.sizes is not None:
+        added.append(jnp.log(jnp.maximum(mask.sizes, 1.0)))
+    segments = mask.segments if mask.weights is None else None
+    if segments is not None and mask.single_segment:
+        added.append(jnp.where(segments != segments[:, :1], -_FAR, 0.0))
+        segments = None
+    hidden = None if mask.weights is None else mask.weights.astype(jnp.float32)
+    parts = attention_kernel.KernelMask(
+        key_bias=lax.stop_gradient(sum(added))[:, None] if added else None,
+        segments=segments,
+        weights=hidden,
+        bias=mask.bias,
+    )
+    flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
+    return attention_kernel.attend(*flat, parts, query.shape[2]).reshape(query.shape)
+
+
+def _flash(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Calls JAX's flash attention for TPUs, on sequences padded to whole blocks."""
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     length = query.shape[1]
-    padding = -length % _PALLAS_BLOCK
+    padding = -length % _FLASH_BLOCK
     segments = mask.segments
     if segments is None:
         segments = jnp.zeros(query.shape[:2], jnp.int32)
     ids = jnp.pad(segments, ((0, 0), (0, padding)), constant_values=NOBODY)
     spread = ((0, 0), (0, 0), (0, padding), (0, 0))
+
+    def attend(ids: Array, *padded: Array) -> Array:
+        return flash.flash_attention(
+            *padded,
+            segment_ids=flash.SegmentIds(q=ids, kv=ids),
+            sm_scale=1 / math.sqrt(query.shape[-1]),
+        )
+
     padded = [jnp.pad(x.transpose(0, 2, 1, 3), spread) for x in (query, key, value)]
-    mixed = flash.flash_attention(
-        *padded,
-        segment_ids=flash.SegmentIds(q=ids, kv=ids),
-        sm_scale=1 / math.sqrt(query.shape[-1]),
-    )
+    mixed = sharding.map_devices(attend)(ids, *padded)
     return mixed[:, :, :length].transpose(0, 2, 1, 3)

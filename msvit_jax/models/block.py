@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from msvit_jax.models import reduction
-from msvit_jax.models.attention import Mask, attention, scores
+from msvit_jax.models.attention import Mask, attention, joins_heads, scores
 from msvit_jax.models.reduction import ReductionSpec, ReductionState
 
 init_weights = nn.initializers.truncated_normal(0.02)
@@ -67,6 +67,30 @@ class LayerNorm(nn.LayerNorm):
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
+def _heads_apart(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
+    """Projects tokens [B, N, D] by a kernel [D, 3, H, d]: three of [B, N, H, d]."""
+    tokens = x.shape[0] * x.shape[1]
+    # A batch whose size is known only at run time (`export`) is treated as a large one.
+    if isinstance(tokens, int) and tokens < x.shape[-1]:
+        whole = jnp.einsum("bnd,dche->bnche", x, kernel)
+        parts = [whole[:, :, i] for i in range(3)]
+    else:
+        parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
+    if bias is None:
+        return parts
+    return [part + bias[i] for i, part in enumerate(parts)]
+
+
+def _heads_together(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
+    """The same, with the heads on one axis until the end: no copy where they are joined again."""
+    parts = [
+        jnp.einsum("bnd,de->bne", x, kernel[:, i].reshape(x.shape[-1], -1)) for i in range(3)
+    ]
+    if bias is not None:
+        parts = [part + bias[i].reshape(1, 1, -1) for i, part in enumerate(parts)]
+    return [part.reshape(*x.shape[:2], *kernel.shape[2:]) for part in parts]
+
+
 class QKV(nn.Module):
     """Queries, keys and values from one kernel [D, 3D], applied in three products.
 
@@ -89,19 +113,15 @@ class QKV(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (3 * width,))
         return kernel, bias.astype(self.dtype).reshape(3, 1, 1, *shape[1:])
 
-    def __call__(self, x: Array) -> list[Array]:
-        """Projects tokens: [B, N, D] -> three of [B, N, heads, D / heads]."""
+    def __call__(self, x: Array, together: bool = False) -> list[Array]:
+        """Projects tokens: [B, N, D] -> three of [B, N, heads, D / heads].
+
+        `together` is whether the heads are joined again on a TPU, see `attention.joins_heads`.
+        """
         kernel, bias = self._parameters(x.shape[-1])
-        tokens = x.shape[0] * x.shape[1]
-        # A batch whose size is known only at run time (`export`) is treated as a large one.
-        if isinstance(tokens, int) and tokens < x.shape[-1]:
-            whole = jnp.einsum("bnd,dche->bnche", x, kernel)
-            parts = [whole[:, :, i] for i in range(3)]
-        else:
-            parts = [jnp.einsum("bnd,dhe->bnhe", x, kernel[:, i]) for i in range(3)]
-        if bias is None:
-            return parts
-        return [part + bias[i] for i, part in enumerate(parts)]
+        if not together:
+            return _heads_apart(x, kernel, bias)
+        return lax.platform_dependent(x, kernel, bias, default=_heads_apart, tpu=_heads_together)
 
     def scores(self, asking: Array, x: Array) -> Array:
         """Computes scores of M queries: [B, M, D] and [B, N, D] -> [B, heads, M, N] float32.
@@ -133,7 +153,8 @@ class Attention(nn.Module):
 
     def __call__(self, x: Array, mask: Mask | None = None) -> tuple[Array, Array, Array]:
         """Maps [B, N, D] to [B, N, D]; also returns queries and keys. `mask`: see `attention`."""
-        query, key, value = self.qkv(x)
+        together = joins_heads(x, mask, self.implementation)
+        query, key, value = self.qkv(x, together)
         mixed = attention(query, key, value, mask, implementation=self.implementation)
         return self.proj(mixed.reshape(x.shape)), query, key
 
