@@ -170,7 +170,8 @@ def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
     Returns:
       Milliseconds of 'products', the least that a step can take; of 'memory', for the bytes that
       the compiler counts, more than fused operations move; of 'links', as of a ring of all chips;
-      and 'links_share', at most the links' share: beside products alone, without overlap.
+      'links_share', at most the links' share: beside products alone, without overlap; and of
+      'kernels', the longer of a Pallas kernel's products and bytes, the least that it can take.
     """
     chip, count = topology.chip, len(topology.devices)
     sent = {"all-reduce": 2 * (count - 1) / count, "reduce-scatter": count - 1}
@@ -181,10 +182,13 @@ def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
     memory = 1e3 * found["gbytes_accessed"] / chip.memory_gbps
     links = 1e3 * moved / 1e9 / chip.link_gbps
     whole = links + products
+    flops, moved_by_kernels = found["kernels"]["flops"], found["kernels"]["bytes"]
+    kernels = max(flops / chip.tflops / 1e9, moved_by_kernels / chip.memory_gbps / 1e6)
     return {
         "products": round(products, 3),
         "memory": round(memory, 3),
         "links": round(links, 3),
+        "kernels": round(kernels, 3),
         "links_share": round(links / whole, 4) if whole else 0.0,
     }
 
@@ -233,7 +237,7 @@ def figures(compiled: Any, images: int) -> dict[str, Any]:
         "gmacs_per_image": round(macs / 1e9 / images, 3),
         "gbytes_accessed": round(cost["bytes accessed"] / 1e9, 3),
         "mcycles": round(cycles.total / 1e6, 3),
-        "kernels_not_estimated": cycles.kernels,
+        "kernels": dataclasses.asdict(cycles.kernels),
         "loops": cycles.loops,
         "loops_of_unknown_length": cycles.unknown,
         "collectives": {k: dataclasses.asdict(c) for k, c in hlo.collectives(module).items()},

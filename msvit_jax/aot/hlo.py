@@ -1,7 +1,7 @@
 """Reads cost estimates and transfers from the text of the TPU compiler's HLO modules.
 
 Every instruction that the compiler has a cost model for states its estimated cycles; Pallas kernels
-and some others do not.
+and some others do not. A kernel states what its author says that it computes and moves.
 """
 
 import collections
@@ -24,6 +24,12 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_STATED = re.compile(
+    r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"'
+)
+_VMEM = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"'
+)
 _CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
@@ -47,18 +53,56 @@ class Module:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Pallas kernels of a program, with loops multiplied by their trip counts.
+
+    Attributes:
+      calls: Number of calls.
+      flops: Floating point operations of their products, as stated by their authors.
+      transcendentals: Number of exponentials and the like, as stated by their authors.
+      bytes: Bytes that they move from and to the chip's main memory, as stated by their authors.
+      vmem: Bytes of the chip's fast memory that the largest uses, as the compiler allots it.
+    """
+
+    calls: int = 0
+    flops: int = 0
+    transcendentals: int = 0
+    bytes: int = 0
+    vmem: int = 0
+
+    def __add__(self, other: "Kernels") -> "Kernels":
+        return Kernels(
+            self.calls + other.calls,
+            self.flops + other.flops,
+            self.transcendentals + other.transcendentals,
+            self.bytes + other.bytes,
+            max(self.vmem, other.vmem),
+        )
+
+    def times(self, trips: int) -> "Kernels":
+        """The same calls repeated `trips` times."""
+        return Kernels(
+            self.calls * trips,
+            self.flops * trips,
+            self.transcendentals * trips,
+            self.bytes * trips,
+            self.vmem,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Cycles:
     """Estimated cycles of a program.
 
     Attributes:
       total: Sum of all estimates, with loops multiplied by their trip counts.
-      kernels: Number of calls of Pallas kernels, which have no estimates.
+      kernels: Calls of Pallas kernels, which have no estimates.
       loops: Number of loops in the program.
       unknown: Number of loops whose trip count is unknown; their cycles are counted once.
     """
 
     total: int = 0
-    kernels: int = 0
+    kernels: Kernels = Kernels()
     loops: int = 0
     unknown: int = 0
 
@@ -72,7 +116,7 @@ class Cycles:
 
     def times(self, trips: int) -> "Cycles":
         """The same work repeated `trips` times; a loop inside still counts as one loop."""
-        return Cycles(self.total * trips, self.kernels * trips, self.loops, self.unknown)
+        return Cycles(self.total * trips, self.kernels.times(trips), self.loops, self.unknown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +172,14 @@ def _cycles(module: Module, name: str) -> Cycles:
             for called in _called(instruction):
                 total += _cycles(module, called)
         elif f'custom_call_target="{PALLAS}"' in instruction.rest:
-            total += Cycles(kernels=1)
+            total += Cycles(kernels=_kernel(instruction))
     return total
+
+
+def _kernel(instruction: Instruction) -> Kernels:
+    stated, vmem = _STATED.search(instruction.rest), _VMEM.search(instruction.rest)
+    flops, transcendentals, moved = map(int, stated.groups()) if stated else (0, 0, 0)
+    return Kernels(1, flops, transcendentals, moved, int(vmem[1]) if vmem else 0)
 
 
 def _called(instruction: Instruction) -> list[str]:

@@ -19,7 +19,8 @@ COLUMNS = (
     "GB moved",
     "Mcycles",
     "ratio",
-    "not estimated",
+    "kernels",
+    "VMEM, MiB",
     "collectives",
     "limits, ms",
     "links",
@@ -76,11 +77,22 @@ def _row(record: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
         "GMACs/image": record["gmacs_per_image"],
         "GB moved": record["gbytes_accessed"],
         "Mcycles": record["mcycles"],
-        "not estimated": record["kernels_not_estimated"],
+        **_kernels(record),
         "collectives": ", ".join(moved) or "none",
         "limits, ms": f"{record['limits']['products']:.2f} / {record['limits']['memory']:.2f}",
         "links": f"{record['limits']['links_share']:.1%}",
         "compile s": record["compile_seconds"],
+    }
+
+
+def _kernels(record: dict[str, Any]) -> dict[str, Any]:
+    """Number of Pallas kernels, the least milliseconds that they can take, and their memory."""
+    kernels = record["kernels"]
+    if not kernels["calls"]:
+        return {"kernels": "none", "VMEM, MiB": ""}
+    return {
+        "kernels": f"{kernels['calls']}, {record['limits']['kernels']:.2f} ms",
+        "VMEM, MiB": f"{kernels['vmem'] / 2**20:.1f}",
     }
 
 
@@ -100,6 +112,10 @@ def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
         )
     if any(r.get("loops_of_unknown_length") for r in records):
         notes.append("Some loops do not say how often they run: their cycles are counted once.")
-    if any(r.get("kernels_not_estimated") for r in records):
-        notes.append("Pallas kernels are not estimated: the cycles are those of all the rest.")
+    if any(r.get("kernels", {}).get("calls") for r in records):
+        notes.append(
+            "Pallas kernels are not estimated: cycles, and their ratio, are those of all the rest. "
+            "Beside the number of kernels: computed, not estimated, the least that they can take, "
+            "which is the longer of their products and their bytes at the chip's published rates."
+        )
     return notes

@@ -1,11 +1,11 @@
 """Attention over short sequences as one kernel for TPUs, written in Pallas.
 
-Scores of [heads, N, N] never leave the chip's fast memory (VMEM): a step of the kernel loads queries,
-keys and values of some images and of as few heads as fill whole tiles, and computes one head after
-the other, forward or backward. Flash
-attention (Dao et al. 2022) does so in blocks because long sequences do not fit; 197 to 1,024 tokens
-do, so nothing is rescaled and nothing is padded to blocks. The backward pass computes the softmax
-again, as there. The layout of heads, the masks and the gradient to weights are our design.
+Scores of [heads, N, N] never leave the chip's fast memory (VMEM). A step of the kernel loads the
+queries, keys and values of some images and of as few heads as fill whole tiles, and computes one
+head after the other, forward or backward. Flash attention (Dao et al. 2022) does so in blocks
+because long sequences do not fit; 197 to 1,024 tokens do, so nothing is rescaled and nothing is
+padded to blocks. The backward pass computes the softmax again, as there. How heads lie in tiles,
+the masks and the gradient to weights are our design.
 """
 
 import functools
@@ -273,7 +273,7 @@ def _hidden(image: Array, references: Any) -> Array | None:
 
 
 def _softmax(score: Array, hidden: Array | None) -> tuple[Array, Array, Array]:
-    """Returns exponentials [N, N], their sums and the largest scores [N, 1], over keys not hidden."""
+    """Returns exponentials [N, N], their sums and the largest scores [N, 1], of the keys shown."""
     if hidden is not None:
         score = jnp.where(hidden, _HIDDEN, score)
     largest = jnp.max(score, axis=-1, keepdims=True)

@@ -83,9 +83,7 @@ def _heads_apart(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
 
 def _heads_together(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
     """The same, with the heads on one axis until the end: no copy where they are joined again."""
-    parts = [
-        jnp.einsum("bnd,de->bne", x, kernel[:, i].reshape(x.shape[-1], -1)) for i in range(3)
-    ]
+    parts = [jnp.einsum("bnd,de->bne", x, kernel[:, i].reshape(x.shape[-1], -1)) for i in range(3)]
     if bias is not None:
         parts = [part + bias[i].reshape(1, 1, -1) for i, part in enumerate(parts)]
     return [part.reshape(*x.shape[:2], *kernel.shape[2:]) for part in parts]

@@ -45,12 +45,6 @@ def check_attributes(vit: Any) -> None:
         raise ValueError(
             f"reducer={vit.reducer!r} needs scan_layers=False: layers differ in length."
         )
-    counts = any(spec.make().counts_sizes for spec in specs.values())
-    if counts and vit.attention_impl == "pallas":
-        raise ValueError(
-            f"reducer={vit.reducer!r} needs attention that counts tokens by their sizes; "
-            "attention_impl='pallas' cannot. Use 'auto', 'xla' or 'fused'."
-        )
 
 
 def check_grid(vit: Any) -> None:

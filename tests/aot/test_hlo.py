@@ -84,8 +84,22 @@ def test_cycles_by_hand(module):
     cycles = hlo.cycles(module)
     # copy + fusion + 12, 5 and 1 trips of the loop + the dearer branch; fusions are not entered.
     assert cycles.total == 7 + 20 + (12 + 5 + 1) * 10 + 3000
-    assert cycles.kernels == 12 + 5 + 1 + 1
+    assert cycles.kernels.calls == 12 + 5 + 1 + 1
     assert (cycles.loops, cycles.unknown) == (3, 1)
+
+
+def test_what_kernels_state_is_added_up():
+    stated = '"cost_estimate":{"flops":"%d","transcendentals":"%d","bytes_accessed":"%d"}'
+    used = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"%d"}]'
+    call = '  %%k.%d = f32[8]{0} custom-call(%%p), custom_call_target="tpu_custom_call", %s, %s'
+    lines = [
+        call % (1, stated % (100, 10, 30), used % 512),
+        call % (2, stated % (200, 20, 40), used % 256),
+        '  %k.3 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
+    ]
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n" + "\n".join(lines) + "\n}\n"
+    found = hlo.cycles(hlo.parse(text)).times(3).kernels
+    assert found == hlo.Kernels(calls=9, flops=900, transcendentals=90, bytes=210, vmem=512)
 
 
 def test_collectives_by_hand(module):

@@ -19,10 +19,16 @@ def _record(layout="dense", **changes):
         "gmacs_per_image": 4.6,
         "gbytes_accessed": 12.0,
         "mcycles": 40.0,
-        "kernels_not_estimated": 0,
+        "kernels": {"calls": 0},
         "loops": 0,
         "collectives": {"all-reduce": {"count": 3, "bytes": 2**21}},
-        "limits": {"products": 1.0, "memory": 2.5, "links": 0.1, "links_share": 0.0385},
+        "limits": {
+            "products": 1.0,
+            "memory": 2.5,
+            "links": 0.1,
+            "kernels": 0.0,
+            "links_share": 0.0385,
+        },
         "compile_seconds": 2.0,
     }
     return {**record, **changes}
@@ -66,7 +72,6 @@ def test_what_does_not_fit_is_said_beside_what_does(capsys):
     [
         ("loops", "count a body once"),
         ("loops_of_unknown_length", "do not say how often"),
-        ("kernels_not_estimated", "Pallas kernels are not estimated"),
     ],
 )
 def test_what_figures_leave_out_is_said(capsys, key, note):
@@ -74,3 +79,13 @@ def test_what_figures_leave_out_is_said(capsys, key, note):
     _, noted, _ = _shown(capsys, _record(**{key: 2}))
     assert not any(note in line for line in plain)
     assert any(note in line for line in noted)
+
+
+def test_kernels_have_their_least_time_beside_them(capsys):
+    limits = {**_record()["limits"], "kernels": 1.25}
+    record = _record(kernels={"calls": 12, "vmem": 3 * 2**19}, limits=limits)
+    _, lines, _ = _shown(capsys, record)
+    (dense,) = (line for line in lines if line.strip().startswith("dense"))
+    assert "12, 1.25 ms" in dense
+    assert dense.split("ms", 1)[1].split()[0] == "1.5"
+    assert any("Pallas kernels are not estimated" in line for line in lines)

@@ -436,7 +436,6 @@ def test_random_tokens_are_the_images_own():
         ({"reducer": "tome", "remove": -1}, "not negative"),
         ({"reducer": "tome", "remove": 7}, "remove=7 is not possible in layer 2: 9 tokens are"),
         ({"reducer": "tome", "keep": 0.4}, "leaves 0.5 of the tokens at least"),
-        ({"reducer": "tome", "attention_impl": "pallas"}, "'pallas' cannot. Use 'auto'"),
         ({"scan_layers": True}, "needs scan_layers=False"),
         ({"scales": (5, 8)}, "patches of 5 px do not divide an image of 32 px"),
         ({"scales": (0, 8)}, "patches of 0 px do not divide"),

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.aot import compiling, hlo, topology
+from msvit_jax.models.attention import Mask, attention
 
 pytestmark = [
     pytest.mark.tpu_compile,
@@ -132,6 +133,42 @@ def test_collectives_have_the_bytes_they_move(chips):
     whole = _compile(chips, jnp.sin, (64, 4096), P(axes), P())
     (gathered,) = hlo.collectives(hlo.parse(whole.as_text())).items()
     assert gathered == ("all-gather", hlo.Collective(1, 64 * 4096 * 4))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "channels", "parts"),
+    [
+        (197, 6, 64, ()),
+        (245, 3, 64, ("weights", "sizes")),
+        (256, 6, 64, ("segments",)),
+        (65, 4, 96, ("bias",)),
+        (1024, 2, 64, ("weights",)),
+    ],
+)
+def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, heads, channels, parts):
+    mesh = sharding.make_mesh(devices=chips.devices)
+    cut = sharding.batch_sharding(mesh)
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=cut)  # noqa: E731
+    masks = {
+        "weights": array(jnp.float32, tokens),
+        "sizes": array(jnp.float32, tokens),
+        "segments": array(jnp.int32, tokens),
+        "bias": array(jnp.bfloat16, heads, tokens, tokens),
+    }
+    mask = Mask(**{part: masks[part] for part in parts})
+    given = [array(jnp.bfloat16, tokens, heads, channels)] * 3
+
+    def loss(arrays, mask):
+        return attention(*arrays, mask, implementation="pallas").astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss)).lower(given, mask).compile()
+    figures = compiling.figures(compiled, 2)
+    assert figures["kernels"]["calls"] == 2
+    # On a chip: two images, two products forward and five backward.
+    assert figures["kernels"]["flops"] == 2 * 7 * 2 * heads * channels * tokens**2
+    assert 0 < figures["kernels"]["vmem"] < 64 * 2**20
+    assert not figures["collectives"]
 
 
 def test_what_does_not_fit_is_recognized(chips):
