@@ -52,8 +52,8 @@ that they can take, the longer of their products and their bytes at the chip's p
 work between the products is not in it. Training steps scan over the layers: cycles and kernels
 count every turn of the loops, GMACs, bytes and collectives only one. Layouts have capacity for a
 mean of {TOKENS} of 196 patch tokens (with the class token {TOKENS + 1}, a whole tile); rows and
-ladder for counts spread by 30. All figures are of one chip. Made by `python studies/tpu_compile.py`;
-every figure is in tpu_compile.json.
+ladder for counts spread by 30. All figures are of one chip. Made by
+`python studies/tpu_compile.py`; every figure is in tpu_compile.json.
 """
 
 
