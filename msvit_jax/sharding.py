@@ -81,6 +81,12 @@ def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
 
 
+def platform() -> str:
+    """Platform that what is traced now is meant for: of the mesh entered, or JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def can_map(batch: int) -> bool:
     """Tells whether `map_devices` knows where the rows of a batch are."""
     mesh = jax.sharding.get_abstract_mesh()

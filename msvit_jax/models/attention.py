@@ -174,6 +174,9 @@ def _tpu_kernel(query: Array, mask: Mask) -> Any:
 
 def _takes_tpu_kernel(x: Array, mask: Mask) -> bool:
     """Tells whether "auto" takes a Pallas kernel on TPUs, for arrays [B, N, ...] of x's dtype."""
+    # Elsewhere it would cost tracing, and an export for several platforms cannot hold it.
+    if sharding.platform() != "tpu":
+        return False
     if _tpu_kernel(x, mask) is None or x.shape[1] < _SHORT_FROM:
         return False
     # A TPU has no float16. A kernel has to be told which images are on which device.

@@ -119,8 +119,11 @@ def test_each_device_runs_it_on_its_own_images(parts):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_auto_takes_it_where_it_is_known_which_images_a_device_has():
+def test_auto_takes_it_on_tpus_where_it_is_known_which_images_a_device_has(monkeypatch):
     tokens = lambda *shape, dtype=jnp.bfloat16: jnp.zeros((*shape, 8), dtype)  # noqa: E731
+    with jax.set_mesh(sharding.make_mesh()):
+        assert not joins_heads(tokens(16, 197), None, "auto")
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     long = tokens(16, 197)
     assert not joins_heads(long, None, "auto")  # eight devices and no mesh
     with jax.set_mesh(sharding.make_mesh()):
@@ -136,7 +139,8 @@ def test_auto_takes_it_where_it_is_known_which_images_a_device_has():
         assert joins_heads(tokens(16, 9), None, "pallas")
 
 
-def test_a_platform_without_it_gets_plain_products():
+def test_a_cpu_beside_the_tpu_gets_plain_products(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     arrays, mask = random_case(3, 8, 130, 2, 8, 1.0, ("weights",))
     with jax.set_mesh(sharding.make_mesh()):
         found = jax.jit(lambda *x: attention(*x, mask))(*arrays)
