@@ -101,6 +101,7 @@ def section(run: str, result: dict[str, Any]) -> str:
         "",
         f"    {result['command']}",
         "",
+        *([result["note"], ""] if "note" in result else []),
         "| layout | capacity | GiB | GMACs an image | GB moved | M cycles "
         "| kernels, ms | ms | to dense | collectives |",
         "|---|---|---|---|---|---|---|---|---|---|",
