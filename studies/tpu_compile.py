@@ -88,7 +88,9 @@ def milliseconds(record: dict[str, Any]) -> float:
     """Estimated cycles and the least that kernels can take, in ms of a v5e."""
     chip, kernels = topology.CHIPS["v5e"], record["kernels"]
     products = 2 * kernels["flops"] / chip.tflops / 1e9  # heads of 64 channels fill half of a tile
-    return record["mcycles"] / CLOCK + max(products, kernels["bytes"] / chip.memory_gbps / 1e6)
+    return record["mcycles"] / CLOCK + max(
+        products, kernels["moved_bytes"] / chip.memory_gbps / 1e6
+    )
 
 
 def section(run: str, result: dict[str, Any]) -> str:

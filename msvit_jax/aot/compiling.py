@@ -182,7 +182,7 @@ def limits(found: dict[str, Any], topology: Topology) -> dict[str, float]:
     memory = 1e3 * found["gbytes_accessed"] / chip.memory_gbps
     links = 1e3 * moved / 1e9 / chip.link_gbps
     whole = links + products
-    flops, moved_by_kernels = found["kernels"]["flops"], found["kernels"]["bytes"]
+    flops, moved_by_kernels = found["kernels"]["flops"], found["kernels"]["moved_bytes"]
     kernels = max(flops / chip.tflops / 1e9, moved_by_kernels / chip.memory_gbps / 1e6)
     return {
         "products": round(products, 3),

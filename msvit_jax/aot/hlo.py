@@ -60,14 +60,14 @@ class Kernels:
       calls: Number of calls.
       flops: Floating point operations of their products, as stated by their authors.
       transcendentals: Number of exponentials and the like, as stated by their authors.
-      bytes: Bytes that they move from and to the chip's main memory, as stated by their authors.
+      moved_bytes: Bytes moved from and to the chip's main memory, as stated by their authors.
       vmem: Bytes of the chip's fast memory that the largest uses, as the compiler allots it.
     """
 
     calls: int = 0
     flops: int = 0
     transcendentals: int = 0
-    bytes: int = 0
+    moved_bytes: int = 0
     vmem: int = 0
 
     def __add__(self, other: "Kernels") -> "Kernels":
@@ -75,7 +75,7 @@ class Kernels:
             self.calls + other.calls,
             self.flops + other.flops,
             self.transcendentals + other.transcendentals,
-            self.bytes + other.bytes,
+            self.moved_bytes + other.moved_bytes,
             max(self.vmem, other.vmem),
         )
 
@@ -85,7 +85,7 @@ class Kernels:
             self.calls * trips,
             self.flops * trips,
             self.transcendentals * trips,
-            self.bytes * trips,
+            self.moved_bytes * trips,
             self.vmem,
         )
 

@@ -57,14 +57,14 @@ def test_limits_by_hand():
             "reduce-scatter": {"count": 1, "bytes": 25_000_000},
             "all-gather": {"count": 1, "bytes": 100_000_000},
         },
-        "kernels": {"flops": 197_000_000_000, "bytes": 81_900_000},
+        "kernels": {"flops": 197_000_000_000, "moved_bytes": 81_900_000},
     }
     limits = compiling.limits(found, Topology("v5e:2x2", CHIPS["v5e"], [None] * 4))
     # 394 GFLOP at 197 TFLOP/s; a ring of four sends 150, 75 and 75 MB at 200 GB/s
     assert (limits["products"], limits["memory"]) == (2.0, 1.0)
     assert (limits["links"], limits["links_share"]) == (1.5, 0.4286)
     assert limits["kernels"] == 1.0  # 197 GFLOP; 81.9 MB at 819 GB/s take a tenth of that
-    found["kernels"]["bytes"] *= 20
+    found["kernels"]["moved_bytes"] *= 20
     limits = compiling.limits(found, Topology("v5e:2x2", CHIPS["v5e"], [None] * 4))
     assert limits["kernels"] == 2.0
 

@@ -99,7 +99,7 @@ def test_what_kernels_state_is_added_up():
     ]
     text = "ENTRY %main (p: f32[8]) -> f32[8] {\n" + "\n".join(lines) + "\n}\n"
     found = hlo.cycles(hlo.parse(text)).times(3).kernels
-    assert found == hlo.Kernels(calls=9, flops=900, transcendentals=90, bytes=210, vmem=512)
+    assert found == hlo.Kernels(calls=9, flops=900, transcendentals=90, moved_bytes=210, vmem=512)
 
 
 def test_collectives_by_hand(module):
