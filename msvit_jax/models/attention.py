@@ -438,18 +438,17 @@ def _fused(
 
 def _short(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Calls our kernel for TPUs, in which an image's scores stay on the chip."""
-    hidden, added = None, []
+    added: list[Array] = []
     if mask.sizes is not None:
         added.append(jnp.log(jnp.maximum(mask.sizes, 1.0)))
     segments = mask.segments if mask.weights is None else None
     if segments is not None and mask.single_segment:
         added.append(jnp.where(segments != segments[:, :1], -_FAR, 0.0))
         segments = None
-    hidden = None if mask.weights is None else mask.weights.astype(jnp.float32)
     parts = attention_kernel.KernelMask(
         key_bias=lax.stop_gradient(sum(added))[:, None] if added else None,
         segments=segments,
-        weights=hidden,
+        weights=None if mask.weights is None else mask.weights.astype(jnp.float32),
         bias=mask.bias,
     )
     flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
