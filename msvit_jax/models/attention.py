@@ -26,7 +26,7 @@ from msvit_jax.typed import Float
 BiasFactors = tuple[Array, Array]
 
 IMPLEMENTATIONS = ("auto", "xla", "fused", "pallas")
-_FAR = 30_000.0  # larger than the difference of any two scores of a row
+_FAR = -attention_kernel.HIDDEN  # larger than the difference of any two scores of a row
 # Least tokens for our TPU kernel: up to a tile XLA keeps the scores on the chip by itself.
 _SHORT_FROM = 129
 _FLASH_BLOCK = 128  # tokens in a block of flash attention, which takes whole blocks only
@@ -64,6 +64,11 @@ class Mask:
     single_segment: bool = struct.field(pytree_node=False, default=False)
     max_segments: int = struct.field(pytree_node=False, default=2)
     images: Any = struct.field(pytree_node=False, default=0)
+
+    @property
+    def only_hides(self) -> bool:
+        """Whether tokens are shown or hidden and nothing else, without a gradient to the mask."""
+        return self.weights is None and self.sizes is None and self.bias is None
 
 
 def attention(
@@ -168,8 +173,7 @@ def _tpu_kernel(query: Array, mask: Mask) -> Any:
     """Returns the Pallas implementation for this length and mask, None if there is none."""
     if query.shape[1] <= attention_kernel.MOST_TOKENS:
         return _short
-    simple = mask.weights is None and mask.sizes is None and mask.bias is None
-    return _flash if simple else None
+    return _flash if mask.only_hides else None
 
 
 def _takes_tpu_kernel(x: Array, mask: Mask) -> bool:
@@ -204,9 +208,9 @@ def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     others: dict[str, Any] = {}
     if _takes_tpu_kernel(query, mask):
         others["tpu"] = _tpu_kernel(query, mask)
-    plain = mask.weights is None and mask.sizes is None and mask.bias is None
     # Only where there is a GPU: cuDNN's version is asked for while the call is traced.
-    if plain and _has_cudnn(query.dtype) and (mask.segments is None or mask.single_segment):
+    together = mask.only_hides and (mask.segments is None or mask.single_segment)
+    if together and _has_cudnn(query.dtype):
         others["cuda"] = _fused
     if not others:
         return _xla(query, key, value, mask)

@@ -23,10 +23,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from msvit_jax import sharding
 
+HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
 MOST_TOKENS = 1024  # beyond, a head's scores and what is computed of them do not fit
 _LANES = 128  # channels that a TPU's vector unit holds side by side
 _SUBLANES = 16  # rows of a tile of bfloat16
-_HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
 _MOST_IMAGES = 8  # images in a step, beyond which steps cost no less
 _STEP_BYTES = 4 << 20  # what a step loads and stores, which is held twice
 _FORWARD_SCORES, _BACKWARD_SCORES = 4, 8  # arrays of scores of one head that are alive at a time
@@ -201,7 +201,7 @@ def _vmem_bytes(shape: Sequence[int], dtype: Any) -> int:
 
 
 def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return pl.cdiv(size, multiple) * multiple
 
 
 def _tiles_of(head: int, channels: int, width: int) -> tuple[slice, int]:
@@ -260,7 +260,7 @@ def _shared_bias(image: Array, references: Any) -> Array | None:
     shared = None
     if hasattr(references, "segment_of_key"):
         same = references.segment_of_query[image] == references.segment_of_key[image]
-        shared = jnp.where(same, 0.0, _HIDDEN)
+        shared = jnp.where(same, 0.0, HIDDEN)
     if hasattr(references, "key_bias"):
         own = references.key_bias[image]
         shared = own if shared is None else shared + own
@@ -275,7 +275,7 @@ def _hidden(image: Array, references: Any) -> Array | None:
 def _softmax(score: Array, hidden: Array | None) -> tuple[Array, Array, Array]:
     """Returns exponentials [N, N], their sums and the largest scores [N, 1], of the keys shown."""
     if hidden is not None:
-        score = jnp.where(hidden, _HIDDEN, score)
+        score = jnp.where(hidden, HIDDEN, score)
     largest = jnp.max(score, axis=-1, keepdims=True)
     exponentials = jnp.exp(score - largest)
     return exponentials, jnp.sum(exponentials, axis=-1, keepdims=True), largest
