@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,16 @@ from msvit_jax import sharding
 
 HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
 MOST_TOKENS = 1024  # beyond, a head's scores and what is computed of them do not fit
+_LOG2_E = math.log2(math.e)
 _LANES = 128  # channels that a TPU's vector unit holds side by side
 _SUBLANES = 16  # rows of a tile of bfloat16
 _MOST_IMAGES = 8  # images in a step, beyond which steps cost no less
 _STEP_BYTES = 4 << 20  # what a step loads and stores, which is held twice
+_SCORE_BYTES = 2 << 20  # one array of scores of images that are computed side by side
 _FORWARD_SCORES, _BACKWARD_SCORES = 4, 8  # arrays of scores of one head that are alive at a time
 
+# Where JAX has it depends on the version.
+_approximate_reciprocal = getattr(pltpu if hasattr(pltpu, "reciprocal") else pl, "reciprocal")
 _product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
@@ -139,11 +143,15 @@ def _call(
     one = sum(_vmem_bytes(shapes[name], x.dtype) for name, x in everything.items())
     fits = [n for n in range(1, _MOST_IMAGES + 1) if batch % n == 0 and n * one <= _STEP_BYTES]
     images = max(fits, default=1)
-    alive = together * scores * _vmem_bytes((length, length), jnp.float32)
+    of_image = together * _vmem_bytes((length, length), jnp.float32)
+    fits = [n for n in (2, 4) if images % n == 0 and n * of_image <= _SCORE_BYTES]
+    side_by_side = max(fits, default=1)
+    alive = side_by_side * scores * of_image
 
     def step(*references: Any) -> None:
         named = SimpleNamespace(**dict(zip(names, references, strict=True)))
-        lax.fori_loop(0, images, lambda image, _: kernel(image, together, named), None)
+        run = lambda image, _: kernel(image, together, named)  # noqa: E731
+        lax.fori_loop(0, images, run, None, unroll=side_by_side)
 
     def block(name: str) -> pl.BlockSpec:
         where = {"bias": lambda i, j: (i, j, 0, 0), "tokens": lambda i, j: (i, 0, j)}
@@ -212,7 +220,7 @@ def _tiles_of(head: int, channels: int, width: int) -> tuple[slice, int]:
 
 
 class _Head:
-    """One head of one image: reads and writes the tiles of channels that it lies in.
+    """One head of one image: reads the tiles of channels that it lies in, and adds its results.
 
     A head of 64 channels fills half of a tile. Cutting it out would move it; instead the other
     half is zero in one factor of each product, which costs a TPU nothing, because its product is
@@ -233,25 +241,47 @@ class _Head:
         """Returns the tiles of an array: [N, channels of the tiles]."""
         return getattr(self.references, name)[self.image, :, self._tiles]
 
-    def alone(self, x: Array) -> Array:
-        """Returns tiles with zeros in the channels of other heads."""
-        if self._own is None:
-            return x
-        return jnp.where(self._own, x.astype(jnp.float32), 0.0).astype(x.dtype)
+    def alone(self, name: str, factor: float = 1.0) -> Array:
+        """Returns the tiles of an array times a factor, with zeros in other heads' channels."""
+        x = self.tiles(name)
+        factors = factor if self._own is None else jnp.where(self._own, factor, 0.0)
+        return x if self._own is None and factor == 1.0 else _narrow(x, factors)
 
-    def write(self, name: str, x: Array) -> None:
-        """Writes this head's channels of tiles in float32."""
-        reference = getattr(self.references, name)
-        if self._own is not None:
-            x = jnp.where(self._own, x, self.tiles(name).astype(jnp.float32))
-        reference[self.image, :, self._tiles] = x.astype(reference.dtype)
+    def add(self, results: "_Results", name: str, x: Array) -> None:
+        """Adds this head's channels of tiles in float32 to the results."""
+        for first in range(self._tiles.start, self._tiles.stop, _LANES):
+            lanes = slice(first - self._tiles.start, first - self._tiles.start + _LANES)
+            before, part = results.get((name, first)), x[:, lanes]
+            if before is not None and self._own is not None:
+                part = jnp.where(self._own[:, lanes], part, before)
+            results[name, first] = part
+
+
+_Results = dict[tuple[str, int], Array]  # by the array's name and the tile's first channel
+
+
+def _store(references: Any, image: Array, results: _Results) -> None:
+    """Writes what all heads of a step have added, tile by tile: once, and in the arrays' dtype."""
+    for (name, first), x in results.items():
+        reference = getattr(references, name)
+        reference[image, :, first : first + x.shape[1]] = x.astype(reference.dtype)
+
+
+def _narrow(x: Array, factor: Array | float) -> Array:
+    """Multiplies in float32, which a TPU's vector unit computes in, and returns x's dtype."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def _masked_scores(head: _Head, query: Array, key: Array, shared: Array | None) -> Array:
-    """Computes scores [N, N] float32: queries by keys, with all that is added but the weights."""
+    """Computes scores [N, N] float32: queries by keys, with all that is added but the weights.
+
+    These are scores to the base of two: a TPU has no other exponential. `query` comes with the
+    factor log2(e), a bias gets it here.
+    """
     score = _product(query, key, (((1,), (1,)), ((), ())))
     if hasattr(head.references, "bias"):
-        score += head.references.bias[head.image, head.index].astype(jnp.float32)
+        bias = head.references.bias[head.image, head.index].astype(jnp.float32)
+        score += _LOG2_E * bias
     return score if shared is None else score + shared
 
 
@@ -262,7 +292,7 @@ def _shared_bias(image: Array, references: Any) -> Array | None:
         same = references.segment_of_query[image] == references.segment_of_key[image]
         shared = jnp.where(same, 0.0, HIDDEN)
     if hasattr(references, "key_bias"):
-        own = references.key_bias[image]
+        own = _LOG2_E * references.key_bias[image]
         shared = own if shared is None else shared + own
     return shared
 
@@ -272,58 +302,99 @@ def _hidden(image: Array, references: Any) -> Array | None:
     return references.weights[image] < 0.5 if hasattr(references, "weights") else None
 
 
-def _softmax(score: Array, hidden: Array | None) -> tuple[Array, Array, Array]:
-    """Returns exponentials [N, N], their sums and the largest scores [N, 1], of the keys shown."""
+class _Softmax(NamedTuple):
+    """Exponentials of scores [N, N], less the largest score of the keys shown, and their sums."""
+
+    exponentials: Array
+    total: Array
+    largest: Array
+
+
+def _softmax(score: Array, hidden: Array | None) -> _Softmax:
     if hidden is not None:
         score = jnp.where(hidden, HIDDEN, score)
     largest = jnp.max(score, axis=-1, keepdims=True)
-    exponentials = jnp.exp(score - largest)
-    return exponentials, jnp.sum(exponentials, axis=-1, keepdims=True), largest
+    exponentials = jnp.exp2(score - largest)
+    return _Softmax(exponentials, jnp.sum(exponentials, axis=-1, keepdims=True), largest)
+
+
+def _reciprocal(total: Array) -> Array:
+    """Computes 1 / total of sums of exponentials, which are 1 to N.
+
+    A quotient looks after zeros and infinities as well, and takes three times as long.
+    """
+    inverse = _approximate_reciprocal(total, approx=True)  # right to 8 bits at least
+    for _ in range(2):  # steps of Newton's method, which double the bits
+        inverse = inverse * (2.0 - total * inverse)
+    return inverse
+
+
+# Kernels go through the stages of all heads one after the other, not through the heads: products,
+# exponentials and sums run on different units, which the compiler then keeps busy side by side
+# (docs/results/kernel_schedules.md).
 
 
 def _forward_kernel(image: Array, heads: int, references: Any) -> None:
     shared, hidden = _shared_bias(image, references), _hidden(image, references)
-    for index in range(heads):
-        head = _Head(references, image, index, heads)
-        query = head.alone(head.tiles("query") * head.scale)
-        score = _masked_scores(head, query, head.tiles("key"), shared)
-        exponentials, total, _ = _softmax(score, hidden)
+    of_image = [_Head(references, image, index, heads) for index in range(heads)]
+    scores = [
+        _masked_scores(head, head.alone("query", head.scale * _LOG2_E), head.tiles("key"), shared)
+        for head in of_image
+    ]
+    softmaxes = [_softmax(score, hidden) for score in scores]
+    results: _Results = {}
+    for head, softmax in zip(of_image, softmaxes, strict=True):
         value = head.tiles("value")
-        mixed = _product(exponentials.astype(value.dtype), value, (((1,), (0,)), ((), ())))
-        head.write("out", mixed / total)
+        mixed = _product(softmax.exponentials.astype(value.dtype), value, (((1,), (0,)), ((), ())))
+        head.add(results, "out", mixed * _reciprocal(softmax.total))
+    _store(references, image, results)
 
 
 def _backward_kernel(image: Array, heads: int, references: Any) -> None:
     """Computes all gradients of one image; the formulas are those of `attention._backward`."""
     shared, hidden = _shared_bias(image, references), _hidden(image, references)
-    to_weights = None
-    for index in range(heads):
-        head = _Head(references, image, index, heads)
-        query, key = head.alone(head.tiles("query") * head.scale), head.tiles("key")
-        score = _masked_scores(head, query, key, shared)
-        exponentials, total, largest = _softmax(score, hidden)
-        shares = exponentials / total
-        if hidden is not None:
-            # A hidden key's share is the one that it would get if it alone were switched on.
-            alone = jax.nn.sigmoid(score - (largest + jnp.log(total)))
-            shares = jnp.where(hidden, alone, shares)
-        cotangent, out = head.alone(head.tiles("cotangent")), head.tiles("out")
-        gained = _product(cotangent, head.tiles("value"), (((1,), (1,)), ((), ())))
-        mean = jnp.sum(
-            cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
-        )
-        slope = shares * (gained - mean)
-        if hidden is not None:
-            moved = jnp.sum(slope, axis=0, keepdims=True)
-            to_weights = moved if to_weights is None else to_weights + moved
-            slope, shares = (jnp.where(hidden, 0.0, x) for x in (slope, shares))
-        if hasattr(references, "bias"):
-            references.to_bias[image, index] = slope.astype(references.to_bias.dtype)
-        narrow = slope.astype(key.dtype)
-        head.write("to_query", _product(narrow, key * head.scale, (((1,), (0,)), ((), ()))))
-        head.write("to_key", _product(narrow, query, (((0,), (0,)), ((), ()))))
-        shares = shares.astype(cotangent.dtype)
-        head.write("to_value", _product(shares, cotangent, (((0,), (0,)), ((), ()))))
-    if to_weights is not None:
+    of_image = [_Head(references, image, index, heads) for index in range(heads)]
+    queries = [head.alone("query", head.scale * _LOG2_E) for head in of_image]
+    scores = [
+        _masked_scores(head, query, head.tiles("key"), shared)
+        for head, query in zip(of_image, queries, strict=True)
+    ]
+    cotangents = [head.alone("cotangent") for head in of_image]
+    moves = [_moves(*pair) for pair in zip(of_image, cotangents, strict=True)]
+    shares = [_shares(score, hidden) for score in scores]
+    slopes = [share * move for share, move in zip(shares, moves, strict=True)]
+    if hidden is not None:
+        to_weights = sum(jnp.sum(slope, axis=0, keepdims=True) for slope in slopes)
         before = jnp.where(pl.program_id(1) == 0, 0.0, references.to_weights[image])
         references.to_weights[image] = before + to_weights
+        slopes, shares = ([jnp.where(hidden, 0.0, x) for x in xs] for xs in (slopes, shares))
+    results: _Results = {}
+    parts = (of_image, queries, cotangents, slopes, shares)
+    for head, query, cotangent, slope, share in zip(*parts, strict=True):
+        key = head.tiles("key")
+        if hasattr(references, "bias"):
+            references.to_bias[image, head.index] = slope.astype(references.to_bias.dtype)
+        slope, share = slope.astype(key.dtype), share.astype(cotangent.dtype)
+        to_query = _product(slope, key, (((1,), (0,)), ((), ())))
+        head.add(results, "to_query", to_query * head.scale)
+        to_key = _product(slope, query, (((0,), (0,)), ((), ())))
+        head.add(results, "to_key", to_key / _LOG2_E)
+        head.add(results, "to_value", _product(share, cotangent, (((0,), (0,)), ((), ()))))
+    _store(references, image, results)
+
+
+def _moves(head: _Head, cotangent: Array) -> Array:
+    """Computes how the loss changes with each query's share of each key's value: [N, N]."""
+    gained = _product(cotangent, head.tiles("value"), (((1,), (1,)), ((), ())))
+    product = cotangent.astype(jnp.float32) * head.tiles("out").astype(jnp.float32)
+    return gained - jnp.sum(product, axis=-1, keepdims=True)
+
+
+def _shares(score: Array, hidden: Array | None) -> Array:
+    """Computes the softmax [N, N]; a hidden key's share is the one it would get if switched on."""
+    softmax = _softmax(score, hidden)
+    shares = softmax.exponentials * _reciprocal(softmax.total)
+    if hidden is None:
+        return shares
+    alone = 1 / (1 + jnp.exp2(softmax.largest + jnp.log2(softmax.total) - score))
+    return jnp.where(hidden, alone, shares)

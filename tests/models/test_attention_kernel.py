@@ -58,7 +58,7 @@ def passes(implementation, arrays, mask, cotangent):
 
 @hypothesis.given(
     seed=st.integers(0, 2**31),
-    batch=st.integers(1, 3),
+    batch=st.sampled_from([1, 3]),  # no images side by side, which the others have
     length=st.sampled_from([1, 9, 18]),
     shape=st.sampled_from(HEADS),
     scale=st.sampled_from([0.3, 1.0, 5.0]),
@@ -87,7 +87,7 @@ def test_answers_and_gradients_are_those_of_plain_products(
 
 
 def test_bfloat16_is_as_near_to_float32_as_plain_products_are():
-    arrays, mask = random_case(1, 2, 33, 2, 64, 1.0, ("weights", "sizes"))
+    arrays, mask = random_case(1, 4, 33, 2, 64, 1.0, ("weights", "sizes"))
     cotangent = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
     exact = passes("xla", arrays, mask, cotangent)
     narrow = [x.astype(jnp.bfloat16) for x in arrays]
