@@ -97,7 +97,7 @@ def can_map(batch: int) -> bool:
     return batch % math.prod(mesh.shape[name] for name in _auto_axes(mesh)) == 0
 
 
-def map_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+def map_devices(function: Callable[..., Any], shared: bool = False) -> Callable[..., Any]:
     """Lets each device compute a function of its own rows of all arguments.
 
     XLA cannot cut a kernel over devices by itself. The devices are those of the mesh that
@@ -107,6 +107,7 @@ def map_devices(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
       function: Function of arrays [B, ...] to arrays [B, ...] whose rows do not depend on each
         other.
+      shared: Whether the function takes one more argument, of which each device has all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else _auto_axes(mesh)
@@ -114,7 +115,12 @@ def map_devices(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     rows = P(axes)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(axes), check_vma=False
+        function,
+        mesh=mesh,
+        in_specs=(rows, P()) if shared else rows,
+        out_specs=rows,
+        axis_names=set(axes),
+        check_vma=False,
     )
 
 

@@ -178,10 +178,15 @@ def _tpu_kernel(query: Array, mask: Mask) -> Any:
 
 def _takes_tpu_kernel(x: Array, mask: Mask) -> bool:
     """Tells whether "auto" takes a Pallas kernel on TPUs, for arrays [B, N, ...] of x's dtype."""
+    if _tpu_kernel(x, mask) is None or x.shape[1] < _SHORT_FROM:
+        return False
+    return may_run_kernel(x)
+
+
+def may_run_kernel(x: Array) -> bool:
+    """Tells whether a Pallas kernel for TPUs may be traced for arrays [B, ...] of x's dtype."""
     # Elsewhere it would cost tracing, and an export for several platforms cannot hold it.
     if sharding.platform() != "tpu":
-        return False
-    if _tpu_kernel(x, mask) is None or x.shape[1] < _SHORT_FROM:
         return False
     # A TPU has no float16. A kernel has to be told which images are on which device.
     known = isinstance(x.shape[0], int) and sharding.can_map(x.shape[0])
@@ -440,8 +445,8 @@ def _fused(
     return mixed[:, :length]
 
 
-def _short(query: Array, key: Array, value: Array, mask: Mask) -> Array:
-    """Calls our kernel for TPUs, in which an image's scores stay on the chip."""
+def kernel_mask(mask: Mask) -> attention_kernel.KernelMask:
+    """Writes a mask without length buckets as our kernels for TPUs take it."""
     added: list[Array] = []
     if mask.sizes is not None:
         added.append(jnp.log(jnp.maximum(mask.sizes, 1.0)))
@@ -449,14 +454,18 @@ def _short(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     if segments is not None and mask.single_segment:
         added.append(jnp.where(segments != segments[:, :1], -_FAR, 0.0))
         segments = None
-    parts = attention_kernel.KernelMask(
+    return attention_kernel.KernelMask(
         key_bias=lax.stop_gradient(sum(added))[:, None] if added else None,
         segments=segments,
         weights=None if mask.weights is None else mask.weights.astype(jnp.float32),
         bias=mask.bias,
     )
+
+
+def _short(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """Calls our kernel for TPUs, in which an image's scores stay on the chip."""
     flat = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
-    return attention_kernel.attend(*flat, parts, query.shape[2]).reshape(query.shape)
+    return attention_kernel.attend(*flat, kernel_mask(mask), query.shape[2]).reshape(query.shape)
 
 
 def _flash(query: Array, key: Array, value: Array, mask: Mask) -> Array:

@@ -25,7 +25,7 @@ from msvit_jax import sharding
 
 HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
 MOST_TOKENS = 1024  # beyond, a head's scores and what is computed of them do not fit
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _LANES = 128  # channels that a TPU's vector unit holds side by side
 _SUBLANES = 16  # rows of a tile of bfloat16
 _MOST_IMAGES = 8  # images in a step, beyond which steps cost no less
@@ -34,8 +34,8 @@ _SCORE_BYTES = 2 << 20  # one array of scores of images that are computed side b
 _FORWARD_SCORES, _BACKWARD_SCORES = 4, 8  # arrays of scores of one head that are alive at a time
 
 # Where JAX has it depends on the version.
-_approximate_reciprocal = getattr(pltpu if hasattr(pltpu, "reciprocal") else pl, "reciprocal")
-_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+_approximate_reciprocal = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal
+dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @struct.dataclass
@@ -55,6 +55,16 @@ class KernelMask:
     weights: Array | None = None
     bias: Array | None = None
 
+    def arrays(self) -> dict[str, Array]:
+        """Returns the parts that are there in the shapes that a kernel adds to scores [N, N]."""
+        found = {"key_bias": self.key_bias, "bias": self.bias}
+        if self.segments is not None:
+            found |= {"segment_of_query": self.segments[:, :, None]}
+            found |= {"segment_of_key": self.segments[:, None]}
+        if self.weights is not None:
+            found["weights"] = self.weights[:, None]
+        return {name: x for name, x in found.items() if x is not None}
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(query: Array, key: Array, value: Array, mask: KernelMask, heads: int) -> Array:
@@ -71,12 +81,12 @@ def attend(query: Array, key: Array, value: Array, mask: KernelMask, heads: int)
       [B, N, H * d] in the dtype of `value`. Products take the dtype of the queries, scores and
       exponentials are float32.
     """
-    arrays = {"query": query, "key": key, "value": value, **_mask_arrays(mask)}
+    arrays = {"query": query, "key": key, "value": value, **mask.arrays()}
 
     @sharding.map_devices
     def run(arrays: dict[str, Array]) -> dict[str, Array]:
         results = {"out": arrays["value"]}
-        return _call(_forward_kernel, arrays, results, heads, _FORWARD_SCORES)
+        return _call(forward_kernel, arrays, results, heads, _FORWARD_SCORES)
 
     return run(arrays)["out"]
 
@@ -98,24 +108,13 @@ def _backward(heads: int, kept: tuple[Any, ...], cotangent: Array) -> tuple[Any,
         results = {f"to_{name}": arrays[name] for name in names if name in arrays}
         return _call(_backward_kernel, arrays, results, heads, _BACKWARD_SCORES)
 
-    found = run({**arrays, **_mask_arrays(mask)})
+    found = run({**arrays, **mask.arrays()})
     to_weights = None if mask.weights is None else found["to_weights"][:, 0]
     to_mask = KernelMask(weights=to_weights, bias=found.get("to_bias"))
     return found["to_query"], found["to_key"], found["to_value"], to_mask
 
 
 attend.defvjp(_forward, _backward)
-
-
-def _mask_arrays(mask: KernelMask) -> dict[str, Array]:
-    """Gives the parts of a mask the shapes that the kernel adds to scores [N, N]."""
-    found = {"key_bias": mask.key_bias, "bias": mask.bias}
-    if mask.segments is not None:
-        found |= {"segment_of_query": mask.segments[:, :, None]}
-        found |= {"segment_of_key": mask.segments[:, None]}
-    if mask.weights is not None:
-        found["weights"] = mask.weights[:, None]
-    return {name: x for name, x in found.items() if x is not None}
 
 
 def _call(
@@ -137,13 +136,13 @@ def _call(
     """
     batch, length, width = arrays["query"].shape
     names, everything = (*arrays, *results), {**arrays, **results}
-    together = _heads_together(heads, width // heads)
+    together = heads_together(heads, width // heads)
     parts = heads // together
     shapes = {name: _step_shape(name, x, parts) for name, x in everything.items()}
-    one = sum(_vmem_bytes(shapes[name], x.dtype) for name, x in everything.items())
+    one = sum(padded_bytes(shapes[name], x.dtype) for name, x in everything.items())
     fits = [n for n in range(1, _MOST_IMAGES + 1) if batch % n == 0 and n * one <= _STEP_BYTES]
     images = max(fits, default=1)
-    of_image = together * _vmem_bytes((length, length), jnp.float32)
+    of_image = together * padded_bytes((length, length), jnp.float32)
     fits = [n for n in (2, 4) if images % n == 0 and n * of_image <= _SCORE_BYTES]
     side_by_side = max(fits, default=1)
     alive = side_by_side * scores * of_image
@@ -195,13 +194,13 @@ def _step_shape(name: str, x: Any, parts: int) -> tuple[int, ...]:
     return first, last // parts if _kind(name) == "tokens" else last
 
 
-def _heads_together(heads: int, channels: int) -> int:
-    """Number of heads in a step: as few as fill whole tiles of channels, or all."""
+def heads_together(heads: int, channels: int) -> int:
+    """Number of heads that are computed together: as few as fill whole tiles, or all."""
     fewest = _LANES // math.gcd(_LANES, channels)
     return heads if heads % fewest else fewest
 
 
-def _vmem_bytes(shape: Sequence[int], dtype: Any) -> int:
+def padded_bytes(shape: Sequence[int], dtype: Any) -> int:
     """Bytes of an array whose last two axes are padded to whole tiles."""
     *outer, rows, columns = shape
     size = _up(rows, _SUBLANES) * _up(columns, _LANES)
@@ -278,10 +277,10 @@ def _masked_scores(head: _Head, query: Array, key: Array, shared: Array | None) 
     These are scores to the base of two: a TPU has no other exponential. `query` comes with the
     factor log2(e), a bias gets it here.
     """
-    score = _product(query, key, (((1,), (1,)), ((), ())))
+    score = dot(query, key, (((1,), (1,)), ((), ())))
     if hasattr(head.references, "bias"):
         bias = head.references.bias[head.image, head.index].astype(jnp.float32)
-        score += _LOG2_E * bias
+        score += LOG2_E * bias
     return score if shared is None else score + shared
 
 
@@ -292,7 +291,7 @@ def _shared_bias(image: Array, references: Any) -> Array | None:
         same = references.segment_of_query[image] == references.segment_of_key[image]
         shared = jnp.where(same, 0.0, HIDDEN)
     if hasattr(references, "key_bias"):
-        own = _LOG2_E * references.key_bias[image]
+        own = LOG2_E * references.key_bias[image]
         shared = own if shared is None else shared + own
     return shared
 
@@ -318,14 +317,14 @@ def _softmax(score: Array, hidden: Array | None) -> _Softmax:
     return _Softmax(exponentials, jnp.sum(exponentials, axis=-1, keepdims=True), largest)
 
 
-def _reciprocal(total: Array) -> Array:
-    """Computes 1 / total of sums of exponentials, which are 1 to N.
+def reciprocal(x: Array) -> Array:
+    """Computes 1 / x for x between 1 and a million.
 
     A quotient looks after zeros and infinities as well, and takes three times as long.
     """
-    inverse = _approximate_reciprocal(total, approx=True)  # right to 8 bits at least
+    inverse = _approximate_reciprocal(x, approx=True)  # right to 8 bits at least
     for _ in range(2):  # steps of Newton's method, which double the bits
-        inverse = inverse * (2.0 - total * inverse)
+        inverse = inverse * (2.0 - x * inverse)
     return inverse
 
 
@@ -334,19 +333,30 @@ def _reciprocal(total: Array) -> Array:
 # (docs/results/kernel_schedules.md).
 
 
-def _forward_kernel(image: Array, heads: int, references: Any) -> None:
+def forward_kernel(
+    image: Array, heads: int, references: Any, some: Sequence[int] | None = None
+) -> None:
+    """Computes `out` of an image from `query`, `key`, `value` and the mask.
+
+    Args:
+      image: Index of the image in all references.
+      heads: Number of heads in the references.
+      references: References by name.
+      some: Heads to compute, which fill whole tiles; None for all.
+    """
     shared, hidden = _shared_bias(image, references), _hidden(image, references)
-    of_image = [_Head(references, image, index, heads) for index in range(heads)]
+    some = range(heads) if some is None else some
+    of_image = [_Head(references, image, index, heads) for index in some]
     scores = [
-        _masked_scores(head, head.alone("query", head.scale * _LOG2_E), head.tiles("key"), shared)
+        _masked_scores(head, head.alone("query", head.scale * LOG2_E), head.tiles("key"), shared)
         for head in of_image
     ]
     softmaxes = [_softmax(score, hidden) for score in scores]
     results: _Results = {}
     for head, softmax in zip(of_image, softmaxes, strict=True):
         value = head.tiles("value")
-        mixed = _product(softmax.exponentials.astype(value.dtype), value, (((1,), (0,)), ((), ())))
-        head.add(results, "out", mixed * _reciprocal(softmax.total))
+        mixed = dot(softmax.exponentials.astype(value.dtype), value, (((1,), (0,)), ((), ())))
+        head.add(results, "out", mixed * reciprocal(softmax.total))
     _store(references, image, results)
 
 
@@ -354,7 +364,7 @@ def _backward_kernel(image: Array, heads: int, references: Any) -> None:
     """Computes all gradients of one image; the formulas are those of `attention._backward`."""
     shared, hidden = _shared_bias(image, references), _hidden(image, references)
     of_image = [_Head(references, image, index, heads) for index in range(heads)]
-    queries = [head.alone("query", head.scale * _LOG2_E) for head in of_image]
+    queries = [head.alone("query", head.scale * LOG2_E) for head in of_image]
     scores = [
         _masked_scores(head, query, head.tiles("key"), shared)
         for head, query in zip(of_image, queries, strict=True)
@@ -375,17 +385,17 @@ def _backward_kernel(image: Array, heads: int, references: Any) -> None:
         if hasattr(references, "bias"):
             references.to_bias[image, head.index] = slope.astype(references.to_bias.dtype)
         slope, share = slope.astype(key.dtype), share.astype(cotangent.dtype)
-        to_query = _product(slope, key, (((1,), (0,)), ((), ())))
+        to_query = dot(slope, key, (((1,), (0,)), ((), ())))
         head.add(results, "to_query", to_query * head.scale)
-        to_key = _product(slope, query, (((0,), (0,)), ((), ())))
-        head.add(results, "to_key", to_key / _LOG2_E)
-        head.add(results, "to_value", _product(share, cotangent, (((0,), (0,)), ((), ()))))
+        to_key = dot(slope, query, (((0,), (0,)), ((), ())))
+        head.add(results, "to_key", to_key / LOG2_E)
+        head.add(results, "to_value", dot(share, cotangent, (((0,), (0,)), ((), ()))))
     _store(references, image, results)
 
 
 def _moves(head: _Head, cotangent: Array) -> Array:
     """Computes how the loss changes with each query's share of each key's value: [N, N]."""
-    gained = _product(cotangent, head.tiles("value"), (((1,), (1,)), ((), ())))
+    gained = dot(cotangent, head.tiles("value"), (((1,), (1,)), ((), ())))
     product = cotangent.astype(jnp.float32) * head.tiles("out").astype(jnp.float32)
     return gained - jnp.sum(product, axis=-1, keepdims=True)
 
@@ -393,7 +403,7 @@ def _moves(head: _Head, cotangent: Array) -> Array:
 def _shares(score: Array, hidden: Array | None) -> Array:
     """Computes the softmax [N, N]; a hidden key's share is the one it would get if switched on."""
     softmax = _softmax(score, hidden)
-    shares = softmax.exponentials * _reciprocal(softmax.total)
+    shares = softmax.exponentials * reciprocal(softmax.total)
     if hidden is None:
         return shares
     alone = 1 / (1 + jnp.exp2(softmax.largest + jnp.log2(softmax.total) - score))

@@ -4,6 +4,7 @@ Pre-norm attention and MLP (Dosovitskiy et al. 2021), LayerScale (Touvron et al.
 stochastic depth, as timm's models have them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from msvit_jax.models import reduction
+from msvit_jax.models import block_kernel, reduction
 from msvit_jax.models.attention import Mask, attention, joins_heads, scores
 from msvit_jax.models.reduction import ReductionSpec, ReductionState
 
@@ -244,6 +245,51 @@ class Block(nn.Module):
             return branch
         return drop_path(branch, drop_rate, self.make_rng("dropout"), mask)
 
+    def _attn_half(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
+        """Applies the first half; on a TPU as one kernel, except where there is a gradient."""
+        if not self._takes_kernels(x, drop_rate):
+            return self._attn_residual(x, self.norm1(x), drop_rate, mask)[0]
+        return block_kernel.attention_half(
+            x,
+            self._params("norm1", "attn", "ls1"),
+            mask,
+            heads=self.heads,
+            epsilon=self.norm_epsilon,
+            by_parts=self._unbound("_attn_by_parts"),
+        )
+
+    def _mlp_half(self, x: Array, drop_rate: Array | None, mask: Mask | None) -> Array:
+        """Applies the second half; on a TPU as one kernel, except where there is a gradient."""
+        if not self._takes_kernels(x, drop_rate):
+            return self._mlp_residual(x, drop_rate, mask)
+        return block_kernel.mlp_half(
+            x,
+            self._params("norm2", "mlp", "ls2"),
+            gelu=self.gelu,
+            epsilon=self.norm_epsilon,
+            by_parts=self._unbound("_mlp_by_parts"),
+        )
+
+    def _takes_kernels(self, x: Array, drop_rate: Array | None) -> bool:
+        if drop_rate is not None or self.is_initializing():
+            return False
+        return block_kernel.may_be_used(x, self.attention_impl)
+
+    def _params(self, *names: str) -> dict[str, Any]:
+        params = self.variables["params"]
+        return {name: params[name] for name in names if name in params}
+
+    def _unbound(self, method: str) -> Callable[..., Array]:
+        """Returns a method of this block as a function of x, parameters and further arguments."""
+        block = self.clone(parent=None)
+        return lambda x, params, *more: block.apply({"params": params}, x, *more, method=method)
+
+    def _attn_by_parts(self, x: Array, mask: Mask) -> Array:
+        return self._attn_residual(x, self.norm1(x), None, mask)[0]
+
+    def _mlp_by_parts(self, x: Array) -> Array:
+        return self._mlp_residual(x, None, None)
+
     def __call__(self, x: Array, drop_rate: Array | None = None, mask: Mask | None = None) -> Array:
         """Applies both halves.
 
@@ -253,8 +299,7 @@ class Block(nn.Module):
           mask: Attention mask, which also tells the images of a row apart; None if a row is one
             image.
         """
-        x, _, _ = self._attn_residual(x, self.norm1(x), drop_rate, mask)
-        return self._mlp_residual(x, drop_rate, mask)
+        return self._mlp_half(self._attn_half(x, drop_rate, mask), drop_rate, mask)
 
     def reducing(
         self,
@@ -275,7 +320,7 @@ class Block(nn.Module):
             scores=self.attn.scores,
             train=train,
         )
-        return self._mlp_residual(x, drop_rate, shorter), shorter, state
+        return self._mlp_half(x, drop_rate, shorter), shorter, state
 
     def reusing(
         self, x: Array, drop_rate: Array | None, relation: Array | None, features: Array | None
