@@ -7,6 +7,7 @@ but the tokens is loaded and stored. Our design; docs/results/kernel_schedules.m
 compiler makes of it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +23,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from msvit_jax import sharding
 from msvit_jax.models import attention_kernel
-from msvit_jax.models.attention import Mask, kernel_mask, may_run_kernel
+from msvit_jax.models.attention import (
+    Mask,
+    join_buckets,
+    kernel_mask,
+    may_run_kernel,
+    split_buckets,
+)
 from msvit_jax.models.attention_kernel import LOG2_E, dot, padded_bytes, reciprocal
 from msvit_jax.tokens.packing import NOBODY
 
@@ -31,6 +38,7 @@ Params = Mapping[str, Any]
 # With fewer tokens, loading weights into the matrix unit for an image takes longer than products.
 _FEWEST_TOKENS = 48
 _MOST_TOKENS = 640  # beyond, the code for an image is so long that compiling it takes minutes
+_TOKENS_OF_LONG = 256  # tokens of a longer row that the MLP takes at a time
 _MOST_IMAGES = 4  # images in a step
 _SCORE_BYTES = 4 << 20  # scores of the heads that are computed side by side
 _HIDDEN = 256  # hidden channels of the MLP that are computed at a time
@@ -39,14 +47,8 @@ _ROWS = (((1,), (0,)), ((), ()))  # a product of tokens and a kernel
 
 
 def may_be_used(x: Array, implementation: str) -> bool:
-    """Tells whether kernels for tokens [B, N, D] may be used on a TPU.
-
-    Args:
-      x: [B, N, D] tokens.
-      implementation: Implementation of attention that was asked for.
-    """
-    here = implementation == "auto" and may_run_kernel(x) and x.dtype == jnp.bfloat16
-    return here and _FEWEST_TOKENS <= x.shape[1] <= _MOST_TOKENS
+    """Tells whether kernels may be used for tokens [B, N, D] where attention is to be `auto`."""
+    return implementation == "auto" and may_run_kernel(x) and x.dtype == jnp.bfloat16
 
 
 def attention_half(
@@ -61,41 +63,57 @@ def attention_half(
     """Computes x + attn(norm1(x)), the latter times ls1 if there is one.
 
     Args:
-      x: [B, N, D] tokens, for which `may_be_used` holds.
+      x: [B, N, D] tokens.
       params: Parameters of `norm1`, `attn` and, if the block has it, `ls1`.
       mask: Attention mask; None if all tokens of a row see each other.
       heads: Number of heads.
       epsilon: Term that keeps the layer norm from dividing by zero.
       by_parts: Function that computes the same from x, params and mask. It takes the place of the
-        kernel where a gradient is wanted, on other platforms, for a mask with a bias to each score
-        or length buckets, and where the kernel would need too much of the chip's memory.
+        kernel where a gradient is wanted, on other platforms, for a mask with a bias to each score,
+        and for lengths and widths that do not suit the kernel.
 
     Returns:
       [B, N, D] in the dtype of x. Products take that dtype; all else is float32.
     """
     mask = mask or Mask()
-    needed = functools.partial(_attention_bytes, x, heads)
-    if mask.length_buckets or mask.bias is not None or needed(1) > _VMEM:
+    lengths = [length for _, length in mask.length_buckets] or [x.shape[1]]
+    width = x.shape[2]
+    fits = lambda n: (  # noqa: E731
+        _FEWEST_TOKENS <= n <= _MOST_TOKENS
+        and _attention_bytes((n, width), x.dtype, heads, images=1) <= _VMEM
+    )
+    if mask.bias is not None or not all(map(fits, lengths)):
         return by_parts(x, params, mask)
 
-    def kernel(x: Array, params: Params, mask: Mask) -> Array:
+    def of_rows(x: Array, params: Params, mask: Mask) -> Array:
         arrays = {"x": x, **kernel_mask(mask).arrays()}
         if mask.segments is not None:
             arrays["empty"] = (mask.segments == NOBODY).astype(jnp.float32)[:, :, None]
-        length, width = x.shape[1:]
+        length = x.shape[1]
         call = functools.partial(
             _call,
             name="attention_half",
             kernel=functools.partial(_attention_kernel, heads=heads, epsilon=epsilon),
             scratch=("query", "key", "value", "out"),
-            needed=needed,
+            rows=length,
+            needed=functools.partial(_attention_bytes, (length, width), x.dtype, heads),
             flops=2 * length * width * (4 * width + 2 * length),
             transcendentals=heads * length**2,
         )
         constants = _norm_constants(params["norm1"]) | _attention_constants(params, x.dtype)
         return sharding.map_devices(call, shared=True)(arrays, constants)
 
-    return _on_tpus(kernel, by_parts, x, params, mask)
+    # The mask as a dictionary: what JAX makes of trees for their structure alone is no mask.
+    fields = {"weights": mask.weights, "segments": mask.segments, "sizes": mask.sizes}
+    whole = lambda fields: dataclasses.replace(mask, **fields)  # noqa: E731
+
+    def kernel(x: Array, params: Params, fields: dict[str, Array | None]) -> Array:
+        own = whole(fields)
+        buckets = split_buckets(own, x) if own.length_buckets else [(own, [x])]
+        return join_buckets([of_rows(x, params, own) for own, (x,) in buckets], x.shape[0])
+
+    without = lambda x, params, fields: by_parts(x, params, whole(fields))  # noqa: E731
+    return _on_tpus(kernel, without, x, params, fields)
 
 
 def mlp_half(
@@ -109,20 +127,21 @@ def mlp_half(
     """Computes x + mlp(norm2(x)), the latter times ls2 if there is one.
 
     Args:
-      x: [B, N, D] tokens, for which `may_be_used` holds.
+      x: [B, N, D] tokens.
       params: Parameters of `norm2`, `mlp` and, if the block has it, `ls2`.
       gelu: Form of the GELU, "exact" or "tanh".
       epsilon: Term that keeps the layer norm from dividing by zero.
       by_parts: Function that computes the same from x and params. It takes the place of the kernel
-        where a gradient is wanted, on other platforms, and where the kernel would need too much of
-        the chip's memory.
+        where a gradient is wanted, on other platforms, and for widths that do not suit it.
 
     Returns:
       [B, N, D] in the dtype of x. Products take that dtype; all else is float32.
     """
     hidden = params["mlp"]["fc1"]["kernel"].shape[1]
-    needed = functools.partial(_mlp_bytes, x, hidden)
-    if needed(1) > _VMEM:
+    _, length, width = x.shape
+    rows = length if length <= _MOST_TOKENS else _TOKENS_OF_LONG
+    needed = functools.partial(_mlp_bytes, (rows, width), x.dtype, hidden)
+    if length < _FEWEST_TOKENS or needed(1) > _VMEM:
         return by_parts(x, params)
 
     def kernel(x: Array, params: Params) -> Array:
@@ -130,9 +149,10 @@ def mlp_half(
             _call,
             name="mlp_half",
             kernel=functools.partial(_mlp_kernel, gelu=_GELUS[gelu], epsilon=epsilon),
+            rows=rows,
             needed=needed,
-            flops=4 * math.prod(x.shape[1:]) * hidden,
-            transcendentals=x.shape[1] * hidden,
+            flops=4 * length * width * hidden,
+            transcendentals=length * hidden,
         )
         constants = _norm_constants(params["norm2"]) | _mlp_constants(params, x.dtype)
         return sharding.map_devices(call, shared=True)({"x": x}, constants)
@@ -190,21 +210,21 @@ def _mlp_constants(params: Params, dtype: Any) -> dict[str, Array]:
 # of them for the next step.
 
 
-def _attention_bytes(x: Array, heads: int, images: int) -> int:
-    length, width = x.shape[1:]
-    weights = 2 * padded_bytes((width, 4 * width), x.dtype)
-    tokens = images * padded_bytes((length, width), x.dtype)
+def _attention_bytes(shape: tuple[int, int], dtype: Any, heads: int, images: int) -> int:
+    length, width = shape
+    weights = 2 * padded_bytes((width, 4 * width), dtype)
+    tokens = images * padded_bytes(shape, dtype)
     head = padded_bytes((length, length), jnp.float32)
     scores = 3 * min(heads * head, max(_SCORE_BYTES, head))
-    return weights + (4 + 4) * tokens + scores + 6 * padded_bytes((length, width), jnp.float32)
+    return weights + (4 + 4) * tokens + scores + 6 * padded_bytes(shape, jnp.float32)
 
 
-def _mlp_bytes(x: Array, hidden: int, images: int) -> int:
-    length, width = x.shape[1:]
-    weights = 2 * 2 * padded_bytes((width, hidden), x.dtype)
-    tokens = images * padded_bytes((length, width), x.dtype)
-    channels = 6 * padded_bytes((length, min(hidden, _HIDDEN)), jnp.float32)
-    return weights + 4 * tokens + channels + 6 * padded_bytes((length, width), jnp.float32)
+def _mlp_bytes(shape: tuple[int, int], dtype: Any, hidden: int, images: int) -> int:
+    rows, width = shape
+    weights = 2 * 2 * padded_bytes((width, hidden), dtype)
+    tokens = images * padded_bytes(shape, dtype)
+    channels = 6 * padded_bytes((rows, min(hidden, _HIDDEN)), jnp.float32)
+    return weights + 4 * tokens + channels + 6 * padded_bytes(shape, jnp.float32)
 
 
 def _call(
@@ -213,6 +233,7 @@ def _call(
     *,
     name: str,
     kernel: Callable[[Array, Any], None],
+    rows: int,
     scratch: tuple[str, ...] = (),
     needed: Callable[[int], int],
     flops: int,
@@ -226,6 +247,7 @@ def _call(
       name: Name of the kernel.
       kernel: Function of an image's index in the step and a namespace of references, which writes
         `result`.
+      rows: Number of tokens of an image that the kernel takes at a time.
       scratch: Names of arrays like `x` that the kernel has for itself.
       needed: Function from the number of images in a step to bytes of VMEM.
       flops: Floating point operations of an image's products.
@@ -238,24 +260,28 @@ def _call(
     batch = x.shape[0]
     divisors = [n for n in range(2, _MOST_IMAGES + 1) if batch % n == 0 and needed(n) <= _VMEM]
     images = max(divisors, default=1)
-    names = (*arrays, *constants, "result", *scratch)
+    masks = {name: a for name, a in arrays.items() if name != "x"}
+    names = ("x", *masks, *constants, "result", *scratch)
 
     def step(*references: Any) -> None:
         named = SimpleNamespace(**dict(zip(names, references, strict=True)))
         lax.fori_loop(0, images, lambda image, _: kernel(image, named), None)
 
-    rows = lambda a: pl.BlockSpec((images, *a.shape[1:]), lambda i: (i, 0, 0))  # noqa: E731
-    whole = lambda a: pl.BlockSpec(a.shape, lambda i: (0,) * a.ndim)  # noqa: E731
-    everything = [x, *arrays.values(), *constants.values()]
+    shape = images, rows, x.shape[2]
+    tokens = pl.BlockSpec(shape, lambda i, j: (i, j, 0))
+    of_image = lambda a: pl.BlockSpec((images, *a.shape[1:]), lambda i, j: (i, 0, 0))  # noqa: E731
+    of_all = lambda a: pl.BlockSpec(a.shape, lambda i, j: (0,) * a.ndim)  # noqa: E731
+    everything = [x, x, *masks.values(), *constants.values()]
     return pl.pallas_call(
         step,
-        grid=(batch // images,),
-        in_specs=[*map(rows, arrays.values()), *map(whole, constants.values())],
-        out_specs=rows(x),
+        grid=(batch // images, pl.cdiv(x.shape[1], rows)),
+        in_specs=[tokens, *map(of_image, masks.values()), *map(of_all, constants.values())],
+        out_specs=tokens,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM((images, *x.shape[1:]), x.dtype)] * len(scratch),
+        scratch_shapes=[pltpu.VMEM(shape, x.dtype)] * len(scratch),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=needed(images) + (8 << 20)
+            dimension_semantics=("parallel", "parallel"),
+            vmem_limit_bytes=needed(images) + (8 << 20),
         ),
         cost_estimate=pl.CostEstimate(
             flops=batch * flops,
@@ -263,7 +289,7 @@ def _call(
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in everything),
         ),
         name=name,
-    )(*arrays.values(), *constants.values())
+    )(x, *masks.values(), *constants.values())
 
 
 # The kernels, for one image.
