@@ -37,8 +37,9 @@ Params = Mapping[str, Any]
 
 # With fewer tokens, loading weights into the matrix unit for an image takes longer than products.
 _FEWEST_TOKENS = 48
-_MOST_TOKENS = 640  # beyond, the code for an image is so long that compiling it takes minutes
-_TOKENS_OF_LONG = 256  # tokens of a longer row that the MLP takes at a time
+# Beyond, the code for an image is so long that compiling it takes minutes: attention is left to
+# others, and the MLP takes so many tokens at a time.
+_MOST_TOKENS = 640
 _MOST_IMAGES = 4  # images in a step
 _SCORE_BYTES = 4 << 20  # scores of the heads that are computed side by side
 _HIDDEN = 256  # hidden channels of the MLP that are computed at a time
@@ -139,7 +140,8 @@ def mlp_half(
     """
     hidden = params["mlp"]["fc1"]["kernel"].shape[1]
     _, length, width = x.shape
-    rows = length if length <= _MOST_TOKENS else _TOKENS_OF_LONG
+    parts = pl.cdiv(length, _MOST_TOKENS)
+    rows = length if parts == 1 else pl.cdiv(length, 16 * parts) * 16  # whole tiles
     needed = functools.partial(_mlp_bytes, (rows, width), x.dtype, hidden)
     if length < _FEWEST_TOKENS or needed(1) > _VMEM:
         return by_parts(x, params)

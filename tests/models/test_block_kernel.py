@@ -142,11 +142,11 @@ def test_models_take_them_on_tpus_for_inference_only(monkeypatch):
 
 
 def test_rows_laid_end_to_end(request):
-    """Two groups of 3 rows of 48 and 9 of 64 tokens: 720, more than the MLP takes at a time."""
-    block, params, x, _ = case((), {"heads": 2, "width": 64}, 3 * 48 + 9 * 64, batch=2)
-    buckets = ((3, 48), (9, 64))
-    firsts = np.concatenate([48 * np.arange(3), 144 + 64 * np.arange(9)])
-    shown = np.random.default_rng(0).random((2, 720)) < 0.7
+    """Two groups of 3 rows of 48 and 9 of 65 tokens: 729, more than the MLP takes at a time."""
+    block, params, x, _ = case((), {"heads": 2, "width": 64}, 3 * 48 + 9 * 65, batch=2)
+    buckets = ((3, 48), (9, 65))
+    firsts = np.concatenate([48 * np.arange(3), 144 + 65 * np.arange(9)])
+    shown = np.random.default_rng(0).random((2, 729)) < 0.7
     shown[:, firsts] = True
     mask = Mask(weights=jnp.asarray(shown, jnp.float32), length_buckets=buckets)
     wanted = answer(block, params, x, mask)

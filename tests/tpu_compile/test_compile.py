@@ -19,6 +19,7 @@ from msvit_jax import config as configs
 from msvit_jax import sharding
 from msvit_jax.aot import compiling, hlo, topology
 from msvit_jax.models.attention import Mask, attention
+from msvit_jax.models.block import Block
 
 pytestmark = [
     pytest.mark.tpu_compile,
@@ -170,6 +171,48 @@ def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, head
     assert figures["kernels"]["flops"] == 2 * 7 * 2 * heads * channels * tokens**2
     assert 0 < figures["kernels"]["vmem"] < 64 * 2**20
     assert not figures["collectives"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "heads", "parts"),
+    [
+        (197, 384, 6, ("weights",)),
+        (49, 192, 3, ("sizes",)),
+        (256, 384, 6, ("segments",)),
+        (640, 384, 6, ()),
+    ],
+)
+def test_halves_of_a_block_are_one_kernel_each(chips, tokens, width, heads, parts, monkeypatch):
+    mesh = sharding.make_mesh(fsdp=2, devices=chips.devices)
+    cut = sharding.batch_sharding(mesh)
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=cut)  # noqa: E731
+    masks = {
+        "weights": array(jnp.float32, tokens),
+        "sizes": array(jnp.float32, tokens),
+        "segments": array(jnp.int32, tokens),
+    }
+    block = Block(width, heads, 4 * width, layer_scale=0.1, dtype=jnp.bfloat16)
+    x = array(jnp.bfloat16, tokens, width)
+    params = jax.eval_shape(block.init, jax.random.key(0), x)
+    params = jax.tree.map(
+        lambda leaf, cut: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cut),
+        params,
+        sharding.tree_sharding(mesh, params),
+    )
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    with jax.set_mesh(mesh):
+        shown = {part: masks[part] for part in parts}
+        run = jax.jit(lambda params, x, masks: block.apply(params, x, None, Mask(**masks)))
+        compiled = run.lower(params, x, shown).compile()
+    figures = compiling.figures(compiled, 2)
+    assert figures["kernels"]["calls"] == 2
+    # On a chip: two images; attention's six products and the MLP's two.
+    products = 12 * tokens * width**2 + 2 * tokens**2 * width
+    assert figures["kernels"]["flops"] == 2 * 2 * products
+    assert 0 < figures["kernels"]["vmem"] < 64 * 2**20
+    # Parameters, which are cut, come together; tokens stay where they are.
+    moved = sum(kind["bytes"] for kind in figures["collectives"].values())
+    assert moved <= sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
 
 
 def test_what_does_not_fit_is_recognized(chips):
