@@ -87,6 +87,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def vmem_bytes() -> int:
+    """Least bytes of fast memory (VMEM) of the TPU that what is traced now is meant for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    small = device.device_kind in ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
+    return (16 if small else 64) << 20
+
+
 def can_map(batch: int) -> bool:
     """Tells whether `map_devices` knows where the rows of a batch are."""
     mesh = jax.sharding.get_abstract_mesh()

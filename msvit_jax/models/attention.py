@@ -163,7 +163,7 @@ def _checked_pallas(query: Array, mask: Mask) -> Any:
     kernel = _tpu_kernel(query, mask)
     if kernel is None:
         raise ValueError(
-            f"attention_impl='pallas' takes more than {attention_kernel.MOST_TOKENS} tokens only "
+            f"attention_impl='pallas' takes more than {attention_kernel.most_tokens()} tokens only "
             "without a gate's weights, sizes and bias; use 'auto' or 'xla'."
         )
     return kernel
@@ -171,7 +171,7 @@ def _checked_pallas(query: Array, mask: Mask) -> Any:
 
 def _tpu_kernel(query: Array, mask: Mask) -> Any:
     """Returns the Pallas implementation for this length and mask, None if there is none."""
-    if query.shape[1] <= attention_kernel.MOST_TOKENS:
+    if query.shape[1] <= attention_kernel.most_tokens():
         return _short
     return _flash if mask.only_hides else None
 

@@ -24,18 +24,22 @@ from jax.experimental.pallas import tpu as pltpu
 from msvit_jax import sharding
 
 HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
-MOST_TOKENS = 1024  # beyond, a head's scores and what is computed of them do not fit
 LOG2_E = math.log2(math.e)
 _LANES = 128  # channels that a TPU's vector unit holds side by side
 _SUBLANES = 16  # rows of a tile of bfloat16
 _MOST_IMAGES = 8  # images in a step, beyond which steps cost no less
-_STEP_BYTES = 4 << 20  # what a step loads and stores, which is held twice
+_STEP_SHARE = 16  # part of a chip's fast memory that a step loads and stores, which is held twice
 _SCORE_BYTES = 2 << 20  # one array of scores of images that are computed side by side
 _FORWARD_SCORES, _BACKWARD_SCORES = 4, 8  # arrays of scores of one head that are alive at a time
 
 # Where JAX has it depends on the version.
 _approximate_reciprocal = (pltpu if hasattr(pltpu, "reciprocal") else pl).reciprocal
 dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def most_tokens() -> int:
+    """Most tokens for which a head's scores and what is computed of them fit the chip."""
+    return 1024 if sharding.vmem_bytes() >= 64 << 20 else 640
 
 
 @struct.dataclass
@@ -71,7 +75,7 @@ def attend(query: Array, key: Array, value: Array, mask: KernelMask, heads: int)
     """Computes softmax attention, see `attention.attention`.
 
     Args:
-      query: [B, N, H * d] queries, a head's channels side by side, N at most `MOST_TOKENS`.
+      query: [B, N, H * d] queries, a head's channels side by side, N at most `most_tokens()`.
       key: [B, N, H * d] keys.
       value: [B, N, H * d] values.
       mask: Mask of the scores.
@@ -140,7 +144,11 @@ def _call(
     parts = heads // together
     shapes = {name: _step_shape(name, x, parts) for name, x in everything.items()}
     one = sum(padded_bytes(shapes[name], x.dtype) for name, x in everything.items())
-    fits = [n for n in range(1, _MOST_IMAGES + 1) if batch % n == 0 and n * one <= _STEP_BYTES]
+    fits = [
+        n
+        for n in range(1, _MOST_IMAGES + 1)
+        if batch % n == 0 and n * one <= sharding.vmem_bytes() // _STEP_SHARE
+    ]
     images = max(fits, default=1)
     of_image = together * padded_bytes((length, length), jnp.float32)
     fits = [n for n in (2, 4) if images % n == 0 and n * of_image <= _SCORE_BYTES]

@@ -44,7 +44,7 @@ _MOST_IMAGES = 4  # images in a step
 _SHORT = 256  # tokens up to which two images are computed side by side: 5 % fewer cycles
 _SCORE_BYTES = 4 << 20  # scores of the heads that are computed side by side
 _HIDDEN = 256  # hidden channels of the MLP that are computed at a time
-_VMEM = 52 << 20  # bytes that may be used, besides 8 MiB for what the compiler adds; a v5p has 64
+_SPARE = 12 << 20  # bytes of fast memory that are left to the compiler
 _ROWS = (((1,), (0,)), ((), ()))  # a product of tokens and a kernel
 
 
@@ -82,7 +82,7 @@ def attention_half(
     width = x.shape[2]
     fits = lambda n: (  # noqa: E731
         _FEWEST_TOKENS <= n <= _MOST_TOKENS
-        and _attention_bytes((n, width), x.dtype, heads, images=1) <= _VMEM
+        and _attention_bytes((n, width), x.dtype, heads, images=1) <= _room()
     )
     if mask.bias is not None or not all(map(fits, lengths)):
         return by_parts(x, params, mask)
@@ -144,7 +144,7 @@ def mlp_half(
     parts = pl.cdiv(length, _MOST_TOKENS)
     rows = length if parts == 1 else pl.cdiv(length, 16 * parts) * 16  # whole tiles
     needed = functools.partial(_mlp_bytes, (rows, width), x.dtype, hidden)
-    if length < _FEWEST_TOKENS or needed(1) > _VMEM:
+    if length < _FEWEST_TOKENS or needed(1) > _room():
         return by_parts(x, params)
 
     def kernel(x: Array, params: Params) -> Array:
@@ -232,6 +232,11 @@ def _mlp_bytes(shape: tuple[int, int], dtype: Any, hidden: int, images: int) -> 
     return weights + 4 * tokens + between
 
 
+def _room() -> int:
+    """Bytes of VMEM that a step may take; nearly none on a v4, which keeps a block by parts."""
+    return sharding.vmem_bytes() - _SPARE
+
+
 def _side_by_side(rows: int, images: int) -> int:
     """Number of images that are computed side by side, of those in a step."""
     return 2 if rows <= _SHORT and images % 2 == 0 else 1
@@ -268,7 +273,7 @@ def _call(
     """
     x = arrays["x"]
     batch = x.shape[0]
-    divisors = [n for n in range(2, _MOST_IMAGES + 1) if batch % n == 0 and needed(n) <= _VMEM]
+    divisors = [n for n in range(2, _MOST_IMAGES + 1) if batch % n == 0 and needed(n) <= _room()]
     images = max(divisors, default=1)
     masks = {name: a for name, a in arrays.items() if name != "x"}
     names = ("x", *masks, *constants, "result", *scratch)

@@ -156,9 +156,9 @@ def test_rows_laid_end_to_end(request):
 
 
 def test_what_does_not_fit_the_chip_is_done_by_parts(monkeypatch, request):
-    block, params, x, mask = case((), {"heads": 2, "width": 128}, 48)
+    block, params, x, mask = case((), {"heads": 4, "width": 512}, 48)
     wanted = answer(block, params, x, mask)
     request.getfixturevalue("with_kernels")
-    monkeypatch.setattr(block_kernel, "_VMEM", 100)
+    monkeypatch.setattr(sharding, "vmem_bytes", lambda: 13 << 20)
     monkeypatch.setattr(block_kernel, "_call", None)
     np.testing.assert_allclose(answer(block, params, x, mask), wanted, atol=1e-5)

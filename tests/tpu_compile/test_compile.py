@@ -173,17 +173,9 @@ def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, head
     assert not figures["collectives"]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "width", "heads", "parts"),
-    [
-        (197, 384, 6, ("weights",)),
-        (49, 192, 3, ("sizes",)),
-        (256, 384, 6, ("segments",)),
-        (640, 384, 6, ()),
-    ],
-)
-def test_halves_of_a_block_are_one_kernel_each(chips, tokens, width, heads, parts, monkeypatch):
-    mesh = sharding.make_mesh(fsdp=2, devices=chips.devices)
+def _block(devices, monkeypatch, tokens, width, heads, parts=()):
+    """A block compiled for inference on tokens of eight images, and its number of parameters."""
+    mesh = sharding.make_mesh(fsdp=2, devices=devices)
     cut = sharding.batch_sharding(mesh)
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=cut)  # noqa: E731
     masks = {
@@ -204,15 +196,34 @@ def test_halves_of_a_block_are_one_kernel_each(chips, tokens, width, heads, part
         shown = {part: masks[part] for part in parts}
         run = jax.jit(lambda params, x, masks: block.apply(params, x, None, Mask(**masks)))
         compiled = run.lower(params, x, shown).compile()
-    figures = compiling.figures(compiled, 2)
+    return compiling.figures(compiled, 2), sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "heads", "parts"),
+    [
+        (197, 384, 6, ("weights",)),
+        (49, 192, 3, ("sizes",)),
+        (256, 384, 6, ("segments",)),
+        (640, 384, 6, ()),
+    ],
+)
+def test_halves_of_a_block_are_one_kernel_each(chips, tokens, width, heads, parts, monkeypatch):
+    figures, count = _block(chips.devices, monkeypatch, tokens, width, heads, parts)
     assert figures["kernels"]["calls"] == 2
     # On a chip: two images; attention's six products and the MLP's two.
     products = 12 * tokens * width**2 + 2 * tokens**2 * width
     assert figures["kernels"]["flops"] == 2 * 2 * products
     assert 0 < figures["kernels"]["vmem"] < 64 * 2**20
     # Parameters, which are cut, come together; tokens stay where they are.
-    moved = sum(kind["bytes"] for kind in figures["collectives"].values())
-    assert moved <= sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+    assert sum(kind["bytes"] for kind in figures["collectives"].values()) <= 4 * count
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(197, 1), (1024, 0)])
+def test_a_chip_with_little_fast_memory_gets_what_fits(chips, tokens, kernels, monkeypatch):
+    devices = topology.find("v4:2x2x1").devices
+    figures, _ = _block(devices, monkeypatch, tokens, 768, 12, ("weights",))
+    assert figures["kernels"]["calls"] == kernels
 
 
 def test_what_does_not_fit_is_recognized(chips):
