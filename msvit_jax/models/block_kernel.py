@@ -218,7 +218,8 @@ def _attention_bytes(shape: tuple[int, int], dtype: Any, heads: int, images: int
     weights = 2 * padded_bytes((width, 4 * width), dtype)
     tokens = images * padded_bytes(shape, dtype)
     head = padded_bytes((length, length), jnp.float32)
-    scores = 3 * min(heads * head, max(_SCORE_BYTES, head))
+    together = attention_kernel.heads_together(heads, width // heads)
+    scores = 3 * min(heads * head, max(_SCORE_BYTES, together * head))
     between = _side_by_side(length, images) * (scores + 6 * padded_bytes(shape, jnp.float32))
     return weights + (4 + 4) * tokens + between
 
