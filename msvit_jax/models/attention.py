@@ -178,9 +178,9 @@ def _tpu_kernel(query: Array, mask: Mask) -> Any:
 
 def _takes_tpu_kernel(x: Array, mask: Mask) -> bool:
     """Tells whether "auto" takes a Pallas kernel on TPUs, for arrays [B, N, ...] of x's dtype."""
-    if _tpu_kernel(x, mask) is None or x.shape[1] < _SHORT_FROM:
+    if not may_run_kernel(x) or x.shape[1] < _SHORT_FROM:
         return False
-    return may_run_kernel(x)
+    return _tpu_kernel(x, mask) is not None
 
 
 def may_run_kernel(x: Array) -> bool:
@@ -202,10 +202,10 @@ def joins_heads(x: Array, mask: Mask | None, implementation: str) -> bool:
       implementation: Implementation of attention.
     """
     mask = mask or Mask()
-    if mask.length_buckets or _tpu_kernel(x, mask) is not _short:
-        return False
     auto = implementation == "auto" and _takes_tpu_kernel(x, mask)
-    return auto or implementation == "pallas"
+    if mask.length_buckets or not (auto or implementation == "pallas"):
+        return False
+    return _tpu_kernel(x, mask) is _short
 
 
 def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
