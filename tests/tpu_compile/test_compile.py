@@ -1,5 +1,6 @@
 """Against the real TPU compiler, which needs no TPU."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -136,6 +137,22 @@ def test_collectives_have_the_bytes_they_move(chips):
     assert gathered == ("all-gather", hlo.Collective(1, 64 * 4096 * 4))
 
 
+def _of_eight_images(mesh, dtype, *shape):
+    """An array [8, ...], its images on the chips of a mesh."""
+    return jax.ShapeDtypeStruct((8, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def _masks(mesh, tokens, heads, parts):
+    """The named parts of a mask of eight images."""
+    made = {
+        "weights": (jnp.float32, tokens),
+        "sizes": (jnp.float32, tokens),
+        "segments": (jnp.int32, tokens),
+        "bias": (jnp.bfloat16, heads, tokens, tokens),
+    }
+    return {part: _of_eight_images(mesh, *made[part]) for part in parts}
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "channels", "parts"),
     [
@@ -148,14 +165,8 @@ def test_collectives_have_the_bytes_they_move(chips):
 )
 def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, heads, channels, parts):
     mesh = sharding.make_mesh(devices=chips.devices)
-    cut = sharding.batch_sharding(mesh)
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=cut)  # noqa: E731
-    masks = {
-        "weights": array(jnp.float32, tokens),
-        "sizes": array(jnp.float32, tokens),
-        "segments": array(jnp.int32, tokens),
-        "bias": array(jnp.bfloat16, heads, tokens, tokens),
-    }
+    array = functools.partial(_of_eight_images, mesh)
+    masks = _masks(mesh, tokens, heads, parts)
     given = [array(jnp.bfloat16, tokens, heads, channels)] * 3
 
     def loss(arrays, masks):
@@ -163,8 +174,7 @@ def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, head
         return out.astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
-        shown = {part: masks[part] for part in parts}
-        compiled = jax.jit(jax.grad(loss)).lower(given, shown).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(given, masks).compile()
     figures = compiling.figures(compiled, 2)
     assert figures["kernels"]["calls"] == 2
     # On a chip: two images, two products forward and five backward.
@@ -176,13 +186,8 @@ def test_attention_of_short_sequences_is_one_kernel_each_way(chips, tokens, head
 def _block(devices, monkeypatch, tokens, width, heads, parts=()):
     """A block compiled for inference on tokens of eight images, and its number of parameters."""
     mesh = sharding.make_mesh(fsdp=2, devices=devices)
-    cut = sharding.batch_sharding(mesh)
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=cut)  # noqa: E731
-    masks = {
-        "weights": array(jnp.float32, tokens),
-        "sizes": array(jnp.float32, tokens),
-        "segments": array(jnp.int32, tokens),
-    }
+    array = functools.partial(_of_eight_images, mesh)
+    masks = _masks(mesh, tokens, heads, parts)
     block = Block(width, heads, 4 * width, layer_scale=0.1, dtype=jnp.bfloat16)
     x = array(jnp.bfloat16, tokens, width)
     params = jax.eval_shape(block.init, jax.random.key(0), x)
@@ -193,9 +198,8 @@ def _block(devices, monkeypatch, tokens, width, heads, parts=()):
     )
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     with jax.set_mesh(mesh):
-        shown = {part: masks[part] for part in parts}
         run = jax.jit(lambda params, x, masks: block.apply(params, x, None, Mask(**masks)))
-        compiled = run.lower(params, x, shown).compile()
+        compiled = run.lower(params, x, masks).compile()
     return compiling.figures(compiled, 2), sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
