@@ -7,9 +7,10 @@ out or failed is named in it:
 
 * attention: every implementation and mask, forward and backward, in bfloat16, at 197 and 198
   tokens, against plain XLA in float32
+* times: how long each of them takes, forward and with its gradient
 * layouts: logits of budget and rows against slots, in float32, 8 images
-* forward: DeiT-S in bfloat16, our dense model with XLA's attention and with cuDNN's, timm's eager
-  and compiled; budget, rows, mergence and ToMe; all in turns, against our dense model with XLA's
+* forward: DeiT-S in bfloat16, our dense model, timm's eager and compiled, budget, rows, mergence
+  and ToMe; all in turns, with the attention that "auto" takes; dense and ToMe with XLA's as well
 * train: dense, slots and trimmed training steps
 * exits: a cascade of two or three stages through the Predictor
 * parts: budget with one to eight capacities in a batch: fewer pad more and launch less
@@ -21,6 +22,7 @@ layers and few images, for a processor. Where torch or timm is missing, our side
 import concurrent.futures
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
 import pathlib
@@ -36,7 +38,7 @@ import peers
 from absl import flags, logging
 
 from msvit_jax import errors, process_tuning
-from msvit_jax.benchmark import Options, exits, forced, machine, report, sides
+from msvit_jax.benchmark import Options, exits, forced, machine, report, sides, turns
 from msvit_jax.models import attention, registry
 from msvit_jax.tokens import layout_sizes
 from msvit_jax.tokens.packing import NOBODY
@@ -47,12 +49,12 @@ _SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers
 _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes of forward passes; default: all.")
 _STEPS = flags.DEFINE_list(
     "steps",
-    ["attention", "layouts", "forward", "exits", "train", "parts"],
+    ["attention", "times", "layouts", "forward", "exits", "train", "parts"],
     "Steps to run.",
 )
 
 TOME = ("reducer=tome", "remove=13", f"reduce_layers={','.join(map(str, range(1, 13)))}")
-HEADS, CHANNELS = 6, 64
+HEADS, CHANNELS, LAYERS = 6, 64, 12
 _STUCK = 60  # seconds after which a step says where it is
 Records = list[dict[str, Any]]
 
@@ -94,7 +96,15 @@ SMALL = Scale(
 # --- attention ------------------------------------------------------------------------------------
 
 
-def masks(length: int, batch: int) -> dict[str, attention.Mask]:
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """A mask, and the first two axes of the queries that it is for."""
+
+    mask: attention.Mask
+    shape: tuple[int, int]
+
+
+def masks(length: int, batch: int) -> dict[str, Masked]:
     """One mask of every kind that our layouts and reducers make."""
     rng = np.random.default_rng(0)
     place = np.arange(length)
@@ -105,9 +115,20 @@ def masks(length: int, batch: int) -> dict[str, attention.Mask]:
     seen[:, 0] = 1
     sizes = jnp.asarray(rng.integers(1, 5, (batch, length)), jnp.float32)
     one = jnp.asarray(np.where(place < filled, 0, NOBODY), jnp.int32)
-    return {
+    buckets = ((batch // 2, length), (batch - batch // 2, 2 * length // 3))
+    images = np.arange(batch)[:, None]
+    several = np.where(place < filled, images, NOBODY)
+    ends = [several[: batch // 2], several[batch // 2 :, : buckets[1][1]]]
+    joined = np.concatenate([part.reshape(-1) for part in ends])[None]
+    found = {
         "nothing": attention.Mask(),
         "budget": attention.Mask(segments=one, single_segment=True, images=batch),
+        "budget, two capacities": attention.Mask(
+            segments=jnp.asarray(joined, jnp.int32),
+            single_segment=True,
+            length_buckets=buckets,
+            images=batch,
+        ),
         "rows": attention.Mask(
             segments=jnp.asarray(second, jnp.int32), max_segments=3, images=2 * batch
         ),
@@ -120,6 +141,8 @@ def masks(length: int, batch: int) -> dict[str, attention.Mask]:
             bias=jnp.asarray(rng.normal(size=(batch, HEADS, length, length)), jnp.float32)
         ),
     }
+    flat = {"budget, two capacities": joined.shape}
+    return {name: Masked(mask, flat.get(name, (batch, length))) for name, mask in found.items()}
 
 
 def passes(attend: Callable[..., jax.Array], mask: attention.Mask, dtype: Any) -> Any:
@@ -144,19 +167,68 @@ def ours(implementation: str) -> Callable[..., jax.Array]:
     return lambda *given: attention.attention(*given, implementation=implementation)
 
 
+def drawn(masked: Masked, seed: int) -> list[jax.Array]:
+    """Queries, keys, values and a cotangent for a mask, in float32."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return [jax.random.normal(key, (*masked.shape, HEADS, CHANNELS)) for key in keys]
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    """Implementations that take a mask; weights, whose gradient is our own, have one."""
+    return ("xla",) if name == "weights" else ("xla", "fused")
+
+
 def check_attention() -> Iterator[dict[str, Any]]:
     """Errors of every implementation, as a share of the largest value; or what it says."""
     jobs = []
     for length in (197, 198):
-        keys = jax.random.split(jax.random.key(length), 4)
-        given = [jax.random.normal(key, (8, length, HEADS, CHANNELS)) for key in keys]
-        for name, mask in masks(length, 8).items():
-            for kind in ("xla", "fused", "auto"):
-                if kind == "xla" or name != "weights":  # which have one implementation
-                    found = {"length": length, "mask": name, "implementation": kind}
-                    jobs.append((found, mask, ours(kind), given))
+        for name, masked in masks(length, 8).items():
+            for kind in kinds(name):
+                found = {"length": length, "mask": name, "implementation": kind}
+                jobs.append((found, masked.mask, ours(kind), drawn(masked, length)))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # the compiler is what takes the time
         yield from pool.map(lambda job: job[0] | judged(*job[1:]), jobs)
+
+
+def time_attention(scale: Scale) -> Iterator[dict[str, Any]]:
+    """Milliseconds of every implementation, a mean over layers: forward, and with its gradient."""
+    batch = scale.train
+    jobs = [(n, m, k) for n, m in masks(198, batch).items() for k in kinds(n)]
+
+    def compiled(job: tuple[str, Masked, str]) -> dict[str, Callable[[], Any]]:
+        _, masked, kind = job
+        given = [x.astype(scale.dtype) for x in drawn(masked, 0)[:3]]
+
+        def layers(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            step = lambda x, _: (ours(kind)(x, key, value, masked.mask), None)  # noqa: E731
+            return jax.lax.scan(step, query, length=LAYERS)[0]
+
+        def gradient(*given: jax.Array) -> Any:
+            return jax.grad(lambda *x: layers(*x).sum(dtype=jnp.float32), argnums=(0, 1, 2))(*given)
+
+        found = {}
+        for name, function in {"forward": layers, "with gradient": gradient}.items():
+            run = jax.jit(function).lower(*given).compile()
+            found[name] = functools.partial(run, *given)
+        return found
+
+    def tried(job: tuple[str, Masked, str]) -> dict[str, Callable[[], Any]] | str:
+        try:
+            return compiled(job)
+        except Exception as error:  # whatever it is, it is the finding
+            return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = list(pool.map(tried, jobs))
+    for (name, _, kind), made in zip(jobs, programs, strict=True):
+        found: dict[str, Any] = {"mask": name, "implementation": kind, "images": batch}
+        if isinstance(made, str):
+            yield found | {"error": made}
+            continue
+        for what, run in made.items():
+            seconds = turns.time_interleaved([[sides.timed(run)]], scale.rounds)
+            found[f"{what}, ms"] = 1e3 * float(np.median(seconds)) / LAYERS
+        yield found
 
 
 def judged(
@@ -237,19 +309,14 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
         )
 
     layouts = ("budget", "rows") if batch > 1 else ("budget",)
-    gated = options(f"msvit_{small}", layouts, "attention_impl=xla")
+    dense = options(f"msvit_{small}", layouts)
+    xla = "attention_impl=xla"
     wanted = [
-        (gated, {"dense": "dense", "budget": "budget", "rows": "rows"}),
-        (
-            options(f"msvit_{small}", ("budget",), "attention_impl=fused"),
-            {"dense": "dense, cuDNN", "budget": "budget, cuDNN"},
-        ),
-        (
-            options(f"mergence_{small}", ("reduced",), "attention_impl=xla"),
-            {"reduced": "mergence"},
-        ),
-        (options(f"mergence_{small}", ("reduced",)), {"reduced": "mergence, auto"}),
-        (options(small, ("reduced",), *scale.tome, "attention_impl=xla"), {"reduced": "ToMe"}),
+        (dense, {"dense": "dense", "budget": "budget", "rows": "rows"}),
+        (options(f"msvit_{small}", (), xla), {"dense": "dense, XLA"}),
+        (options(f"mergence_{small}", ("reduced",)), {"reduced": "mergence"}),
+        (options(small, ("reduced",), *scale.tome), {"reduced": "ToMe"}),
+        (options(small, ("reduced",), *scale.tome, xla), {"reduced": "ToMe, XLA"}),
     ]
 
     def cases() -> list[sides.Case]:
@@ -257,7 +324,7 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
             made = pool.map(lambda each: named(each[0], batch, each[1]), wanted)
             return [case for group in made for case in group]
 
-    return peers.compare(gated, batch, cases, peer, ("timm", "timm_compiled"))
+    return peers.compare(dense, batch, cases, peer, ("timm", "timm_compiled"))
 
 
 def compare_parts(scale: Scale, batch: int) -> Records:
@@ -268,7 +335,7 @@ def compare_parts(scale: Scale, batch: int) -> Records:
         ("budget",),
         dtype=scale.dtype,
         rounds=scale.rounds,
-        overrides=(*scale.overrides, "attention_impl=fused"),
+        overrides=scale.overrides,
     )
     work = sides.draw(options, batch)
 
@@ -329,6 +396,7 @@ def steps(scale: Scale, peer: peers.Peer | None) -> dict[str, Callable[[], Seque
     batches = [b for b in scale.batches if b > 1]
     return {
         "attention": lambda: list(check_attention()),
+        "times": lambda: list(time_attention(scale)),
         "layouts": lambda: list(check_layouts(scale)),
         **{f"forward, {b}": lambda b=b: compare_forward(scale, peer, b) for b in scale.batches},
         "train": lambda: compare_steps(scale),

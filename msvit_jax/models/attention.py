@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from msvit_jax import sharding
 from msvit_jax.errors import check_choice
-from msvit_jax.models import attention_kernel
+from msvit_jax.models import attention_kernel, packed_attention
 from msvit_jax.tokens.packing import NOBODY
 from msvit_jax.typed import Float
 
@@ -105,6 +105,15 @@ def attention(
     mask = mask or Mask()
     if mask.length_buckets and mask.bias is not None:
         raise ValueError("An attention bias cannot be combined with length buckets.")
+    if not _takes_packed(query, mask, implementation):
+        return _by_buckets(query, key, value, mask, implementation)
+    if implementation == "fused":
+        return _packed(query, key, value, mask)
+    others = functools.partial(_by_buckets, implementation="xla")
+    return lax.platform_dependent(query, key, value, mask, cuda=_packed, default=others)
+
+
+def _by_buckets(query: Array, key: Array, value: Array, mask: Mask, implementation: str) -> Array:
     if not mask.length_buckets:
         return _attend(query, key, value, mask, implementation)
     parts = [
@@ -220,6 +229,33 @@ def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     if not others:
         return _xla(query, key, value, mask)
     return lax.platform_dependent(query, key, value, mask, default=_xla, **others)
+
+
+def _takes_packed(x: Array, mask: Mask, implementation: str) -> bool:
+    """Tells whether one call of cuDNN takes the mask's sequences as they lie, for x's dtype."""
+    if implementation not in ("auto", "fused") or mask.segments is None or not mask.only_hides:
+        return False
+    several = len(mask.length_buckets) > 1 if mask.single_segment else len(mask.length_buckets) < 2
+    known = isinstance(x.shape[0], int)  # a batch of any size has no number of sequences
+    return several and known and _has_cudnn(x.dtype) and packed_attention.available()
+
+
+def _packed(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """Calls cuDNN for images that lie end to end, in rows or in length buckets."""
+    segments = cast(Array, mask.segments)
+    empty = (segments == NOBODY)[:, :, None, None]
+    if mask.single_segment:
+        starts, lengths, width = packed_attention.sequences_in_buckets(
+            segments, mask.length_buckets
+        )
+    else:
+        width = mask.length_buckets[0][1] if mask.length_buckets else query.shape[1]
+        rows = segments.reshape(-1, width)
+        starts, lengths = packed_attention.sequences_in_rows(rows, mask.max_segments)
+    # What lies in no sequence is not written, its gradient neither.
+    q, k, v = (jnp.where(empty, 0, x).reshape(-1, width, *x.shape[2:]) for x in (query, key, value))
+    mixed = packed_attention.attend(q, k, v, starts, lengths).reshape(query.shape)
+    return jnp.where(empty, 0, mixed)
 
 
 def _has_cudnn(dtype: Any) -> bool:
