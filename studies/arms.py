@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from msvit_jax import config as configs
-from msvit_jax import data, errors, evaluate, pixels, sharding, tree
+from msvit_jax import data, drawing, errors, evaluate, pixels, sharding, tree
 from msvit_jax.inference import Predictor, calibrate
 from msvit_jax.train import loop
 
@@ -266,7 +266,8 @@ def untrained(study: Study, arm: Arm, seed: int, count: int) -> tuple[Predictor,
     made = data.eval_batches(config.data, batch_size=batch, patch_size=model.patch_size)
     images = (image for each in made for image in each["image"][each["valid"]])
     pixels = np.stack(list(itertools.islice(images, count)))
-    variables = jax.jit(model.init)(jax.random.key(seed), np.zeros((1, *model.image_shape)))
+    image = np.zeros((1, *model.image_shape), np.float32)
+    variables = drawing.variables(model, jax.random.key(seed), image)
     predictor = Predictor(model, variables, batch_size=batch)
     if model.has_threshold:
         shaped = model.num_regions * (1 + 3 * config.loss.gate.target)

@@ -10,7 +10,7 @@ out or failed is named in it:
 * times: how long each of them takes, forward and with its gradient
 * layouts: logits of budget and rows against slots, in float32, 8 images
 * forward: DeiT-S in bfloat16, our dense model, timm's eager and compiled, budget, rows, mergence
-  and ToMe; all in turns, with the attention that "auto" takes; dense and ToMe with XLA's as well
+  and ToMe; all in turns, with the attention that "auto" takes; dense with XLA's as well
 * train: dense, slots and trimmed training steps
 * exits: a cascade of two or three stages through the Predictor
 * parts: budget with one to eight capacities in a batch: fewer pad more and launch less
@@ -37,7 +37,7 @@ import numpy as np
 import peers
 from absl import flags, logging
 
-from msvit_jax import errors, process_tuning
+from msvit_jax import drawing, errors, process_tuning
 from msvit_jax.benchmark import Options, exits, forced, machine, report, sides, turns
 from msvit_jax.models import attention, registry
 from msvit_jax.tokens import layout_sizes
@@ -216,7 +216,7 @@ def time_attention(scale: Scale) -> Iterator[dict[str, Any]]:
         try:
             return compiled(job)
         except Exception as error:  # whatever it is, it is the finding
-            return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return shortly(error)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = list(pool.map(tried, jobs))
@@ -234,13 +234,14 @@ def time_attention(scale: Scale) -> Iterator[dict[str, Any]]:
 def judged(
     mask: attention.Mask, attend: Callable[..., jax.Array], given: Sequence[jax.Array]
 ) -> dict[str, Any]:
-    """Largest differences of attention from XLA's in float32, or its error."""
+    """Largest differences of attention from XLA's in float32 on a processor, or its error."""
+    there = jax.device_put((list(given), mask), jax.local_devices(backend="cpu")[0])
     with jax.default_matmul_precision("highest"):
-        wanted = jax.device_get(passes(ours("xla"), mask, jnp.float32)(*given))
+        wanted = jax.device_get(passes(ours("xla"), there[1], jnp.float32)(*there[0]))
     try:
         answers = jax.device_get(passes(attend, mask, jnp.bfloat16)(*given))
     except Exception as error:  # whatever it is, it is the finding
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"error": shortly(error)}
     return {
         which: max(
             float(np.abs(a - b).max() / np.abs(b).max())
@@ -248,6 +249,11 @@ def judged(
         )
         for which, pair in wanted.items()
     }
+
+
+def shortly(error: Exception) -> str:
+    """An error's kind and first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
@@ -259,7 +265,7 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
     model = work.model
     shape = (8, *model.image_shape)
     images = jax.random.normal(jax.random.key(0), shape)
-    variables = jax.jit(model.init)(jax.random.key(1), images[:1])
+    variables = drawing.variables(model, jax.random.key(1), images[:1])
     coarse = jnp.asarray(forced.decisions(work.counts[0], work.coarse.shape[-1], 0))
     most = int(work.counts.max())
     forms = {
@@ -285,12 +291,8 @@ def check_layouts(scale: Scale) -> Iterator[dict[str, Any]]:
 
 def named(options: Options, batch: int, names: dict[str, str]) -> list[sides.Case]:
     """Sides of a comparison that are wanted, with the names that they get in the table."""
-    made = sides.forward_sides(options, sides.draw(options, batch))
-    return [
-        dataclasses.replace(side, layout=names[side.layout])
-        for side in made
-        if side.layout in names
-    ]
+    made = sides.forward_sides(options, sides.draw(options, batch), tuple(names))
+    return [dataclasses.replace(side, layout=names[side.layout]) for side in made]
 
 
 def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Records:
@@ -316,13 +318,19 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
         (options(f"msvit_{small}", (), xla), {"dense": "dense, XLA"}),
         (options(f"mergence_{small}", ("reduced",)), {"reduced": "mergence"}),
         (options(small, ("reduced",), *scale.tome), {"reduced": "ToMe"}),
-        (options(small, ("reduced",), *scale.tome, xla), {"reduced": "ToMe, XLA"}),
     ]
 
     def cases() -> list[sides.Case]:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            made = pool.map(lambda each: named(each[0], batch, each[1]), wanted)
+            made = pool.map(lambda each: tried(each[0], each[1]), wanted)
             return [case for group in made for case in group]
+
+    def tried(own: Options, names: dict[str, str]) -> list[sides.Case]:
+        try:
+            return named(own, batch, names)
+        except Exception as error:  # the others are worth having all the same
+            print(f"{', '.join(names.values())}: {shortly(error)}", flush=True)
+            return []
 
     return peers.compare(dense, batch, cases, peer, ("timm", "timm_compiled"))
 
@@ -345,11 +353,8 @@ def compare_parts(scale: Scale, batch: int) -> Records:
         )
         own = dataclasses.replace(options, token_capacity=capacities)
         names = {"budget": f"budget in {parts}"} | ({"dense": "dense"} if parts == 1 else {})
-        return [
-            dataclasses.replace(side, layout=names[side.layout])
-            for side in sides.forward_sides(own, work)
-            if side.layout in names
-        ]
+        made = sides.forward_sides(own, work, tuple(names))
+        return [dataclasses.replace(side, layout=names[side.layout]) for side in made]
 
     def cases() -> list[sides.Case]:
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -412,7 +417,7 @@ def done(step: Callable[[], Sequence[Any]]) -> dict[str, Any]:
     try:
         records = step()
     except Exception as error:  # the steps after it are worth having all the same
-        print(f"{type(error).__name__}: {error}", flush=True)
+        print(shortly(error), flush=True)
         return {"error": f"{type(error).__name__}: {error}"[:1000]}
     finally:
         faulthandler.cancel_dump_traceback_later()

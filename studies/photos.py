@@ -44,7 +44,7 @@ from arms import FITTED, SCALE, WARM, Arm, Figures, Judge
 from arms_page import SPEED
 from photos_page import TARGETS, UNTRAINED, write_page
 
-from msvit_jax import checkpoint, errors, sharding, tree
+from msvit_jax import checkpoint, drawing, errors, sharding, tree
 from msvit_jax import config as configs
 from msvit_jax.exits import budget_curve
 from msvit_jax.weights import adapt
@@ -188,7 +188,7 @@ def judge_untrained(seed: int) -> Figures:
         config = STUDY.resolved(arm, seed)
         model = configs.build_model(config)
         image = np.zeros((1, *model.image_shape), np.float32)
-        fresh = jax.jit(model.init)(jax.random.key(0), image)["params"]
+        fresh = drawing.variables(model, jax.random.key(0), image)["params"]
         taken, report = adapt.adapt_weights({**source, **(gate or {})}, fresh)
         assert not report.unused, report.unused
         params = tree.map_names(lambda name, leaf: taken.get(name, leaf), fresh)

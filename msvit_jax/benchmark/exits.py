@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags, logging
 
 from msvit_jax import config as configs
-from msvit_jax import evaluate, flops, process_tuning
+from msvit_jax import drawing, evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, refuse_arguments, run
@@ -116,7 +116,7 @@ def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[st
 
 def _random(model: ImageModel, seed: int) -> Any:
     zeros = jnp.zeros((1, *model.image_shape))
-    return jax.jit(model.init)(jax.random.key(seed), zeros)
+    return drawing.variables(model, jax.random.key(seed), zeros)
 
 
 def _timed(predictor: Predictor, pixels: np.ndarray) -> Callable[[], float]:

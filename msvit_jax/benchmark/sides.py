@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from msvit_jax import flops
+from msvit_jax import drawing, flops
 from msvit_jax.benchmark import forced
 from msvit_jax.benchmark.options import DENSE, Options, build
 from msvit_jax.benchmark.sizes import Sizes, size_layout
@@ -127,13 +127,19 @@ def timed(run: Callable[..., Any], *arguments: Any) -> Timed:
     return once
 
 
-def forward_sides(options: Options, work: Work) -> list[Case]:
-    """The dense model's and each layout's forward passes, with the same weights and images."""
+def forward_sides(options: Options, work: Work, layouts: Sequence[str] | None = None) -> list[Case]:
+    """Compiles forward passes with the same weights and images.
+
+    Args:
+      options: Options of the comparison.
+      work: Inputs that all cases share.
+      layouts: "dense" and names of layouts; by default "dense" and those of the options.
+    """
     key = jax.random.key(options.seed)
     shape = work.model.image_shape
     # Parameters do not depend on the attention implementation; slots, which mask keys, need "auto".
     plain = build(options, {"attention_impl": "auto"})
-    variables = jax.jit(plain.init)(key, jnp.zeros((1, *shape), jnp.float32))
+    variables = drawing.variables(plain, key, jnp.zeros((1, *shape), jnp.float32))
     images = [
         jax.random.normal(jax.random.fold_in(key, index), (work.counts.shape[1], *shape))
         for index in range(work.counts.shape[0])
@@ -142,7 +148,7 @@ def forward_sides(options: Options, work: Work) -> list[Case]:
     dense = {"params": _dense_params(params)}
     return [
         _forward_side(layout, options, work, dense if layout == DENSE else variables, images)
-        for layout in (DENSE, *options.layouts)
+        for layout in layouts or (DENSE, *options.layouts)
     ]
 
 

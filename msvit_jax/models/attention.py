@@ -223,7 +223,8 @@ def _auto(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     if _takes_tpu_kernel(query, mask):
         others["tpu"] = _tpu_kernel(query, mask)
     # Only where there is a GPU: cuDNN's version is asked for while the call is traced.
-    together = mask.only_hides and (mask.segments is None or mask.single_segment)
+    several = mask.segments is not None and not mask.single_segment
+    together = mask.weights is None and mask.bias is None and not several
     if together and _has_cudnn(query.dtype):
         others["cuda"] = _fused
     if not others:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from msvit_jax import config as configs
-from msvit_jax import losses, sharding
+from msvit_jax import drawing, losses, sharding
 from msvit_jax.pixels import normalize
 from msvit_jax.train import optimizer
 from msvit_jax.train.capacity_schedule import StepCapacity
@@ -56,7 +56,7 @@ class Setup:
         # `test_same_start_on_every_mesh` is about what starts without it.
         dense, key = program.model.with_dense_layout(), jax.random.key(config.seed)
         begin = functools.partial(init_params, dense, program.gate_loss)
-        start = jax.device_get(jitted.pruned(begin, key))
+        start = jax.device_get(drawing.needed(begin, key))
         with jax.set_mesh(self.mesh):
             self.state = program.fresh_state(optimizer.flat_names(start))
         self.step = program.jit_step()
