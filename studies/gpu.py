@@ -47,6 +47,7 @@ _OUT = flags.DEFINE_string("out", "gpu.json", "JSON file for the figures.")
 _MINUTES = flags.DEFINE_float("minutes", 6, "Minutes after which no further step is begun.")
 _SMALL = flags.DEFINE_bool("small", False, "Whether to use a model of two layers and few images.")
 _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes of forward passes; default: all.")
+_WITHOUT = flags.DEFINE_list("without", [], "Sides of forward passes to leave out, e.g. ToMe.")
 _STEPS = flags.DEFINE_list(
     "steps",
     ["attention", "times", "layouts", "forward", "exits", "train", "parts"],
@@ -326,8 +327,9 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
             return [case for group in made for case in group]
 
     def tried(own: Options, names: dict[str, str]) -> list[sides.Case]:
+        names = {layout: name for layout, name in names.items() if name not in _WITHOUT.value}
         try:
-            return named(own, batch, names)
+            return named(own, batch, names) if names else []
         except Exception as error:  # the others are worth having all the same
             print(f"{', '.join(names.values())}: {shortly(error)}", flush=True)
             return []

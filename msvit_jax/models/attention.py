@@ -152,8 +152,7 @@ def join_buckets(parts: Sequence[Any], groups: Any) -> Any:
 def _attend(query: Array, key: Array, value: Array, mask: Mask, implementation: str) -> Array:
     if mask.weights is None and mask.segments is not None:
         # Zero times NaN is NaN, so the contents of empty positions are replaced, not just hidden.
-        empty = (mask.segments == NOBODY)[:, :, None, None]
-        key, value = (jnp.where(empty, 0, x) for x in (key, value))
+        key, value = (packed_attention.emptied(x, mask.segments) for x in (key, value))
     if implementation == "auto":
         return _auto(query, key, value, mask)
     if implementation == "fused" and mask.weights is not None:
@@ -237,26 +236,25 @@ def _takes_packed(x: Array, mask: Mask, implementation: str) -> bool:
     if implementation not in ("auto", "fused") or mask.segments is None or not mask.only_hides:
         return False
     several = len(mask.length_buckets) > 1 if mask.single_segment else len(mask.length_buckets) < 2
-    known = isinstance(x.shape[0], int)  # a batch of any size has no number of sequences
-    return several and known and _has_cudnn(x.dtype) and packed_attention.available()
+    if not several or not isinstance(x.shape[0], int):  # sequences of a batch of any size
+        return False
+    if not _has_cudnn(x.dtype) or not packed_attention.available():
+        return False
+    return _sequences(x, mask).row_length % 2 == 0  # the only ones that cuDNN has a gradient for
 
 
 def _packed(query: Array, key: Array, value: Array, mask: Mask) -> Array:
     """Calls cuDNN for images that lie end to end, in rows or in length buckets."""
-    segments = cast(Array, mask.segments)
-    empty = (segments == NOBODY)[:, :, None, None]
+    return packed_attention.attend(
+        query, key, value, cast(Array, mask.segments), _sequences(query, mask)
+    )
+
+
+def _sequences(x: Array, mask: Mask) -> packed_attention.Sequences:
     if mask.single_segment:
-        starts, lengths, width = packed_attention.sequences_in_buckets(
-            segments, mask.length_buckets
-        )
-    else:
-        width = mask.length_buckets[0][1] if mask.length_buckets else query.shape[1]
-        rows = segments.reshape(-1, width)
-        starts, lengths = packed_attention.sequences_in_rows(rows, mask.max_segments)
-    # What lies in no sequence is not written, its gradient neither.
-    q, k, v = (jnp.where(empty, 0, x).reshape(-1, width, *x.shape[2:]) for x in (query, key, value))
-    mixed = packed_attention.attend(q, k, v, starts, lengths).reshape(query.shape)
-    return jnp.where(empty, 0, mixed)
+        return packed_attention.Sequences(mask.length_buckets)
+    width = mask.length_buckets[0][1] if mask.length_buckets else x.shape[1]
+    return packed_attention.Sequences(((1, width),), mask.max_segments)
 
 
 def _has_cudnn(dtype: Any) -> bool:
@@ -442,8 +440,8 @@ def _fused(
 ) -> Array:
     """Calls `jax.nn.dot_product_attention`: cuDNN's kernel on CUDA, plain XLA elsewhere.
 
-    cuDNN's backward pass with a bias needs an even length; `even` pads an odd one by one position,
-    by default where cuDNN is used.
+    cuDNN's backward pass with a bias, or with rows of several images, which are one to it, needs an
+    even length; `even` pads an odd one by one position, by default where cuDNN is used.
     """
     cudnn = _has_cudnn(query.dtype)
     length = query.shape[1]
@@ -455,7 +453,8 @@ def _fused(
         lengths = (mask.segments == mask.segments[:, :1]).sum(axis=1, dtype=jnp.int32)
     elif mask.segments is not None:
         visible = _visible(mask.segments)
-    if length % 2 and (cudnn if even is None else even):
+    added = bias is not None or visible is not None
+    if length % 2 and added and (cudnn if even is None else even):
         query, key, value = (
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value)
         )
