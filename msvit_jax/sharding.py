@@ -76,9 +76,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def replicate(mesh: Mesh, x: np.ndarray) -> jax.Array:
-    """Puts an array that every process has on every device, without comparing the processes'."""
-    return jax.make_array_from_callback(x.shape, replicated(mesh), lambda index: x[index])
+def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Puts an array that every process has on its devices, without comparing the processes'."""
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
 
 def platform() -> str:

@@ -1,6 +1,6 @@
 """The training state, created on its devices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from jax import Array
 
 from msvit_jax.errors import UserError
 from msvit_jax.models.interface import ImageModel
-from msvit_jax.tree import map_names
 
 Params = Any
 
@@ -59,25 +58,16 @@ def init_params(model: ImageModel, gate_loss: nn.Module, key: Array) -> Params:
     return params
 
 
-# Traced once for the shapes and the state of all programs of a model.
+# Traced once for the shapes and the values of all programs of a model.
 traced_init = jax.jit(init_params, static_argnums=(0, 1))
 
 
 def state_maker(
-    model: ImageModel,
-    gate_loss: nn.Module,
-    optimizer: optax.GradientTransformation,
-    *,
-    with_ema: bool,
-) -> Callable[[Array, Mapping[str, Array]], TrainState]:
-    """Returns a function of (key, loaded) that makes the state; jit it with out_shardings.
+    optimizer: optax.GradientTransformation, *, with_ema: bool
+) -> Callable[[Params], TrainState]:
+    """Returns a function of the parameters that makes the state; jit it with out_shardings."""
 
-    `loaded` holds parameters by name ('model/backbone/head/bias') that replace the fresh ones.
-    """
-
-    def make(key: Array, loaded: Mapping[str, Array]) -> TrainState:
-        params = traced_init(model, gate_loss, key)
-        params = map_names(lambda name, leaf: loaded.get(name, leaf), params)
+    def make(params: Params) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -53,7 +53,8 @@ def train_iterator(
     _check(config, on_device_masks.HOST_ONLY if masked else HOST_ONLY)
     images, answers = _stacked(config)
     count, height, width = images.shape[:3]
-    placed = [sharding.replicate(mesh, x) for x in (images, answers)]
+    whole = sharding.replicated(mesh)
+    placed = [sharding.put(x, whole) for x in (images, answers)]
     how, make = (on_device_masks.draw, _cut_masked) if masked else (draw, _cut)
     cut = jax.jit(make, static_argnames="size", out_shardings=sharding.batch_sharding(mesh))
     step = start_step

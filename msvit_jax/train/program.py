@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import optax
 from flax import linen as nn
-from jax import Array
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from msvit_jax import config as configs
-from msvit_jax import sharding, tasks
+from msvit_jax import drawing, sharding, tasks, tree
 from msvit_jax.errors import UserError
 from msvit_jax.models import layout as layouts
 from msvit_jax.models.interface import ImageModel
@@ -48,7 +47,7 @@ class TrainProgram:
     gate_loss: nn.Module
     params: Params
     optimizer: optax.GradientTransformation
-    make_state: Callable[[Array, Mapping[str, Array]], TrainState]
+    make_state: Callable[[Params], TrainState]
     abstract_state: TrainState
 
     @classmethod
@@ -67,8 +66,8 @@ class TrainProgram:
         key = jax.random.key(config.seed)
         params = jax.eval_shape(functools.partial(traced_init, model, gate_loss), key)
         update = optimizer.make_optimizer(config.optimizer, params, schedule)
-        make = state_maker(model, gate_loss, update, with_ema=config.ema_decay > 0)
-        shapes = jax.eval_shape(make, key, {})
+        make = state_maker(update, with_ema=config.ema_decay > 0)
+        shapes = jax.eval_shape(make, params)
         abstract_state = jax.tree.map(
             lambda leaf, split: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split),
             shapes,
@@ -83,8 +82,13 @@ class TrainProgram:
 
     def fresh_state(self, loaded: Mapping[str, Any]) -> TrainState:
         """Makes the state on its devices; `loaded` parameters replace the fresh ones by name."""
-        make = jax.jit(self.make_state, out_shardings=self.shardings)
-        return make(jax.random.key(self.config.seed), loaded)
+        with drawing.on_processor():
+            key = jax.random.key(self.config.seed)
+            drawn = drawing.evaluate(traced_init.trace(self.model, self.gate_loss, key), key)
+        fresh = jax.device_get(drawn)
+        params = tree.map_names(lambda name, leaf: loaded.get(name, leaf), fresh)
+        params = jax.tree.map(sharding.put, params, self.shardings.params)
+        return jax.jit(self.make_state, out_shardings=self.shardings)(params)
 
     def jit_step(
         self, capacity: StepCapacity | None = None, rates: Rates | None = None
