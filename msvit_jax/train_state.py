@@ -58,7 +58,7 @@ def init_params(model: ImageModel, gate_loss: nn.Module, key: Array) -> Params:
     return params
 
 
-# Traced once for the shapes and the values of all programs of a model.
+# Traced once for all programs of a model.
 traced_init = jax.jit(init_params, static_argnums=(0, 1))
 
 

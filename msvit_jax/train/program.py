@@ -4,7 +4,6 @@ The loop runs them; `msvit_jax.aot` compiles them for devices that are not prese
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,9 +34,10 @@ class TrainProgram:
       mesh: Mesh of devices that holds all arrays.
       model: Model from the registry.
       gate_loss: Loss of the gate, a `losses.GateLoss`.
+      init: Traced function of a key that draws the parameters.
       params: Shapes of {'model': ..., 'gate_loss': ...}.
       optimizer: Optimizer of the parameters.
-      make_state: Function that makes the state, from `state.state_maker`.
+      make_state: Function that makes the state of parameters, from `train_state.state_maker`.
       abstract_state: Shapes of the state with their shardings.
     """
 
@@ -45,6 +45,7 @@ class TrainProgram:
     mesh: Mesh
     model: ImageModel
     gate_loss: nn.Module
+    init: jax.stages.Traced
     params: Params
     optimizer: optax.GradientTransformation
     make_state: Callable[[Params], TrainState]
@@ -63,8 +64,8 @@ class TrainProgram:
         tasks.check_target(model, config.data)
         model = _grouped(model, config, mesh)
         gate_loss = configs.build_gate_loss(config, model)
-        key = jax.random.key(config.seed)
-        params = jax.eval_shape(functools.partial(traced_init, model, gate_loss), key)
+        init = traced_init.trace(model, gate_loss, jax.random.key(config.seed))
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init.out_info)
         update = optimizer.make_optimizer(config.optimizer, params, schedule)
         make = state_maker(update, with_ema=config.ema_decay > 0)
         shapes = jax.eval_shape(make, params)
@@ -73,7 +74,7 @@ class TrainProgram:
             shapes,
             sharding.tree_sharding(mesh, shapes),
         )
-        return cls(config, mesh, model, gate_loss, params, update, make, abstract_state)
+        return cls(config, mesh, model, gate_loss, init, params, update, make, abstract_state)
 
     @property
     def shardings(self) -> Any:
@@ -84,8 +85,7 @@ class TrainProgram:
         """Makes the state on its devices; `loaded` parameters replace the fresh ones by name."""
         with drawing.on_processor():
             key = jax.random.key(self.config.seed)
-            drawn = drawing.evaluate(traced_init.trace(self.model, self.gate_loss, key), key)
-        fresh = jax.device_get(drawn)
+            fresh = jax.device_get(drawing.evaluate(self.init, key))
         params = tree.map_names(lambda name, leaf: loaded.get(name, leaf), fresh)
         params = jax.tree.map(sharding.put, params, self.shardings.params)
         return jax.jit(self.make_state, out_shardings=self.shardings)(params)
