@@ -311,8 +311,7 @@ def compare_forward(scale: Scale, peer: peers.Peer | None, batch: int) -> Record
             overrides=(*scale.overrides, *overrides),
         )
 
-    layouts = ("budget", "rows") if batch > 1 else ("budget",)
-    dense = options(f"msvit_{small}", layouts)
+    dense = options(f"msvit_{small}", ("budget", "rows"))
     xla = "attention_impl=xla"
     wanted = [
         (dense, {"dense": "dense", "budget": "budget", "rows": "rows"}),

@@ -128,7 +128,8 @@ def _timed(predictor: Predictor, pixels: np.ndarray) -> Callable[[], float]:
     return call
 
 
-def _overrides(texts: Sequence[str]) -> dict[str, Any]:
+def model_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads attributes of a model given as "key=value"."""
     config = configs.base()
     for key, value in map(configs.split_override, texts):
         configs.set_key(config, f"model.{key}", value)
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         images=given.images,
         shares=[float(share) for share in given.shares],
         rounds=given.rounds,
-        overrides=_overrides(given.set),
+        overrides=model_options(given.set),
     )
     print(evaluate.table(records, COLUMNS), flush=True)
     print(json.dumps({**machine.describe(), "keeps_freed_memory": kept, "records": records}))
