@@ -137,14 +137,6 @@ def _pipelines(jpegs: Sequence[bytes]) -> dict[str, Iterator[Any]]:
     return found
 
 
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 7, "Number of measurements of each pipeline.", lower_bound=1
-)
-_BATCHES = flags.DEFINE_integer(
-    "batches", 8, "Number of batches of 64 images in one measurement.", lower_bound=1
-)
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark and prints its results."""
     errors.refuse_arguments(argv)
@@ -152,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"{len(jpegs)} JPEGs of {np.mean([len(jpeg) for jpeg in jpegs]) / 1000:.0f} kB on average"
     )
-    rates = measure(_pipelines(jpegs), _ROUNDS.value, _BATCHES.value)
+    rates = measure(_pipelines(jpegs), flags.FLAGS.rounds, flags.FLAGS.batches)
     for rate in rates:
         print(
             f"{rate.name:>10}: {rate.median:6.0f} images/s per core "
@@ -166,4 +158,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("rounds", 7, "Number of measurements of each pipeline.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batches", 8, "Number of batches of 64 images in one measurement.", lower_bound=1
+    )
     errors.run(main)
