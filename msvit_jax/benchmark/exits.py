@@ -10,8 +10,7 @@ the speed-up divided by the ratio of multiply-accumulates.
 """
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from absl import flags, logging
 from msvit_jax import config as configs
 from msvit_jax import drawing, evaluate, flops, process_tuning
 from msvit_jax.benchmark import machine
+from msvit_jax.benchmark.sides import timed
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, refuse_arguments, run
 from msvit_jax.exits import exit_thresholds
@@ -79,7 +79,7 @@ def measure(
         taken["patch_size"] = cascade.image_size // cascade.grid_size
     dense = registry.create_model(registry.dense_model(model), **taken)
     pixels = np.random.default_rng(seed).integers(0, 256, (images, *cascade.image_shape), np.uint8)
-    variables = [_random(module, seed) for module in (cascade, dense)]
+    variables = [random_variables(module, seed) for module in (cascade, dense)]
     early, last = (Predictor(cascade, variables[0], batch_size=batch) for _ in range(2))
     plain = Predictor(dense, variables[1], batch_size=batch)
     early.thresholds = exit_thresholds.by_shares(early.certainty(pixels), shares)
@@ -88,9 +88,7 @@ def measure(
         float(flops.macs_per_image(predictor.model, answer.tokens).mean())
         for predictor, answer in zip((early, last, plain), answers, strict=True)
     ]
-    seconds = time_interleaved(
-        [[_timed(p, pixels)] for p in (early, last, plain)], rounds, warmup=1
-    )
+    seconds = time_interleaved([[timed(p, pixels)] for p in (early, last, plain)], rounds, warmup=1)
     records = [
         {
             "side": name,
@@ -114,18 +112,10 @@ def _compared(seconds: np.ndarray, macs: Sequence[float], other: int) -> dict[st
     return {**speedup, "mac_ratio": ratio, "realized": speedup["speedup"] / ratio}
 
 
-def _random(model: ImageModel, seed: int) -> Any:
+def random_variables(model: ImageModel, seed: int) -> Any:
+    """Draws a model's variables."""
     zeros = jnp.zeros((1, *model.image_shape))
     return drawing.variables(model, jax.random.key(seed), zeros)
-
-
-def _timed(predictor: Predictor, pixels: np.ndarray) -> Callable[[], float]:
-    def call() -> float:
-        start = time.perf_counter()
-        predictor(pixels)  # returns once its answers are in CPU memory
-        return time.perf_counter() - start
-
-    return call
 
 
 def model_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -134,6 +124,18 @@ def model_options(texts: Sequence[str]) -> dict[str, Any]:
     for key, value in map(configs.split_override, texts):
         configs.set_key(config, f"model.{key}", value)
     return {key: value for key, value in config.model.items() if key != "name"}
+
+
+def print_records(records: Sequence[dict[str, Any]], columns: Sequence[str], kept: bool) -> None:
+    """Prints records as a table, then with the machine as one line of JSON.
+
+    Args:
+      records: Records of a benchmark.
+      columns: Keys to show in the table.
+      kept: Whether the process keeps freed memory.
+    """
+    print(evaluate.table(records, columns), flush=True)
+    print(json.dumps({**machine.describe(), "keeps_freed_memory": kept, "records": records}))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -150,8 +152,7 @@ def main(argv: Sequence[str]) -> None:
         rounds=given.rounds,
         overrides=model_options(given.set),
     )
-    print(evaluate.table(records, COLUMNS), flush=True)
-    print(json.dumps({**machine.describe(), "keeps_freed_memory": kept, "records": records}))
+    print_records(records, COLUMNS, kept)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,18 @@ line.
 """
 
 import functools
-import json
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
-from msvit_jax import drawing, evaluate, process_tuning
-from msvit_jax.benchmark import machine
-from msvit_jax.benchmark.exits import model_options
+from msvit_jax import process_tuning
+from msvit_jax.benchmark.exits import model_options, print_records, random_variables
 from msvit_jax.benchmark.input import photo_jpegs
+from msvit_jax.benchmark.sides import timed
 from msvit_jax.benchmark.turns import spread, time_interleaved
 from msvit_jax.errors import UserError, refuse_arguments, run
 from msvit_jax.inference import Predictor
@@ -71,10 +67,7 @@ def measure(
     taken = {k: v for k, v in overrides.items() if k in registry.dense_options(model)}
     dense = registry.create_model(registry.dense_model(model), **taken)
     models = {"dense": dense, "gated": gated}
-    weights = {
-        name: drawing.variables(m, jax.random.key(seed), jnp.zeros((1, *m.image_shape)))
-        for name, m in models.items()
-    }
+    weights = {name: random_variables(m, seed) for name, m in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = _write_photos(pathlib.Path(folder), images, seed)
         records = _whole_calls(models, weights, files, tokens, batch, rounds)
@@ -104,7 +97,7 @@ def _whole_calls(
         predictor(files)  # compiles
         sides[name] = functools.partial(predictor, files)
         sides[f"{name}, programs"] = _programs_of(predictor, files)
-    seconds = time_interleaved([[_timed(side)] for side in sides.values()], rounds, warmup=1)
+    seconds = time_interleaved([[timed(side)] for side in sides.values()], rounds, warmup=1)
     records = []
     for index, name in enumerate(models):
         whole, programs = seconds[:, 2 * index], seconds[:, 2 * index + 1]
@@ -139,7 +132,7 @@ def _programs_of(predictor: Predictor, files: Sequence[pathlib.Path]) -> Callabl
     finally:
         for name, function in kept.items():
             setattr(executables, name, function)
-    return lambda: jax.block_until_ready([call() for call in calls])
+    return lambda: [call() for call in calls]
 
 
 def _single_images(
@@ -153,7 +146,7 @@ def _single_images(
         if model.has_threshold:
             predictor.threshold = 1.0  # no probability of staying coarse exceeds it
         predictor(pixels[0])  # compiles
-        sides.append([_timed(functools.partial(predictor, image)) for image in pixels])
+        sides.append([timed(predictor, image) for image in pixels])
     seconds = time_interleaved(sides, rounds, warmup=1) / _SINGLES
     return [
         {
@@ -164,15 +157,6 @@ def _single_images(
         }
         for name, column in zip(models, seconds.T, strict=True)
     ]
-
-
-def _timed(call: Callable[[], Any]) -> Callable[[], float]:
-    def timed() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return timed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -189,8 +173,7 @@ def main(argv: Sequence[str]) -> None:
         rounds=given.rounds,
         overrides=model_options(given.set),
     )
-    print(evaluate.table(records, COLUMNS), flush=True)
-    print(json.dumps({**machine.describe(), "keeps_freed_memory": kept, "records": records}))
+    print_records(records, COLUMNS, kept)
 
 
 if __name__ == "__main__":

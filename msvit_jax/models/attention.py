@@ -20,7 +20,7 @@ from jax import Array, lax
 from msvit_jax import sharding
 from msvit_jax.errors import check_choice
 from msvit_jax.models import attention_kernel, packed_attention
-from msvit_jax.tokens.packing import NOBODY
+from msvit_jax.tokens.packing import NOBODY, changes
 from msvit_jax.typed import Float
 
 BiasFactors = tuple[Array, Array]
@@ -384,9 +384,8 @@ def _key_bias(hidden: Array) -> BiasFactors:
 
 def _segment_bias(segments: Array, most: int) -> BiasFactors:
     """Makes channels that separate runs of equal segments: [B, N] -> two of [B, N, most]."""
-    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     # With one-hot runs r, (r_query - 1) * _FAR r_key sums to 0 in the same run, -_FAR otherwise.
-    run = jax.nn.one_hot(jnp.cumsum(new, axis=1), most, dtype=jnp.float32)
+    run = jax.nn.one_hot(jnp.cumsum(changes(segments), axis=1), most, dtype=jnp.float32)
     return run - 1, _FAR * run
 
 

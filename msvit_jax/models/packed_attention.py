@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from msvit_jax.tokens.packing import NOBODY
+from msvit_jax.tokens.packing import NOBODY, changes
 from msvit_jax.typed import Float, Int, Shaped
 
 _NONE = -1  # start and length of a sequence that there is not
@@ -85,8 +85,7 @@ class Sequences:
 
     def _in_rows(self, segments: Array) -> tuple[Array, Array]:
         segments = segments.reshape(-1, self.row_length)
-        new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
-        run = jnp.cumsum(new, axis=1)[:, None]
+        run = jnp.cumsum(changes(segments), axis=1)[:, None]
         mine = run == jnp.arange(self.most)[None, :, None]
         mine &= (segments != NOBODY)[:, None]
         return jnp.argmax(mine, axis=2).astype(jnp.int32), mine.sum(axis=2, dtype=jnp.int32)

@@ -20,7 +20,7 @@ from msvit_jax import reducers
 from msvit_jax.errors import check_choice, nearest
 from msvit_jax.models.attention import Mask, join_buckets, split_buckets
 from msvit_jax.reducers import base
-from msvit_jax.tokens.packing import NOBODY
+from msvit_jax.tokens.packing import NOBODY, changes
 
 UNMERGE = ("copy", "residual")  # values of `ViT.unmerge`
 
@@ -400,7 +400,7 @@ def _segment_membership(x: Array, mask: Mask, prefix: int) -> tuple[Array, Array
         if mask.weights is not None:
             active &= mask.weights > 0.5
         return active[:, :, None], active & (position < prefix)
-    new = jnp.pad(mask.segments[:, 1:] != mask.segments[:, :-1], ((0, 0), (1, 0)))
+    new = changes(mask.segments)
     run = jnp.cumsum(new, axis=1)
     first = lax.cummax(jnp.where(new, position, 0), axis=1)
     member = (run[:, :, None] == jnp.arange(mask.max_segments)[None, None]) & active[:, :, None]

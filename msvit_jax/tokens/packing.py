@@ -200,6 +200,11 @@ def _owners(start: Array, total: int) -> tuple[Array, Array]:
     return here[first], first
 
 
+def changes(segments: Array) -> Array:
+    """Tells where another image, or none, begins in a row: [B, N] -> [B, N] bool, not at first."""
+    return jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+
+
 def pack(active: Array, runs: Runs, extra: Array | None = None) -> Packing:
     """Puts tokens into their images' runs, in their own order.
 
