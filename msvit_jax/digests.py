@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from msvit_jax.tree import path_name
 
+EMPTY = "empty"  # in place of a dict's digest that has no entries
 _CHECK = "check"  # key of a record's own digest
 _MASK = 2**64 - 1
 
@@ -28,15 +29,22 @@ def of_tree(tree: Any) -> dict[str, str]:
       tree: Tree of JAX or NumPy arrays; JAX arrays may be spread over several processes.
 
     Returns:
-      Digests as hexadecimal texts, by the arrays' paths. The paths are those of the same tree made
-      of dicts and lists alone, as it is read back without its classes.
+      Digests as hexadecimal texts by the arrays' paths, and `EMPTY` by those of empty dicts. The
+      paths are those of the same tree made of dicts and lists alone, as it is read back without its
+      classes.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty)
+    leaves = [(path, leaf) for path, leaf in nodes if not _is_empty(leaf)]
     sums = np.asarray([_local_sum(leaf) for _, leaf in leaves], np.uint64)
     if jax.process_count() > 1 and any(isinstance(leaf, jax.Array) for _, leaf in leaves):
         parts = multihost_utils.process_allgather(sums.view(np.uint32))  # JAX has no 64-bit types
         sums = np.asarray(parts).view(np.uint64).sum(axis=0, dtype=np.uint64)
-    return {path_name(path): f"{int(s):016x}" for (path, _), s in zip(leaves, sums, strict=True)}
+    found = {path_name(path): f"{int(s):016x}" for (path, _), s in zip(leaves, sums, strict=True)}
+    return found | {path_name(path): EMPTY for path, node in nodes if _is_empty(node)}
+
+
+def _is_empty(node: Any) -> bool:
+    return isinstance(node, Mapping) and not node
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:

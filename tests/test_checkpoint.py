@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from msvit_jax import checkpoint, checkpoint_files, digests
+from msvit_jax import checkpoint, checkpoint_files, digests, sharding
 from msvit_jax.errors import UserError
 from msvit_jax.train_state import TrainState
 from tests import bitflips, tiny_run
@@ -29,7 +30,9 @@ def _state(value, ema=False):
 
 
 def _like(ema=False):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(0, ema))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0, ema)
+    )
 
 
 def _save(workdir, scores, ema=False):
@@ -71,6 +74,18 @@ def test_state_comes_back_as_it_was(tmp_path, ema):
     assert messages == []
     assert jax.tree.structure(state) == jax.tree.structure(_state(3, ema))
     jax.tree.map(np.testing.assert_array_equal, state, _state(3, ema))
+
+
+def test_saving_what_all_devices_have_compiles_nothing(tmp_path, caplog):
+    """Orbax would compile a program for each array's shape and each part that a device writes."""
+    shared = jax.NamedSharding(sharding.make_mesh(), jax.P())
+    arrays = {str(n): jnp.ones((n, 8 * n)) for n in range(1, 5)}
+    state = jax.device_put(dataclasses.replace(_state(3), opt_state=arrays), shared)
+    kept = checkpoint.Checkpoints(tmp_path)
+    with jax.log_compiles():
+        kept.save(state, 3, None)
+        kept.close()
+    assert "XLA compilation" not in caplog.text
 
 
 def test_an_empty_workdir_has_no_state(tmp_path):
@@ -235,6 +250,15 @@ def test_a_changed_array_is_named_and_the_weights_are_not_used(tmp_path):
     about.write_text(json.dumps(digests.seal(described)))
     with pytest.raises(UserError, match=r"Checkpoint 1 .* damaged .*model/head/kernel changed"):
         checkpoint.load_params(tmp_path)
+
+
+def test_an_empty_dict_of_another_name_is_found(tmp_path):
+    _save(tmp_path, {1: 5.0})
+    listed = tmp_path / "checkpoints" / "1" / "trainer" / "_METADATA"
+    listed.write_text(listed.read_text().replace("gate_loss", "gate_losc"))
+    kept = checkpoint.Checkpoints(tmp_path)
+    assert "trainer/gate_loss changed" in kept.damage(1)
+    kept.close()
 
 
 def test_checkpoints_from_before_there_were_digests_are_read(tmp_path):

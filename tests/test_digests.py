@@ -45,6 +45,7 @@ def test_a_digest_does_not_depend_on_how_an_array_is_spread(spec):
 def test_scalars_and_arrays_of_nothing_have_digests():
     assert digests.of_tree([np.int32(3)]) != digests.of_tree([np.int32(4)])
     assert set(digests.of_tree({"none": np.zeros((0, 3), np.float32)})) == {"none"}
+    assert digests.of_tree({"a": {"b": {}}}) == {"a/b": digests.EMPTY}
 
 
 def test_a_sealed_record_comes_back_and_a_changed_one_does_not():

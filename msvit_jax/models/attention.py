@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from msvit_jax import sharding
 from msvit_jax.errors import check_choice
@@ -328,7 +329,8 @@ def _forward(
     total = exponentials.sum(axis=-1)
     mixed = _product("bhqk,bhkd->bhqd", exponentials.astype(value.dtype), _heads_first(value))
     out = _heads_first((mixed / total[..., None]).astype(value.dtype))
-    return out, (query, key, value, weights, bias, marks, out, largest + jnp.log(total))
+    out, log_total = checkpoint_name((out, largest + jnp.log(total)), attention_kernel.SAVED)
+    return out, (query, key, value, weights, bias, marks, out, log_total)
 
 
 def _backward(kept: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:

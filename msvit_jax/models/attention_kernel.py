@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -25,6 +26,9 @@ from msvit_jax import sharding
 
 HIDDEN = -30_000.0  # score of a key that is not seen; its exponential is exactly zero
 LOG2_E = math.log2(math.e)
+SAVED = (
+    "attention"  # name of what attention's backward passes take, for policies of `jax.checkpoint`
+)
 _LANES = 128  # channels that a TPU's vector unit holds side by side
 _SUBLANES = 16  # rows of a tile of bfloat16
 _MOST_IMAGES = 8  # images in a step, beyond which steps cost no less
@@ -98,7 +102,7 @@ def attend(query: Array, key: Array, value: Array, mask: KernelMask, heads: int)
 def _forward(
     query: Array, key: Array, value: Array, mask: KernelMask, heads: int
 ) -> tuple[Array, tuple[Any, ...]]:
-    out = attend(query, key, value, mask, heads)
+    out = checkpoint_name(attend(query, key, value, mask, heads), SAVED)
     return out, (query, key, value, mask, out)
 
 

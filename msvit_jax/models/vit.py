@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from msvit_jax import flops
 from msvit_jax.image_size import ImageSize
-from msvit_jax.models import reduction, vit_checks
+from msvit_jax.models import attention_kernel, reduction, vit_checks
 from msvit_jax.models.attention import Mask
 from msvit_jax.models.block import Block, LayerNorm, init_weights
 from msvit_jax.models.embedding import (
@@ -366,6 +367,15 @@ class ViT(ModelDefaults, nn.Module):
         def step(block: Callable[..., Array], x: Array, rate: Array | None) -> tuple[Array, None]:
             return block(x, rate, mask), None
 
+        if not self.remat:
+            # Left to itself, a scan keeps all that the backward pass uses, much of it in float32.
+            # What products and attention gave is enough; the rest takes less time to compute again.
+            policies = jax.checkpoint_policies
+            kept = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable,
+                policies.save_only_these_names(attention_kernel.SAVED),
+            )
+            step = nn.remat(step, prevent_cse=False, policy=kept)
         scan = nn.scan(
             step,
             variable_axes={"params": 0},

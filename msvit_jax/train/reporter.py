@@ -38,6 +38,7 @@ class Reporter:
           logger: Logger of the reports.
         """
         self._run, self._logger = run, logger
+        self._learning_rate = jax.jit(run.schedule)
         self._pending: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._macs = flops.macs_per_image(run.model, np.arange(run.model.max_tokens + 1))
         self._sums: metrics.Sums | None = None
@@ -138,7 +139,7 @@ class Reporter:
         means = {
             name: float(np.mean([s[name] for s in self._scalars])) for name in self._scalars[0]
         }
-        figures |= {**means, "learning_rate": float(run.schedule(step - 1))}
+        figures |= {**means, "learning_rate": float(self._learning_rate(step - 1))}
         steps = step - self._clock_step
         if steps:
             # Steps are read up to LAG late, so the time of a few does not tell; it is taken over

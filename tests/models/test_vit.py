@@ -224,6 +224,46 @@ def test_scanned_and_recomputed_blocks_compute_the_same(remat):
     chex.assert_trees_all_close(gradient["params"], plain, rtol=1e-3, atol=1e-4)
 
 
+def test_a_scan_keeps_results_of_products_and_no_more():
+    model, variables, images = make_rough(scan_layers=True, dtype=jnp.bfloat16, drop_path=0.1)
+    rngs = {"dropout": jax.random.key(3)}
+    loss = lambda v: model.apply(v, images, train=True, rngs=rngs).logits.sum()  # noqa: E731
+    kept = jax.tree.leaves(jax.eval_shape(lambda v: jax.vjp(loss, v)[1], variables))
+    tokens = (len(images), 17)
+    of_tokens = [x for x in kept if x.ndim > 2 and x.shape[0] == model.depth and 17 in x.shape]
+    logarithms = (model.depth, tokens[0], model.heads, tokens[1])
+    found = [x for x in of_tokens if x.shape != logarithms or x.dtype != jnp.float32]
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+    # Queries, keys, values, attention's result and its projection, a block's input, and four times
+    # as many hidden channels.
+    channels = sum(x.size for x in found) / (model.depth * np.prod(tokens) * model.width)
+    assert channels == 6 + 4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_apart_and_together_are_the_same_and_have_the_same_gradients(dtype):
+    rng = np.random.default_rng(0)
+    x, kernel, bias, weights = (
+        jnp.asarray(rng.normal(size=shape), dtype)
+        for shape in ((2, 5, 8), (8, 3, 2, 4), (3, 1, 1, 2, 4), (3, 2, 5, 2, 4))
+    )
+
+    def outputs_and_gradients(project):
+        def loss(*given):
+            parts = jnp.stack(project(*given))
+            return (parts * weights).sum().astype(jnp.float32), parts
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, kernel, bias)
+
+    # Sums of ten to thirty normal numbers, to bfloat16's eight bits or float32's 24.
+    close = functools.partial(
+        chex.assert_trees_all_close, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.1
+    )
+    apart, together = map(outputs_and_gradients, (blocks._heads_apart, blocks._heads_together))
+    close(together[0][1], apart[0][1])
+    close(together[1], apart[1])
+
+
 def test_positions_are_resized_for_other_image_sizes():
     model, variables, _ = make_rough()
     larger = jax.random.normal(jax.random.key(2), (2, 48, 32, 3))
