@@ -73,8 +73,6 @@ def command(run: str) -> list[str]:
         f"--layouts={RUNS[run]}",
         f"--tokens={TOKENS}",
         f"--config.batch_size={BATCH * chips}",
-        # The same step, with less to compile.
-        *(["--config.model.scan_layers=True"] if what == "train" else []),
     ]
 
 

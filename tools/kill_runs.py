@@ -39,6 +39,7 @@ def get_config():
     return tiny_run.msvit(**{options!r})
 """
 OPTIONS = {
+    "model__depth": 1,
     "data__mixup": 0.8,
     "model__drop_path": 0.1,
     "ema_decay": 0.9,

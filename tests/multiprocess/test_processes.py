@@ -23,6 +23,7 @@ quiet = pytest.mark.skipif(
 )
 # A run of many steps, which signals reach before its end.
 LONG = {
+    "model__depth": 1,
     "data__mixup": 0.8,
     "epochs": 300.0,
     "eval_every_epochs": 100.0,

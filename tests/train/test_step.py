@@ -90,8 +90,8 @@ def _outcome(case, devices, fsdp):
     random = {"model__drop_path": 0.2}
     if case == "vit":  # images and labels are mixed, and parameters averaged, for any model alike
         random |= {"data__mixup": 0.8, "data__cutmix": 1.0, "ema_decay": 0.5}
-    elif case != "dvt":  # a cascade's blocks cannot be scanned: one to compile instead of all
-        random |= {"model__scan_layers": True}
+    else:  # one block to compile instead of all; a cascade's cannot be scanned
+        random |= {"model__depth": 1} if case == "dvt" else {"model__scan_layers": True}
     setup = Setup(CASES[case](**random), devices, fsdp)
     start = jax.device_get(setup.state)
     first, reports = setup.run(1)
