@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from msvit_jax import checkpoint_files, digests, extras, paths, peers
@@ -320,8 +321,11 @@ def _arrays_handler() -> Any:
     Where all devices have an array, Orbax lets each write a part, and compiles a program to cut it:
     for a small model a hundred programs, which take longer than the writing.
     """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    kinds = ocp.type_handlers
+    arrays = kinds.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+    registry = kinds.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, kinds.NumpyHandler())
+    )
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
