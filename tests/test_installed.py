@@ -32,7 +32,7 @@ def installed(tmp_path_factory):
     root = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", root / "venv"], check=True)
     programs = root / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    pip = [programs / "python", "-m", "pip", "install", "--quiet"]
+    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--no-compile"]
     subprocess.run([*pip, "--constraint", ROOT / "requirements.txt", *CORE], check=True)
     subprocess.run([*pip, "--no-deps", ROOT], check=True)
     (root / "empty").mkdir()
