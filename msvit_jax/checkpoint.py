@@ -40,7 +40,7 @@ CONFIG_FILE = paths.CONFIG_FILE
 CHECKPOINTS = "checkpoints"
 SET_ASIDE = "damaged_checkpoints"
 _COMMITTED = "commit_success.txt"
-_LEAST_PART = 1 << 20  # bytes of an array's part that a copy's devices write on their own
+_LEAST_PART = 1 << 20  # bytes that a device writes of an array, where several share the writing
 
 
 class Run(NamedTuple):
